@@ -1,0 +1,1 @@
+"""hybrid_vit: hybrid convolution-attention vision backbones in JAX and Flax."""
