@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -207,7 +206,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
   order = ("Loss", "Accuracy", "Learning rate")
   names = sorted(panels, key=lambda name: (order.index(name) if name in order else len(order),))
 
-  columns = min(3, len(names))
+  columns = 2 if len(names) == 4 else min(3, len(names))
   rows = math.ceil(len(names) / columns)
   figure = Figure(figsize=(4.6 * columns, 3.5 * rows), dpi=120, layout="constrained")
   for position, name in enumerate(names):
@@ -249,7 +248,7 @@ def plot_predictions(
   rows = math.ceil(len(images) / columns)
   height, width = images.shape[1:3]
   cell_width = 1.5
-  cell_height = cell_width * min(max(height / width, 0.5), 2.0) + 0.45
+  cell_height = cell_width * min(max(height / width, 0.5), 2.0) + 0.35
   figure = Figure(
     figsize=(max(cell_width * columns, 3.0), cell_height * rows + 0.35),
     dpi=120,
@@ -267,9 +266,9 @@ def plot_predictions(
     is_right = true == predicted
     right += is_right
     colour = _RIGHT if is_right else _WRONG
-    title = f"{_short(predicted)} {float(probabilities[position]):.0%}"
-    # The second line is there in every title, so that all pictures have one size.
-    title += "\n" if is_right else f"\nis {_short(true)}"
+    title = f"{_short(predicted)} ({float(probabilities[position]):.0%})"
+    # Two lines in every title, so that all pictures have one size.
+    title = f"\n{title}" if is_right else f"{title}\nis {_short(true)}"
     axes.set_title(title, color=colour, fontsize=8, pad=3)
     for spine in axes.spines.values():
       spine.set_color(colour)
@@ -411,9 +410,7 @@ def _displayable(image: np.ndarray) -> np.ndarray:
 
 
 def _short(name: str) -> str:
-  return (
-    textwrap.shorten(str(name), width=18, placeholder="…") if len(str(name)) > 18 else str(name)
-  )
+  return name if len(name) <= 18 else name[:17].rstrip() + "…"
 
 
 def _save(figure: Figure, png: str | Path) -> None:
