@@ -1,0 +1,1 @@
+"""Backbones, one file for each architecture, and the table of their names."""

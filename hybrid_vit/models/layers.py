@@ -1,0 +1,175 @@
+"""Layers that two or more networks share; what one network alone needs stays in its own file."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hybrid_vit.ops import depthwise_conv as depthwise_conv_op
+
+Initializer = Callable[..., jax.Array]
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation whose statistics are float32 whatever the compute type.
+
+  Under `jax.jit` with a sharded batch the mean is over the global batch. With `num_groups` > 1 the
+  batch is split into that many contiguous groups, each normalised by its own mean and variance, as
+  if each were one device's batch; the running figures take the groups' average.
+
+  Attributes:
+    epsilon: added to the variance.
+    momentum: of the running figures, in the sense new = momentum * old + (1 - momentum) * batch
+      (torch's momentum is 1 minus this).
+    num_groups: groups of the batch axis, in training only.
+    unbiased_variance: the running variance takes n / (n - 1) of the batch's, as torch does.
+    dtype: of the result.
+  """
+
+  epsilon: float
+  momentum: float
+  num_groups: int = 1
+  unbiased_variance: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Normalises `[B, ..., C]`.
+
+    Raises:
+      ValueError: where `num_groups` does not divide the batch.
+    """
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+    if not train:
+      factor = scale * lax.rsqrt(running_var.value + self.epsilon)
+      shift = bias - running_mean.value * factor
+      return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
+
+    groups = self.num_groups
+    if x.shape[0] % groups:
+      raise ValueError(f"batch norm: {groups} groups do not divide a batch of {x.shape[0]}")
+    grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).astype(jnp.float32)
+    axes = tuple(range(1, grouped.ndim - 1))
+    mean = grouped.mean(axes, keepdims=True)
+    # The mean of squares, not of squared distances: one pass over the map and, when the batch is
+    # sharded, one exchange of both figures.
+    var = jnp.maximum(jnp.square(grouped).mean(axes, keepdims=True) - jnp.square(mean), 0.0)
+    if not self.is_initializing():
+      count = grouped.size // (groups * channels)
+      correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
+      kept, new = self.momentum, 1.0 - self.momentum
+      batch_mean, batch_var = (s.reshape(groups, channels).mean(0) for s in (mean, var))
+      running_mean.value = kept * running_mean.value + new * batch_mean
+      running_var.value = kept * running_var.value + new * correction * batch_var
+    factor = scale * lax.rsqrt(var + self.epsilon)
+    return (grouped * factor + (bias - mean * factor)).reshape(x.shape).astype(self.dtype)
+
+
+class DropPath(nn.Module):
+  """Drops the branch of a sample with probability `rate`; the kept ones are divided by 1 - rate."""
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """`[B, ...]`; draws from the "dropout" stream in training when `rate` is not 0."""
+    if not train or self.rate == 0.0:
+      return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
+    return jnp.where(kept, x / (1.0 - self.rate), 0.0).astype(x.dtype)
+
+
+class DepthwiseConv(nn.Module):
+  """A depthwise convolution: parameters `kernel` `[kh, kw, 1, C]` and, if asked, `bias` `[C]`."""
+
+  kernel_size: tuple[int, int]
+  stride: int
+  padding: Any
+  use_bias: bool
+  kernel_init: Initializer
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (*self.kernel_size, 1, x.shape[-1])
+    kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+    x = depthwise_conv_op.depthwise_conv(
+      x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding
+    )
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+      x = x + bias.astype(self.dtype)
+    return x
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact GELU, x * Phi(x), by the error function, in float32; the dtype of `x` is kept."""
+  y = x.astype(jnp.float32)
+  return (0.5 * y * (1.0 + lax.erf(y * np.float32(np.sqrt(0.5))))).astype(x.dtype)
+
+
+def average_pool_same(x: jax.Array, window: int, stride: int) -> jax.Array:
+  """Averages windows of `[B, H, W, C]` with TensorFlow's SAME padding, which never enters the mean.
+
+  Sums in float32 and keeps the dtype of `x`. Written as a sum of strided views: on a CPU
+  `reduce_window` and its gradient are scalar loops.
+  """
+  size = x.shape[1:3]
+  pads = lax.padtype_to_pads(size, (window, window), (stride, stride), "SAME")
+  padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
+  out = [-(-n // stride) for n in size]
+  ends = [stride * (n - 1) + 1 for n in out]
+  total: Any = 0.0
+  for i in range(window):
+    for j in range(window):
+      total = total + padded[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
+  counts = []
+  for n, (low, _), cells in zip(size, pads, out):
+    start = np.arange(cells) * stride - low
+    counts.append(np.minimum(start + window, n) - np.maximum(start, 0))
+  count = np.outer(counts[0], counts[1]).astype(np.float32)[None, :, :, None]
+  return (total / count).astype(x.dtype)
+
+
+def resize_relative_table(table: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Resizes a table of relative positions `[heads, 2H-1, 2W-1]` to `(2H'-1, 2W'-1)` = `size`.
+
+  Bilinear with half-pixel centres and no antialiasing, also when shrinking (TensorFlow's
+  `tf.image.resize`). An equal size is returned as it is.
+  """
+  if table.shape[1:] == tuple(size):
+    return table
+  shape = (table.shape[0], *size)
+  return jax.image.resize(table, shape, method="bilinear", antialias=False)
+
+
+def relative_position_bias(table: jax.Array, window: tuple[int, int]) -> jax.Array:
+  """Spreads a table `[heads, 2H-1, 2W-1]` over pairs of cells: `[heads, H*W queries, H*W keys]`.
+
+  The entry of a pair is at row (key row - query row + H - 1), columns alike. It takes no gather:
+  repeating a row of length 2n and cutting the repetition into rows of length 2n - 1 moves each row
+  by one, and the gradient of that is a plain sum.
+  """
+  heads = table.shape[0]
+  height, width = window
+  if table.shape[1:] != (2 * height - 1, 2 * width - 1):
+    raise ValueError(f"a table of {table.shape} does not belong to a window of {window}")
+
+  def spread(t: jax.Array, n: int) -> jax.Array:  # [..., 2n - 1] -> [..., n queries, n keys]
+    t = jnp.pad(t, [(0, 0)] * (t.ndim - 1) + [(0, 1)])
+    t = jnp.broadcast_to(t[..., None, :], (*t.shape[:-1], n, 2 * n)).reshape(*t.shape[:-1], -1)
+    t = t[..., : n * (2 * n - 1)].reshape(*t.shape[:-1], n, 2 * n - 1)
+    return t[..., n - 1 :]
+
+  by_column = spread(table, width)  # [heads, 2H-1, Wq, Wk]
+  by_row = spread(jnp.moveaxis(by_column, 1, -1), height)  # [heads, Wq, Wk, Hq, Hk]
+  return by_row.transpose(0, 3, 1, 4, 2).reshape(heads, height * width, height * width)

@@ -1,0 +1,183 @@
+"""Depthwise convolution: one signature, a reference form and a form made for CPUs.
+
+XLA's grouped convolution runs tens of times slower on a CPU than the arithmetic needs. The
+shift-and-add form multiplies one shifted view of the input by one kernel value at a time, which
+compiles to plain vector loops; its gradient is written out, because the transpose that JAX derives
+(a pad for each kernel value) would lose the gain again. `hybrid_vit.tools.benchmark` prints the
+times of both forms.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+FORMS = ("reference", "shift_add")
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def depthwise_conv(
+  x: jax.Array,
+  kernel: jax.Array,
+  *,
+  stride: int | tuple[int, int] = 1,
+  padding: str | Sequence[tuple[int, int]] = "SAME",
+  form: str | None = None,
+) -> jax.Array:
+  """Convolves every channel with its own kernel.
+
+  Args:
+    x: `[B, H, W, C]`, any floating dtype.
+    kernel: `[kh, kw, 1, C]`; it is cast to the dtype of `x`.
+    stride: of both directions, or (rows, columns).
+    padding: "SAME" (TensorFlow's: the odd cell goes after), "VALID", or explicit
+      `((top, bottom), (left, right))` zeros.
+    form: "reference" or "shift_add"; None takes the one measured fastest on the default backend.
+
+  Returns:
+    `[B, H', W', C]` in the dtype of `x`. The shift-and-add form sums in float32 whatever that is.
+
+  Raises:
+    ValueError: for shapes, paddings or forms that do not fit.
+  """
+  if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]):
+    raise ValueError(
+      f"depthwise_conv: x must be [B, H, W, C] and kernel [kh, kw, 1, C]; got {x.shape} and "
+      f"{kernel.shape}"
+    )
+  strides = (stride, stride) if isinstance(stride, int) else (stride[0], stride[1])
+  kernel_size = (kernel.shape[0], kernel.shape[1])
+  pads = _explicit_padding(x.shape[1:3], kernel_size, strides, padding)
+  for axis, size in enumerate(x.shape[1:3]):
+    if size + sum(pads[axis]) < kernel_size[axis]:
+      raise ValueError(
+        f"depthwise_conv: the padded input, {size} + {pads[axis]}, is smaller than the kernel, "
+        f"{kernel_size[axis]}"
+      )
+  if form is None:
+    form = default_form()
+  kernel = kernel.astype(x.dtype)
+  if form == "reference":
+    return _reference(x, kernel, strides, pads)
+  if form == "shift_add":
+    return _shift_add(x, kernel, strides, pads)
+  raise ValueError(f"depthwise_conv: unknown form {form!r}; known: {', '.join(FORMS)}")
+
+
+def default_form() -> str:
+  """The form that `depthwise_conv` takes when none is named."""
+  return "shift_add" if jax.default_backend() == "cpu" else "reference"
+
+
+def _explicit_padding(size, kernel_size, strides, padding) -> Pads:
+  if isinstance(padding, str):
+    if padding.upper() not in ("SAME", "VALID"):
+      raise ValueError(f"depthwise_conv: padding is SAME, VALID or explicit pairs, not {padding!r}")
+    pairs = lax.padtype_to_pads(size, kernel_size, strides, padding.upper())
+  else:
+    pairs = padding
+  (top, bottom), (left, right) = pairs
+  if min(top, bottom, left, right) < 0:
+    raise ValueError(f"depthwise_conv: padding must not be negative, got {padding!r}")
+  return (int(top), int(bottom)), (int(left), int(right))
+
+
+def _reference(x, kernel, strides, pads):
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=strides,
+    padding=pads,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=x.shape[-1],
+  )
+
+
+# The shift-and-add form. Its pieces are jitted under names of their own, so that a repeated block
+# is traced once and `tools.summarize` can tell them from ordinary element-wise work.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _shift_add(x, kernel, strides, pads):
+  return depthwise_conv_shift_add(x, kernel, strides, pads)
+
+
+def _shift_add_forward(x, kernel, strides, pads):
+  return depthwise_conv_shift_add(x, kernel, strides, pads), (x, kernel)
+
+
+def _shift_add_backward(strides, pads, residuals, g):
+  x, kernel = residuals
+  # Gradient of the input: the gradient of the output, spread by the stride, convolved with the
+  # kernel turned by 180 degrees.
+  back: list[tuple[int, int, int]] = [(0, 0, 0)]
+  for axis in (0, 1):
+    size, k, s = x.shape[1 + axis], kernel.shape[axis], strides[axis]
+    low = k - 1 - pads[axis][0]
+    spread = (g.shape[1 + axis] - 1) * s + 1
+    # lax.pad takes negative counts as cropping: padding beyond the kernel is cropped away again.
+    back.append((low, size + k - 1 - spread - low, s - 1))
+  back.append((0, 0, 0))
+  spread_g = lax.pad(g, jnp.zeros((), g.dtype), back)
+  turned = kernel[::-1, ::-1]
+  dx = depthwise_conv_shift_add(spread_g, turned, (1, 1), ((0, 0), (0, 0)))
+  dk = depthwise_conv_kernel_gradient(x, g, kernel.shape[:2], strides, pads)
+  return dx, dk.astype(kernel.dtype)
+
+
+_shift_add.defvjp(_shift_add_forward, _shift_add_backward)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def depthwise_conv_shift_add(x, kernel, strides, pads):
+  """The sum over kernel positions of a shifted view of `x` times one kernel value."""
+  kh, kw = kernel.shape[:2]
+  padded = jnp.pad(x, ((0, 0), *pads, (0, 0))).astype(jnp.float32)
+  rows = (padded.shape[1] - kh) // strides[0] + 1
+  columns = (padded.shape[2] - kw) // strides[1] + 1
+  kernel = kernel.astype(jnp.float32)
+  total = jnp.zeros((), jnp.float32)
+  for i in range(kh):
+    for j in range(kw):
+      shifted = lax.slice(
+        padded,
+        (0, i, j, 0),
+        (
+          x.shape[0],
+          i + strides[0] * (rows - 1) + 1,
+          j + strides[1] * (columns - 1) + 1,
+          x.shape[3],
+        ),
+        (1, *strides, 1),
+      )
+      total = total + shifted * kernel[i, j, 0]
+  return total.astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def depthwise_conv_kernel_gradient(x, g, kernel_size, strides, pads):
+  """Gradient `[kh, kw, 1, C]`, float32: for each kernel position, the sum of shifted `x` times `g`.
+
+  It goes row by row with one accumulator a kernel position and sums the rest at the end: XLA's
+  reductions over leading axes are scalar loops on a CPU, element-wise accumulation is not.
+  """
+  kh, kw = kernel_size
+  padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  batch, rows, columns, channels = g.shape
+
+  def add_row(row, sums):
+    g_row = lax.dynamic_index_in_dim(g, row, axis=1, keepdims=False).astype(jnp.float32)
+    x_rows = lax.dynamic_slice_in_dim(padded, row * strides[0], kh, axis=1).astype(jnp.float32)
+    products = []
+    for i in range(kh):
+      for j in range(kw):
+        limit = (batch, j + strides[1] * (columns - 1) + 1, channels)
+        shifted = lax.slice(x_rows[:, i], (0, j, 0), limit, (1, strides[1], 1))
+        products.append(sums[i * kw + j] + shifted * g_row)
+    return tuple(products)
+
+  zeros = tuple(jnp.zeros((batch, columns, channels), jnp.float32) for _ in range(kh * kw))
+  sums = lax.fori_loop(0, rows, add_row, zeros)
+  return jnp.stack([s.sum((0, 1)) for s in sums]).reshape(kh, kw, 1, channels)

@@ -1,0 +1,281 @@
+"""Optimizers and schedules, told by regex which parameters they concern.
+
+Every list of rules is of pairs (regex, value), matched with `re.search` against a parameter's path
+("stage3/block0/attention/query/kernel"); the first match wins. Each parameter must be covered and
+each rule must match, since a rule that silently matches nothing is the usual way for a recipe to
+be wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hybrid_vit.config import Config
+from hybrid_vit.sharding import path_name
+
+Schedule = Callable[[Any], Any]
+
+OPTIMIZERS = ("adamw", "lamb", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+
+# Biases, scales of norms and position tables are vectors or lookups: decaying them helps nobody.
+DEFAULT_WEIGHT_DECAY_RULES = (
+  (r"(^|/)(bias|scale)$", 0.0),
+  (r".*", 1.0),
+)
+
+
+def match_rules(
+  params: Any, rules: Sequence[tuple[str, Any]], *, field: str, must_match: bool = True
+) -> Any:
+  """A tree like `params` that holds, for each parameter, the value of the first rule that matches.
+
+  Raises:
+    ValueError: a parameter that no rule covers, or a rule that matches no parameter.
+  """
+  used: set[str] = set()
+
+  def value(path: Sequence[Any], _: Any) -> Any:
+    name = path_name(path)
+    for regex, result in rules:
+      if re.search(regex, name):
+        used.add(regex)
+        return result
+    raise ValueError(f"{field}: no rule covers parameter {name!r}; end the list with ('.*', ...)")
+
+  tree = jax.tree_util.tree_map_with_path(value, params)
+  unused = [regex for regex, _ in rules if regex not in used and regex != ".*"]
+  if unused and must_match:
+    example = path_name(jax.tree_util.tree_leaves_with_path(params)[0][0])
+    raise ValueError(
+      f"{field}: rule {unused[0]!r} matches no parameter (they are named like {example!r})"
+    )
+  return tree
+
+
+def make_schedule(
+  name: str,
+  *,
+  peak: float,
+  total_steps: int,
+  warmup_steps: int = 0,
+  warmup_start: float = 0.0,
+  end: float = 0.0,
+) -> Schedule:
+  """Learning rate as a function of the step.
+
+  A linear warm-up from `warmup_start` to `peak` over `warmup_steps`, then cosine or linear to `end`
+  at `total_steps`, or constant at `peak`. The first step of a warm-up from 0 has rate
+  peak/warmup_steps, not 0, so that no step is lost.
+
+  Raises:
+    ValueError: unknown name, or a warm-up that is not shorter than the training.
+  """
+  if name not in SCHEDULES:
+    raise ValueError(f"schedule {name!r} is not one of {', '.join(SCHEDULES)}")
+  if warmup_steps and warmup_steps >= total_steps:
+    raise ValueError(
+      f"a warm-up of {warmup_steps} steps leaves nothing of a training of {total_steps} steps: "
+      "shorten config.optimizer.schedule.warmup_epochs (or warmup_steps)"
+    )
+
+  def schedule(step: Any) -> Any:
+    step = jnp.asarray(step, jnp.float32)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    progress = jnp.clip(progress, 0.0, 1.0)
+    if name == "cosine":
+      rate = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    elif name == "linear":
+      rate = peak + (end - peak) * progress
+    else:
+      rate = jnp.full_like(progress, peak)
+    if warmup_steps:
+      fraction = (step + 1.0) / warmup_steps
+      warm = warmup_start + (peak - warmup_start) * fraction
+      rate = jnp.where(step < warmup_steps, warm, rate)
+    return rate
+
+  return schedule
+
+
+def schedule_from_config(config: Config, *, total_steps: int, steps_per_epoch: int) -> Schedule:
+  """`config.optimizer` → schedule; a batch size of reference scales the rate linearly."""
+  rate = float(config.learning_rate) * learning_rate_scale(config)
+  fields = config.group("schedule")
+  warmup_steps = fields.get("warmup_steps")
+  if warmup_steps is None:
+    warmup_steps = round(fields.get("warmup_epochs", 0) * steps_per_epoch)
+  name = fields.choice("name", SCHEDULES, "cosine")
+  # A constant schedule has no end; reading the field there would hide that it is not used.
+  end = 0.0 if name == "constant" else float(fields.get("end_learning_rate", 0.0))
+  return make_schedule(
+    name,
+    peak=rate,
+    total_steps=total_steps,
+    warmup_steps=int(warmup_steps),
+    warmup_start=float(fields.get("warmup_start_learning_rate", 0.0)) if warmup_steps else 0.0,
+    end=end,
+  )
+
+
+def learning_rate_scale(config: Config) -> float:
+  """`batch_size / learning_rate_batch_size`, 1 where the configuration names none.
+
+  `config.optimizer.batch_size` is filled in by the trainer from `config.data.batch_size`.
+  """
+  reference = config.get("learning_rate_batch_size")
+  return float(config.batch_size) / float(reference) if reference else 1.0
+
+
+def make_optimizer(config: Config, params: Any, schedule: Schedule) -> optax.GradientTransformation:
+  """`config.optimizer` → an optax chain.
+
+  Order: clip the global norm, precondition (Adam, LAMB) or accumulate momentum (SGD), decoupled
+  weight decay (for SGD coupled, before the momentum, as torch does), trust ratio (LAMB), then the
+  learning rate times each parameter's own factor. Frozen parameters have no optimizer state.
+
+  Args:
+    config: fields `name`, `b1`, `b2`, `eps` (AdamW, LAMB), `momentum`, `nesterov` (SGD),
+      `weight_decay`, `weight_decay_rules`, `gradient_clip_norm`, `freeze` (regexes),
+      `learning_rate_rules` (regex, factor), `layer_decay` (`rate`, `layers`: regex, depth).
+    params: parameters or their `jax.ShapeDtypeStruct`.
+    schedule: learning rate by step.
+
+  Raises:
+    ValueError: a parameter that rules do not cover, or a rule that matches none.
+  """
+  name = config.choice("name", OPTIMIZERS)
+  decay = _decay_transform(config, params)
+  if name == "sgd":
+    core = [
+      *decay,
+      optax.trace(
+        decay=float(config.get("momentum", 0.9)), nesterov=bool(config.get("nesterov", False))
+      ),
+    ]
+  else:
+    adam = optax.scale_by_adam(
+      b1=float(config.get("b1", 0.9)),
+      b2=float(config.get("b2", 0.999)),
+      eps=float(config.get("eps", 1e-8 if name == "adamw" else 1e-6)),
+    )
+    core = [adam, *decay]
+    if name == "lamb":
+      core.append(optax.scale_by_trust_ratio())
+
+  factors = learning_rate_factors(config, params)
+  if factors is not None:
+    core.append(_scale_by_tree(factors))
+  core.append(optax.scale_by_learning_rate(schedule))
+  optimizer = optax.chain(*core)
+
+  frozen = frozen_parameters(config, params)
+  if frozen is not None:
+    labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
+    optimizer = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+  clip_norm = config.get("gradient_clip_norm")
+  if clip_norm:
+    # Before the partition, so that a frozen part's gradient, zeroed here, does not count.
+    clip: list[optax.GradientTransformation] = []
+    if frozen is not None:
+      clip.append(_scale_by_tree(jax.tree.map(lambda is_frozen: 0.0 if is_frozen else 1.0, frozen)))
+    optimizer = optax.chain(*clip, optax.clip_by_global_norm(float(clip_norm)), optimizer)
+  return optimizer
+
+
+def _decay_transform(config: Config, params: Any) -> list[optax.GradientTransformation]:
+  weight_decay = float(config.get("weight_decay", 0.0))
+  if not weight_decay:
+    return []
+  rules = config.get("weight_decay_rules")
+  # Our own default serves every network; rules somebody wrote must each match something.
+  factors = match_rules(
+    params,
+    rules or DEFAULT_WEIGHT_DECAY_RULES,
+    field="config.optimizer.weight_decay_rules",
+    must_match=rules is not None,
+  )
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    if params is None:
+      raise ValueError("weight decay needs the parameters: optimizer.update(grads, state, params)")
+    updates = jax.tree.map(
+      lambda u, p, f: u if f == 0.0 or isinstance(u, optax.MaskedNode) else u + weight_decay * f * p,
+      updates,
+      params,
+      _like(updates, factors),
+      is_leaf=_is_masked,
+    )
+    return updates, state
+
+  return [optax.GradientTransformation(lambda _: optax.EmptyState(), update)]
+
+
+def _scale_by_tree(factors: Any) -> optax.GradientTransformation:
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    del params
+    scaled = jax.tree.map(
+      lambda u, f: u if isinstance(u, optax.MaskedNode) else u * f,
+      updates,
+      _like(updates, factors),
+      is_leaf=_is_masked,
+    )
+    return scaled, state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
+
+
+def _like(updates: Any, factors: Any) -> Any:
+  """`factors` in the very containers of `updates` (a partition masks leaves it does not own)."""
+  return jax.tree.unflatten(
+    jax.tree.structure(updates, is_leaf=_is_masked), jax.tree.leaves(factors)
+  )
+
+
+def frozen_parameters(config: Config, params: Any) -> Any:
+  """A tree of booleans, or None where `config.optimizer.freeze` names nothing."""
+  regexes = config.get("freeze", ())
+  if not regexes:
+    return None
+  rules = [(regex, True) for regex in regexes] + [(".*", False)]
+  return match_rules(params, rules, field="config.optimizer.freeze")
+
+
+def learning_rate_factors(config: Config, params: Any) -> Any:
+  """Each parameter's factor of the learning rate, or None where all are 1.
+
+  `layer_decay=dict(rate=0.8, layers=(("^stem", 0), ("^stage1", 1), …, ("^head", 5)))` gives a
+  parameter of depth d the factor rate^(deepest - d).
+  """
+  factors = None
+  layer_decay = config.get("layer_decay")
+  if layer_decay is not None:
+    layers = tuple(layer_decay.layers)
+    rate = float(layer_decay.rate)
+    deepest = max(depth for _, depth in layers)
+    depths = match_rules(params, layers, field="config.optimizer.layer_decay.layers")
+    factors = jax.tree.map(lambda depth: rate ** (deepest - depth), depths)
+  rules = config.get("learning_rate_rules")
+  if rules:
+    own = match_rules(params, rules, field="config.optimizer.learning_rate_rules")
+    factors = own if factors is None else jax.tree.map(lambda a, b: a * b, factors, own)
+  return factors
+
+
+def scale_of(params: Any, rules: Sequence[tuple[str, Any]], name: str) -> Any:
+  """The value the rules give to the parameter `name`: for people who check a recipe."""
+  tree = match_rules(params, rules, field="rules", must_match=False)
+  for path, value in jax.tree_util.tree_leaves_with_path(tree):
+    if path_name(path) == name:
+      return value
+  raise KeyError(f"no parameter {name!r}")

@@ -1,0 +1,201 @@
+"""Where arrays live: the mesh, the rules from parameter names to PartitionSpecs, start-up.
+
+Two lines of a configuration say all of it:
+
+    config.mesh = dict(data=-1, fsdp=8, tensor=1)
+    config.sharding_rules = (("attention/(query|key|value)/kernel", (None, "tensor")), (".*", "fsdp"))
+
+The batch is split over `data` and `fsdp` together. A rule's layout is "fsdp" (the largest dimension
+that the axis divides is split, small arrays are kept whole), "replicated", or an explicit tuple of
+axis names. Every parameter must be covered, every rule must match something.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+DEFAULT_RULES: tuple[tuple[str, Any], ...] = ((".*", "fsdp"),)
+
+# Arrays below this size are kept whole: gathering them would cost more than they weigh.
+MIN_SHARDED_SIZE = 1024
+
+
+def mesh_shape(axis_sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
+  """Sizes of the axes `AXES` for so many devices; one axis may be -1, "all that is left".
+
+  Raises:
+    ValueError: an unknown axis, two -1, or sizes whose product is not the number of devices.
+  """
+  unknown = set(axis_sizes) - set(AXES)
+  if unknown:
+    raise ValueError(f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}")
+  sizes = [int(axis_sizes.get(axis, 1)) for axis in AXES]
+  free = [i for i, size in enumerate(sizes) if size == -1]
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"mesh sizes {dict(zip(AXES, sizes))}: positive numbers and at most one -1")
+  fixed = math.prod(size for size in sizes if size != -1)
+  if free:
+    sizes[free[0]] = num_devices // fixed
+  if math.prod(sizes) != num_devices:
+    raise ValueError(
+      f"mesh {dict(zip(AXES, sizes))} needs a multiple of {fixed} devices, and {num_devices} are "
+      "here: change config.mesh, or the number of devices"
+      if free
+      else f"mesh {dict(zip(AXES, sizes))} needs {fixed} devices, and {num_devices} are here: "
+      "change config.mesh, or write -1 for one axis"
+    )
+  return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with the axes `AXES` over all devices (of all processes)."""
+  devices = list(devices) if devices is not None else jax.devices()
+  shape = mesh_shape(axis_sizes, len(devices))
+  # Auto: Linen's convolutions cannot say their output's sharding, as explicit axes would ask.
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Leading axis over `data` and `fsdp`, the rest whole."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """"stage1/block0/conv/kernel" for a key path of `jax.tree_util`."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def leaf_names(tree: Any) -> list[str]:
+  """Path of every leaf, in the order of `jax.tree.leaves`."""
+  return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def largest_divisible_spec(shape: Sequence[int], axis: str, axis_size: int) -> PartitionSpec:
+  """Splits the largest dimension that `axis` divides; small or indivisible arrays stay whole."""
+  if axis_size > 1 and math.prod(shape) >= MIN_SHARDED_SIZE:
+    divisible = [i for i, size in enumerate(shape) if size % axis_size == 0]
+    if divisible:
+      chosen = max(divisible, key=lambda i: (shape[i], i))
+      return PartitionSpec(*(axis if i == chosen else None for i in range(len(shape))))
+  return PartitionSpec()
+
+
+def state_shardings(
+  state: Any, rules: Sequence[tuple[str, Any]], mesh: Mesh, *, params_key: str = "params"
+) -> Any:
+  """A NamedSharding for every leaf of a state.
+
+  The rules are matched (`re.search`, first match wins) against the leaf's path. Optimizer state and
+  EMA carry the parameters' paths within their own, so that they land beside their parameters.
+
+  Args:
+    state: tree of arrays or `jax.ShapeDtypeStruct`.
+    rules: pairs (regex, layout), see the head of this file.
+    mesh: the mesh.
+    params_key: the branch of `state` whose every leaf must be covered by the rules.
+
+  Raises:
+    ValueError: a parameter no rule covers, a rule that matches none, an axis that does not exist
+      or does not divide the dimension it is put on.
+  """
+  used: set[str] = set()
+
+  def sharding(path: Sequence[Any], leaf: Any) -> NamedSharding:
+    name = path_name(path)
+    # Typed PRNG keys and scalars are tiny: every device holds them.
+    if not leaf.shape:
+      return replicated(mesh)
+    for regex, layout in rules:
+      if re.search(regex, name):
+        used.add(regex)
+        return NamedSharding(mesh, _layout_spec(name, leaf.shape, layout, mesh))
+    if name.split("/")[0] == params_key:
+      raise ValueError(
+        f"no sharding rule covers parameter {name!r}: end config.sharding_rules with (\".*\", ...)"
+      )
+    return replicated(mesh)
+
+  result = jax.tree_util.tree_map_with_path(sharding, state)
+  for regex, _ in rules:
+    if regex not in used and regex != ".*":
+      raise ValueError(f"sharding rule {regex!r} matches no parameter: remove or correct it")
+  return result
+
+
+def _layout_spec(name: str, shape: Sequence[int], layout: Any, mesh: Mesh) -> PartitionSpec:
+  if layout == "replicated":
+    return PartitionSpec()
+  if layout == "fsdp":
+    return largest_divisible_spec(shape, "fsdp", mesh.shape["fsdp"])
+  if isinstance(layout, str):
+    raise ValueError(
+      f"sharding layout {layout!r}: 'fsdp', 'replicated' or a tuple of axis names was expected"
+    )
+  if len(layout) > len(shape):
+    raise ValueError(f"sharding layout {layout!r} is longer than the shape {shape} of {name!r}")
+  for dimension, axes in enumerate(layout):
+    for axis in (axes,) if isinstance(axes, str) else (axes or ()):
+      if axis not in mesh.shape:
+        raise ValueError(f"sharding layout {layout!r} of {name!r}: axes are {', '.join(AXES)}")
+      if shape[dimension] % mesh.shape[axis]:
+        raise ValueError(
+          f"{name!r} has shape {tuple(shape)}: dimension {dimension} cannot be split over "
+          f"{mesh.shape[axis]} devices of axis {axis!r}; choose another dimension or 'fsdp'"
+        )
+  return PartitionSpec(*(tuple(a) if isinstance(a, list) else a for a in layout))
+
+
+def shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
+  """Bytes of a leaf that one device holds."""
+  dtype = leaf.dtype
+  if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    return 8
+  return int(math.prod(sharding.shard_shape(tuple(leaf.shape)))) * np.dtype(dtype).itemsize
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+  """This process's rows of a batch → one global array per key."""
+  return {
+    key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+    for key, value in batch.items()
+  }
+
+
+def initialize_distributed() -> None:
+  """Joins the processes of a pod, of a SLURM job, or of a hand-made group.
+
+  TPU pods and SLURM, MPI and GKE jobs are recognised by JAX itself. Elsewhere one process per
+  host is told by the environment: `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID`.
+
+  Raises:
+    ValueError: the environment names a coordinator but not the number or the process.
+  """
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  number, process = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+  if address and (number is None) != (process is None):
+    raise ValueError(
+      "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too, or neither "
+      "(on a cluster that JAX recognises)"
+    )
+  if address and number is not None and process is not None:
+    jax.distributed.initialize(
+      coordinator_address=address, num_processes=int(number), process_id=int(process)
+    )
+  else:
+    jax.distributed.initialize()
