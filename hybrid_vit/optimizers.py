@@ -271,11 +271,3 @@ def learning_rate_factors(config: Config, params: Any) -> Any:
     factors = own if factors is None else jax.tree.map(lambda a, b: a * b, factors, own)
   return factors
 
-
-def scale_of(params: Any, rules: Sequence[tuple[str, Any]], name: str) -> Any:
-  """The value the rules give to the parameter `name`: for people who check a recipe."""
-  tree = match_rules(params, rules, field="rules", must_match=False)
-  for path, value in jax.tree_util.tree_leaves_with_path(tree):
-    if path_name(path) == name:
-      return value
-  raise KeyError(f"no parameter {name!r}")
