@@ -22,7 +22,7 @@ _INIT = nn.initializers.normal(0.02)
 _BATCH_NORM_EPSILON = 1e-3
 _BATCH_NORM_MOMENTUM = 0.99
 
-Window = tuple[int, int] | int | None
+Size = tuple[int, int] | int
 
 
 class MOAT(nn.Module):
@@ -49,8 +49,8 @@ class MOAT(nn.Module):
     pad_windows: pad and mask windows that do not divide the map; when False they are an error.
     global_attention_at_end: the last block of each "moat" stage attends globally.
     position_bias: a trained table of relative positions in each attention.
-    position_sizes: side of the map for which each stage's table is made; other windows take the
-      table resized.
+    position_sizes: size of the map for which each stage's table is made, (rows, columns) or one
+      number; other windows take the table resized.
     pool_size: window of the shortcut's average pooling: 2 for classification, 3 for dense tasks.
     layer_norm_epsilon: of every layer norm.
     drop_path_rate: of the last block, were the ramp to reach it: block i of n has rate * i / n.
@@ -69,11 +69,11 @@ class MOAT(nn.Module):
   expansion: int = 4
   se_ratio: float | None = 0.25
   head_size: int = 32
-  window_sizes: tuple[Window, ...] = (None, None, None, None)
+  window_sizes: tuple[Size | None, ...] = (None, None, None, None)
   pad_windows: bool = True
   global_attention_at_end: bool = False
   position_bias: bool = True
-  position_sizes: tuple[int | None, ...] = (None, None, 14, 7)
+  position_sizes: tuple[Size | None, ...] = (None, None, 14, 7)
   pool_size: int = 2
   layer_norm_epsilon: float = 1e-5
   drop_path_rate: float = 0.0
@@ -120,9 +120,11 @@ class MOAT(nn.Module):
           se_ratio=None if attends else self.se_ratio,
           attends=attends,
           head_size=self.head_size,
-          window=(window, window) if isinstance(window, int) else window,
+          window=_pair(window),
           pad_windows=self.pad_windows,
-          position_size=self.position_sizes[stage] if attends and self.position_bias else None,
+          position_size=_pair(self.position_sizes[stage])
+          if attends and self.position_bias
+          else None,
           layer_norm_epsilon=self.layer_norm_epsilon,
           drop_path_rate=self.drop_path_rate * index / total,
           batch_norm_groups=self.batch_norm_groups,
@@ -207,7 +209,7 @@ class Block(nn.Module):
   head_size: int
   window: tuple[int, int] | None
   pad_windows: bool
-  position_size: int | None
+  position_size: tuple[int, int] | None
   layer_norm_epsilon: float
   drop_path_rate: float
   batch_norm_groups: int
@@ -280,14 +282,14 @@ class Attention(nn.Module):
     head_size: channels of a head.
     window: (rows, columns), or None for the whole map.
     pad_windows: see `MOAT`.
-    position_size: side of the map for which the table is made; None for no position bias.
+    position_size: (rows, columns) for which the table is made; None for no position bias.
     dtype: of the computation; logits, bias and softmax are float32.
   """
 
   head_size: int
   window: tuple[int, int] | None
   pad_windows: bool
-  position_size: int | None
+  position_size: tuple[int, int] | None
   dtype: Any
 
   @nn.compact
@@ -308,8 +310,9 @@ class Attention(nn.Module):
     query = query * self.head_size**-0.5
     logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
     if self.position_size is not None:
-      side = 2 * self.position_size - 1
-      table = self.param("position_table", _INIT, (heads, side, side), jnp.float32)
+      rows, columns = self.position_size
+      shape = (heads, 2 * rows - 1, 2 * columns - 1)
+      table = self.param("position_table", _INIT, shape, jnp.float32)
       table = layers.resize_relative_table(table, (2 * window[0] - 1, 2 * window[1] - 1))
       logits = logits + layers.relative_position_bias(table, window)
     if mask is not None:
@@ -320,6 +323,10 @@ class Attention(nn.Module):
       out
     )
     return windows_op.merge_windows(out, window, (size[0], size[1]))
+
+
+def _pair(size: Size | None) -> tuple[int, int] | None:
+  return (size, size) if isinstance(size, int) else size
 
 
 def _batch_norm(module: Any, name: str) -> layers.BatchNorm:

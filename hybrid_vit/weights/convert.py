@@ -1,0 +1,127 @@
+"""Authors' weights to ours and back: strict, by one key map for each family of models.
+
+A key map is a function from the path of one of our variables ("params/stem/conv_0/kernel") to the
+`OfficialKey` that holds the same numbers in the authors' checkpoint.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+  return x
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialKey:
+  """A tensor of the authors' checkpoint, and its layout.
+
+  Attributes:
+    name: in the checkpoint.
+    to_ours: changes the authors' layout to ours.
+    to_theirs: the inverse of `to_ours`.
+  """
+
+  name: str
+  to_ours: Callable[[np.ndarray], np.ndarray] = _same
+  to_theirs: Callable[[np.ndarray], np.ndarray] = _same
+
+
+KeyMap = Callable[[str], OfficialKey]
+
+
+@dataclasses.dataclass
+class ImportReport:
+  """What became of the tensors.
+
+  Attributes:
+    loaded: paths of our variables that took the checkpoint's numbers.
+    initialised: paths that kept the template's numbers, each with the reason.
+    unused: names in the checkpoint that no variable asked for.
+  """
+
+  loaded: list[str] = dataclasses.field(default_factory=list)
+  initialised: dict[str, str] = dataclasses.field(default_factory=dict)
+  unused: list[str] = dataclasses.field(default_factory=list)
+
+  def __str__(self) -> str:
+    lines = [f"loaded: {len(self.loaded)} variables"]
+    lines.append(f"initialised anew: {len(self.initialised)}")
+    lines += [f"  {path}: {reason}" for path, reason in self.initialised.items()]
+    lines.append(f"unused in the checkpoint: {len(self.unused)}")
+    lines += [f"  {name}" for name in self.unused]
+    return "\n".join(lines)
+
+
+def import_weights(
+  weights: Mapping[str, np.ndarray],
+  template: Mapping[str, Any],
+  key_map: KeyMap,
+  *,
+  may_initialise: str = r"(?!)",
+  may_ignore: str = r"(?!)",
+) -> tuple[dict[str, Any], ImportReport]:
+  """Fills variables with the authors' numbers.
+
+  Args:
+    weights: name in the checkpoint to array, in the authors' layout.
+    template: the model's variables, as `init` or `jax.eval_shape` of it gives them.
+    key_map: of the model's family.
+    may_initialise: pattern (`re.search`) of the paths of ours that may keep the template's numbers
+      where the checkpoint has none, or has another shape; none by default.
+    may_ignore: pattern of the checkpoint's names that may stay unused; none by default.
+
+  Returns:
+    (variables with the template's tree, shapes and dtypes, the report).
+
+  Raises:
+    ValueError: with all three lists, where something is missing, misshapen or left over and the
+      patterns do not allow it.
+  """
+  report = ImportReport()
+  filled, asked, wrong = {}, set(), []
+  for path, leaf in traverse_util.flatten_dict(dict(template), sep="/").items():
+    key = key_map(path)
+    asked.add(key.name)
+    value, reason = None, ""
+    if key.name not in weights:
+      reason = f"the checkpoint has no {key.name}"
+    else:
+      value = key.to_ours(np.asarray(weights[key.name]))
+      if value.shape != tuple(leaf.shape):
+        reason = f"{key.name} has shape {value.shape}, the model {tuple(leaf.shape)}"
+    if not reason and value is not None:
+      report.loaded.append(path)
+      filled[path] = value.astype(leaf.dtype)
+    else:
+      report.initialised[path] = reason
+      filled[path] = leaf
+      if not re.search(may_initialise, path):
+        wrong.append(f"{path}: {reason}")
+  report.unused = [name for name in weights if name not in asked]
+  wrong += [
+    f"{name}: no variable takes it" for name in report.unused if not _allowed(may_ignore, name)
+  ]
+  if wrong:
+    raise ValueError(
+      "the checkpoint does not fit the model:\n  " + "\n  ".join(wrong) + f"\n{report}"
+    )
+  return traverse_util.unflatten_dict(filled, sep="/"), report
+
+
+def export_weights(variables: Mapping[str, Any], key_map: KeyMap) -> dict[str, np.ndarray]:
+  """The authors' names and layouts for our variables: the inverse of `import_weights`."""
+  weights = {}
+  for path, leaf in traverse_util.flatten_dict(dict(variables), sep="/").items():
+    key = key_map(path)
+    weights[key.name] = key.to_theirs(np.asarray(leaf))
+  return weights
+
+
+def _allowed(pattern: str, name: str) -> bool:
+  return re.search(pattern, name) is not None
