@@ -111,17 +111,26 @@ class Checkpointer:
     self._best = _manager(self._workdir / "best", 1)
     self._best_value = self._read_best_value()
 
-  def should_save(self, step: int) -> bool:
-    """Whether it is time, by steps or by minutes; the same on every process."""
+  def should_save(self, step: int, *, ask_clock: bool) -> bool:
+    """Whether it is time; the same on every process.
+
+    Args:
+      step: finished steps.
+      ask_clock: whether to look at the clock too. With several processes that is a message, since
+        their clocks differ and process 0 decides; so ask now and then.
+    """
     if self._every_steps and step % self._every_steps == 0:
       return True
-    if self._every_seconds is None:
+    if self._every_seconds is None or not ask_clock:
       return False
     due = time.monotonic() - self._last_time >= self._every_seconds
     if jax.process_count() > 1:
-      # Clocks differ: process 0 decides. Callers ask at log lines only, so this is rare.
       due = bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
     return due
+
+  def steps(self) -> list[int]:
+    """Steps of the kept states, the newest first."""
+    return sorted(self._latest.all_steps(), reverse=True)
 
   def preempted(self, step: int) -> bool:
     """Whether the cluster has told some process to stop (only under `jax.distributed`)."""

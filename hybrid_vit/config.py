@@ -108,6 +108,10 @@ class Config:
     self._mark(self._values, self._path)
     return dict(self._values)
 
+  def resolved(self) -> dict[str, Any]:
+    """The whole group as a plain dict for the record; nothing of it counts as read."""
+    return dict(self._values)
+
   def _mark(self, values: Mapping[str, Any], path: str) -> None:
     for name, value in values.items():
       self._asked.add(f"{path}.{name}")

@@ -104,9 +104,12 @@ def make_schedule(
   return schedule
 
 
-def schedule_from_config(config: Config, *, total_steps: int, steps_per_epoch: int) -> Schedule:
-  """`config.optimizer` → schedule; a batch size of reference scales the rate linearly."""
-  rate = float(config.learning_rate) * learning_rate_scale(config)
+def schedule_from_config(
+  config: Config, *, batch_size: int, total_steps: int, steps_per_epoch: int
+) -> Schedule:
+  """`config.optimizer` → schedule; with `learning_rate_batch_size` the rate is scaled linearly."""
+  reference = config.get("learning_rate_batch_size")
+  rate = float(config.learning_rate) * (batch_size / reference if reference else 1.0)
   fields = config.group("schedule")
   warmup_steps = fields.get("warmup_steps")
   if warmup_steps is None:
@@ -122,15 +125,6 @@ def schedule_from_config(config: Config, *, total_steps: int, steps_per_epoch: i
     warmup_start=float(fields.get("warmup_start_learning_rate", 0.0)) if warmup_steps else 0.0,
     end=end,
   )
-
-
-def learning_rate_scale(config: Config) -> float:
-  """`batch_size / learning_rate_batch_size`, 1 where the configuration names none.
-
-  `config.optimizer.batch_size` is filled in by the trainer from `config.data.batch_size`.
-  """
-  reference = config.get("learning_rate_batch_size")
-  return float(config.batch_size) / float(reference) if reference else 1.0
 
 
 def make_optimizer(config: Config, params: Any, schedule: Schedule) -> optax.GradientTransformation:

@@ -1,0 +1,98 @@
+"""`python -m hybrid_vit.main --config=configs/moat.py --workdir=…`: flags, devices, directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from hybrid_vit import sharding
+from hybrid_vit.config import Config, ConfigError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration file, with variant and keys: FILE.py[:variant,key=value,…]."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run; one that holds a checkpoint is gone on with."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "dry_run"], "What to do.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes (jax.distributed).")
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR where that is set."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(base / "hybrid_vit" / "xla"))
+
+
+def _workdir(config_name: str) -> Path:
+  """The directory given, or a new one: a run never goes on with an older one unasked.
+
+  Raises:
+    ConfigError: several processes must be told, since their clocks may differ.
+  """
+  if _WORKDIR.value:
+    return Path(_WORKDIR.value).expanduser().absolute()
+  if jax.process_count() > 1:
+    raise ConfigError("with several processes give --workdir, on a file system that all of them see")
+  path = Path("runs", f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+  print(f"work directory {path} (give --workdir={path} to go on with it later)", flush=True)
+  return path
+
+
+def main(arguments: list[str]) -> int:
+  """Runs one mode; errors a user can mend are one paragraph, without a traceback."""
+  if len(arguments) > 1:
+    raise app.UsageError(f"unexpected argument {arguments[1]!r}; options begin with --")
+  if _CONFIG.value is None:
+    raise app.UsageError("--config is needed, e.g. --config=configs/quickstart.py")
+  config = Config(_CONFIG.value)
+  name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  try:
+    return _run(config, name)
+  except _user_errors() as error:
+    if os.environ.get("HYBRID_VIT_TRACEBACK"):
+      raise
+    print(f"\nerror: {error}", file=sys.stderr)
+    return 1
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+  from hybrid_vit.checkpoints import CheckpointError
+
+  return (ValueError, OSError, FloatingPointError, CheckpointError)
+
+
+def _run(config: Config, name: str) -> int:
+  if _MODE.value == "dry_run":
+    from hybrid_vit import dry_run
+
+    return dry_run.main(config)
+  from hybrid_vit import trainer
+
+  use_compilation_cache()
+  if _DISTRIBUTED.value:
+    sharding.initialize_distributed()
+  if _MODE.value == "evaluate":
+    trainer.evaluate(config, Path(_WORKDIR.value).absolute() if _WORKDIR.value else None)
+    return 0
+  trainer.train(config, _workdir(name))
+  return 0
+
+
+def entry_point() -> Any:
+  """What the console script calls."""
+  return app.run(main)
+
+
+if __name__ == "__main__":
+  entry_point()

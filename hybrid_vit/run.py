@@ -1,0 +1,234 @@
+"""From a configuration to the parts of a run: network, task, data, optimizer. Opens no data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from hybrid_vit import sharding
+from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.data.loader import eval_batches, train_batches
+from hybrid_vit.data.sources import Source, create_source
+from hybrid_vit.models.registry import Preprocessing, create_model, model_entry
+from hybrid_vit.optimizers import Schedule, make_optimizer, schedule_from_config
+from hybrid_vit.tasks.base import Task
+from hybrid_vit.tasks.classification import LOSSES, Classification, Mixing
+
+TASKS = ("classification",)
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """What is known of the network beside its weights; it goes with every export."""
+
+  name: str
+  arguments: dict[str, Any]
+  num_classes: int
+  preprocessing: dict[str, Any]
+
+
+def build_task(config: Config, num_classes: int | None) -> tuple[Task, ModelSpec]:
+  """`config.model`, `config.task` → a task.
+
+  Args:
+    config: the whole configuration.
+    num_classes: of the training data; None where there is none at hand.
+
+  Raises:
+    ConfigError: no number of classes, or one that is not the data's.
+  """
+  fields = config.model
+  name = fields.name
+  preprocessing = model_entry(name).preprocessing
+  said = fields.get("num_classes")
+  if said is None and num_classes is None:
+    raise ConfigError(
+      "`config.model.num_classes` is needed where the data is not at hand to count its classes"
+    )
+  if said is not None and num_classes is not None and said != num_classes:
+    raise ConfigError(
+      f"`config.model.num_classes` is {said} and the training data has {num_classes} classes: "
+      "leave it out, or correct it"
+    )
+  classes = int(said if said is not None else num_classes)
+  arguments = fields.get("arguments")
+  own_arguments = arguments.as_dict() if arguments is not None else {}
+  run_arguments = {
+    "dtype": config.choice("precision", PRECISIONS, "float32"),
+    "remat": bool(config.get("remat", False)),
+    "batch_norm_groups": int(config.get("batch_norm_groups", 1)),
+  }
+  model = create_model(name, num_classes=classes, **own_arguments, **run_arguments)
+  fields = config.group("task")
+  fields.choice("name", TASKS, "classification")
+  data = config.data
+  mean = tuple(data.get("mean", preprocessing.mean))
+  std = tuple(data.get("std", preprocessing.std))
+  mixing = fields.get("mixing")
+  task = Classification(
+    model=model,
+    num_classes=classes,
+    mean=mean,
+    std=std,
+    loss_name=fields.choice("loss", LOSSES, "softmax"),
+    label_smoothing=float(fields.get("label_smoothing", 0.0)),
+    mixing=Mixing(**mixing.as_dict()) if mixing is not None else None,
+  )
+  spec = ModelSpec(name, own_arguments, classes, _preprocessing(preprocessing, mean, std))
+  return task, spec
+
+
+def _preprocessing(entry: Preprocessing, mean: Any, std: Any) -> dict[str, Any]:
+  return {**dataclasses.asdict(entry), "mean": mean, "std": std}
+
+
+def open_training_source(config: Config) -> Source:
+  """`config.data` → its training source.
+
+  Raises:
+    MissingData: it is not there; the message says what prepares it.
+  """
+  data = config.data
+  return create_source(data.source, data.get("split", "train"), data.get("data_dir"))
+
+
+def training_batches(
+  config: Config, source: Source, *, start_step: int, seed: int, process_index: int, process_count: int
+) -> Any:
+  """This process's training batches from `start_step` on."""
+  data = config.data
+  return train_batches(
+    source,
+    data.transform,
+    batch_size=data.batch_size,
+    seed=seed,
+    start_step=start_step,
+    process_index=process_index,
+    process_count=process_count,
+    num_threads=data.get("num_threads"),
+    repeats=data.get("repeats", 1),
+    max_corrupt_fraction=data.get("max_corrupt_fraction", 0.1),
+    decoder=data.get("decoder", "opencv"),
+  )
+
+
+class EvaluationSet:
+  """One of `config.evaluation.sets`, opened; see `EvaluationData`."""
+
+  def __init__(self, name: str, config: Config, mesh: Mesh):
+    data, fields = config.data, config.evaluation.sets.get(name)
+    self.name = name
+    self._source = create_source(
+      fields.get("source", data.source),
+      fields.get("split", "validation"),
+      fields.get("data_dir", data.get("data_dir")),
+    )
+    self.class_names: Sequence[str] = self._source.class_names
+    self.num_classes = self._source.num_classes
+    self._sharding = sharding.batch_sharding(mesh)
+    self._batches = eval_batches(
+      self._source,
+      fields.transform,
+      batch_size=fields.get("batch_size", data.batch_size),
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_threads=data.get("num_threads"),
+      max_corrupt_fraction=data.get("max_corrupt_fraction", 0.1),
+      decoder=data.get("decoder", "opencv"),
+    )
+
+  def batches(self) -> Iterable[dict[str, jax.Array]]:
+    """One pass, as global arrays."""
+    for batch in self._batches:
+      yield sharding.put_batch(batch, self._sharding)
+
+
+def evaluation_sets(config: Config, mesh: Mesh, num_classes: int) -> list[EvaluationSet]:
+  """All of `config.evaluation.sets`.
+
+  Raises:
+    ConfigError: one has another number of classes than the network.
+  """
+  sets = [EvaluationSet(name, config, mesh) for name in config.evaluation.sets.names()]
+  for item in sets:
+    if item.num_classes != num_classes:
+      raise ConfigError(
+        f"evaluation set {item.name!r} has {item.num_classes} classes, the network {num_classes}"
+      )
+  return sets
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+  """How long a training is."""
+
+  steps_per_epoch: int
+  total_steps: int
+
+  @property
+  def epochs(self) -> float:
+    """Passes over the data."""
+    return self.total_steps / self.steps_per_epoch
+
+
+def training_length(config: Config, num_examples: int) -> Length:
+  """`config.total_epochs`, or `config.total_steps`, which goes first.
+
+  Raises:
+    ConfigError: the batch is larger than the data.
+  """
+  batch_size = config.data.batch_size
+  # With repeated augmentation a step takes batch_size / repeats pictures, and an epoch is longer.
+  steps_per_epoch = num_examples * config.data.get("repeats", 1) // batch_size
+  if not steps_per_epoch:
+    raise ConfigError(
+      f"`config.data.batch_size` is {batch_size} and the training data has {num_examples} examples: "
+      "choose a smaller batch"
+    )
+  total_steps = config.get("total_steps")
+  if total_steps is None:
+    total_steps = math.ceil(config.total_epochs * steps_per_epoch)
+  return Length(steps_per_epoch, int(total_steps))
+
+
+def example_batch(config: Config, image_size: Sequence[int]) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a training batch of uint8 pictures of `image_size` (height, width)."""
+  size = config.data.batch_size
+  return {
+    "image": jax.ShapeDtypeStruct((size, *image_size, 3), np.uint8),
+    "label": jax.ShapeDtypeStruct((size,), np.int32),
+    "index": jax.ShapeDtypeStruct((size,), np.int32),
+  }
+
+
+def build_optimizer(
+  config: Config, params: Any, length: Length
+) -> tuple[optax.GradientTransformation, Schedule]:
+  """`config.optimizer` → the transformation and its schedule."""
+  fields = config.optimizer
+  schedule = schedule_from_config(
+    fields,
+    batch_size=config.data.batch_size,
+    total_steps=length.total_steps,
+    steps_per_epoch=length.steps_per_epoch,
+  )
+  return make_optimizer(fields, params, schedule), schedule
+
+
+def sharding_rules(config: Config) -> tuple[tuple[str, Any], ...]:
+  """`config.sharding_rules`, fully sharded where it is absent."""
+  return tuple(config.get("sharding_rules", sharding.DEFAULT_RULES))
+
+
+def mesh_axes(config: Config) -> dict[str, int]:
+  """`config.mesh`; all devices on the data axis where it is absent."""
+  mesh = config.get("mesh")
+  return mesh.as_dict() if mesh is not None else {"data": -1}

@@ -1,0 +1,105 @@
+"""Starting from other weights: what is taken over, what begins anew, what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+
+from hybrid_vit.models.layers import resize_relative_table
+
+_POSITION_TABLE = "position_table"
+_HEAD = "head"
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferReport:
+  """Names of leaves, "params/stage1_block0/…".
+
+  Attributes:
+    loaded: taken over, some of them resized (said in brackets).
+    initialised: begun anew, with the reason.
+    unused: in the source, without a place here.
+  """
+
+  loaded: tuple[str, ...]
+  initialised: tuple[str, ...]
+  unused: tuple[str, ...]
+
+  def __str__(self) -> str:
+    def lines(title: str, names: tuple[str, ...], shown: int) -> list[str]:
+      rest = [f"    … and {len(names) - shown} more"] if len(names) > shown else []
+      return [f"  {title}: {len(names)}", *(f"    {name}" for name in names[:shown]), *rest]
+
+    resized = tuple(name for name in self.loaded if name.endswith(")"))
+    return "\n".join(
+      [
+        f"  loaded: {len(self.loaded)}, of which resized: {len(resized)}",
+        *(f"    {name}" for name in resized),
+        *lines("initialised anew", self.initialised, 20),
+        *lines("unused", self.unused, 20),
+      ]
+    )
+
+
+def transfer(
+  source: Mapping[str, Any], target: Mapping[str, Any], *, reinitialize_head: bool = False
+) -> tuple[dict[str, Any], TransferReport]:
+  """Puts the weights of `source` into the places of `target`.
+
+  Args:
+    source: {"params", "batch_stats"}, arrays.
+    target: newly initialised variables of the network that is to be trained.
+    reinitialize_head: whether a head of another width keeps its new values; it is an error else.
+
+  Returns:
+    Variables like `target`, and the report. Tables of relative positions are resized.
+
+  Raises:
+    ValueError: a shape that differs elsewhere than in a position table, a head of another width
+      that was not announced, or leaves outside the head that `source` lacks.
+  """
+  found = flax.traverse_util.flatten_dict(dict(source), sep="/")
+  wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
+  loaded, initialised, result = [], [], {}
+  missing, wrong = [], []
+  for name, new in wanted.items():
+    parts = name.split("/")
+    is_head = len(parts) > 1 and parts[1] == _HEAD
+    if name not in found:
+      result[name] = new
+      if is_head and reinitialize_head:
+        initialised.append(f"{name} (the source has no head)")
+      else:
+        missing.append(name)
+      continue
+    old = found[name]
+    if tuple(old.shape) == tuple(new.shape):
+      result[name] = jax.numpy.asarray(old, new.dtype)
+      loaded.append(name)
+    elif parts[-1] == _POSITION_TABLE and old.shape[0] == new.shape[0]:
+      result[name] = resize_relative_table(jax.numpy.asarray(old), tuple(new.shape[1:]))
+      loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
+    else:
+      result[name] = new
+      difference = f"{name} ({tuple(old.shape)} in the source, {tuple(new.shape)} here)"
+      (initialised if is_head and reinitialize_head else wrong).append(difference)
+  if wrong and all(name.split("/")[1] == _HEAD for name in wrong) and not missing:
+    raise ValueError(
+      f"the head has another width: {'; '.join(wrong)}. To begin it anew, pass "
+      "--config.reinitialize_head=True"
+    )
+  if wrong or missing:
+    example = (wrong or missing)[0]
+    raise ValueError(
+      f"these weights are of another network: {len(missing)} leaves are missing and {len(wrong)} "
+      f"have another shape, e.g. {example}"
+    )
+  unused = tuple(name for name in found if name not in wanted)
+  variables = flax.traverse_util.unflatten_dict(result, sep="/")
+  for collection in target:
+    variables.setdefault(collection, {})
+  return variables, TransferReport(tuple(loaded), tuple(initialised), unused)
