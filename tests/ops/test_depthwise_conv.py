@@ -1,0 +1,101 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_vit.ops.depthwise_conv import default_form, depthwise_conv
+
+
+def both_forms(x, kernel, **settings):
+  """(output, input gradient, kernel gradient) of each form, for one gradient of the output."""
+  answers = []
+  for form in ("reference", "shift_add"):
+    f = functools.partial(depthwise_conv, form=form, **settings)
+
+    @jax.jit
+    def run(x, kernel, f=f):
+      out, pull = jax.vjp(f, x, kernel)
+      weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+      return out, *pull(weights.astype(out.dtype))
+
+    answers.append(jax.device_get(run(x, kernel)))
+  return answers
+
+
+def inputs(size, kernel_size, dtype=jnp.float32):
+  x = jax.random.normal(jax.random.key(0), (2, *size, 5), dtype)
+  kernel = jax.random.normal(jax.random.key(1), (kernel_size, kernel_size, 1, 5), jnp.float32)
+  return x, kernel
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (9, 12), (7, 11)])
+def test_forms_agree(kernel_size, stride, size):
+  for reference, fast in zip(*both_forms(*inputs(size, kernel_size), stride=stride)):
+    np.testing.assert_allclose(fast, reference, atol=1e-5 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("padding", ["VALID", ((1, 2), (3, 0)), ((0, 0), (9, 8))])
+@pytest.mark.parametrize("stride", [1, (2, 1), 3])
+def test_forms_agree_for_every_padding(padding, stride):
+  settings = {"padding": padding, "stride": stride}
+  for reference, fast in zip(*both_forms(*inputs((9, 8), 5), **settings)):
+    assert fast.shape == reference.shape
+    np.testing.assert_allclose(fast, reference, atol=1e-5 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_forms_agree_in_bfloat16(kernel_size, stride):
+  x, kernel = inputs((9, 12), kernel_size, jnp.bfloat16)
+  kernel = kernel.astype(jnp.bfloat16).astype(jnp.float32)  # the values that both will use
+  exact, _ = both_forms(x.astype(jnp.float32), kernel, stride=stride)
+  for answers in both_forms(x, kernel, stride=stride):
+    assert answers[0].dtype == answers[1].dtype == jnp.bfloat16
+    assert answers[2].dtype == jnp.float32
+    for a, e in zip(answers, exact):
+      a = np.asarray(a, np.float32)
+      np.testing.assert_allclose(a, e, atol=2**-7 * np.abs(e).max())
+
+
+def test_against_a_plain_sum():
+  x = np.arange(2 * 3 * 4 * 1, dtype=np.float32).reshape(2, 3, 4, 1)
+  kernel = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32).reshape(2, 2, 1, 1)
+  expected = x[:, :-1, :-1] + 2 * x[:, :-1, 1:] + 3 * x[:, 1:, :-1] + 4 * x[:, 1:, 1:]
+  for form in ("reference", "shift_add"):
+    out = depthwise_conv(jnp.asarray(x), jnp.asarray(kernel), padding="VALID", form=form)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_same_padding_puts_the_odd_cell_after():
+  x = jnp.ones((1, 4, 4, 1))
+  kernel = jnp.ones((3, 3, 1, 1))
+  out = depthwise_conv(x, kernel, stride=2, form="shift_add")
+  np.testing.assert_array_equal(out[0, :, :, 0], [[9, 6], [6, 4]])
+
+
+def test_the_default_form_is_the_fast_one_on_a_cpu():
+  assert jax.default_backend() != "cpu" or default_form() == "shift_add"
+  x, kernel = inputs((8, 8), 3)
+  text = str(jax.make_jaxpr(depthwise_conv)(x, kernel))
+  assert ("conv_general_dilated" in text) == (default_form() == "reference")
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"padding": "CIRCULAR"}, "SAME, VALID or explicit pairs, not 'CIRCULAR'"),
+    ({"padding": ((-1, 0), (0, 0))}, "must not be negative"),
+    ({"form": "quick"}, "unknown form 'quick'; known: reference, shift_add"),
+    ({"padding": "VALID", "kernel": (9, 9, 1, 5)}, "smaller than the kernel"),
+    ({"kernel": (3, 3, 5, 1)}, r"kernel \[kh, kw, 1, C\]; got"),
+  ],
+)
+def test_errors_say_what_is_wrong(settings, message):
+  x, _ = inputs((8, 8), 3)
+  kernel = jnp.zeros(settings.pop("kernel", (3, 3, 1, 5)))
+  with pytest.raises(ValueError, match=message):
+    depthwise_conv(x, kernel, **settings)
