@@ -281,7 +281,9 @@ def _set_aside(checkpoint: Path, manager: ocp.CheckpointManager | None) -> None:
     manager.reload()
 
 
-def export(directory: str | Path, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+def export(
+  directory: str | Path, variables: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> None:
   """Writes parameters and running statistics alone, for `init_from` and `--mode=evaluate`.
 
   Whole or absent: the old export is replaced only when the new one is complete. With several

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from hybrid_vit import sharding
@@ -23,7 +22,9 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; one that holds a checkpoint is gone on with."
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "dry_run"], "What to do.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes (jax.distributed).")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Join the other processes (jax.distributed)."
+)
 
 
 def use_compilation_cache() -> None:
@@ -42,7 +43,9 @@ def _workdir(config_name: str) -> Path:
   if _WORKDIR.value:
     return Path(_WORKDIR.value).expanduser().absolute()
   if jax.process_count() > 1:
-    raise ConfigError("with several processes give --workdir, on a file system that all of them see")
+    raise ConfigError(
+      "with several processes give --workdir, on a file system that all of them see"
+    )
   path = Path("runs", f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
   print(f"work directory {path} (give --workdir={path} to go on with it later)", flush=True)
   return path
@@ -56,7 +59,8 @@ def main(arguments: list[str]) -> int:
     raise app.UsageError("--config is needed, e.g. --config=configs/quickstart.py")
   config = Config(_CONFIG.value)
   name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  # Orbax and JAX narrate at the level of information; warnings stay.
+  logging.set_verbosity(logging.WARNING)
   try:
     return _run(config, name)
   except _user_errors() as error:

@@ -200,7 +200,9 @@ def _decay_transform(config: Config, params: Any) -> list[optax.GradientTransfor
     if params is None:
       raise ValueError("weight decay needs the parameters: optimizer.update(grads, state, params)")
     updates = jax.tree.map(
-      lambda u, p, f: u if f == 0.0 or isinstance(u, optax.MaskedNode) else u + weight_decay * f * p,
+      lambda u, p, f: (
+        u if f == 0.0 or isinstance(u, optax.MaskedNode) else u + weight_decay * f * p
+      ),
       updates,
       params,
       _like(updates, factors),
@@ -264,4 +266,3 @@ def learning_rate_factors(config: Config, params: Any) -> Any:
     own = match_rules(params, rules, field="config.optimizer.learning_rate_rules")
     factors = own if factors is None else jax.tree.map(lambda a, b: a * b, factors, own)
   return factors
-

@@ -101,7 +101,13 @@ def open_training_source(config: Config) -> Source:
 
 
 def training_batches(
-  config: Config, source: Source, *, start_step: int, seed: int, process_index: int, process_count: int
+  config: Config,
+  source: Source,
+  *,
+  start_step: int,
+  seed: int,
+  process_index: int,
+  process_count: int,
 ) -> Any:
   """This process's training batches from `start_step` on."""
   data = config.data
@@ -186,8 +192,7 @@ def training_length(config: Config, num_examples: int) -> Length:
     ConfigError: the batch is larger than the data.
   """
   batch_size = config.data.batch_size
-  # With repeated augmentation a step takes batch_size / repeats pictures, and an epoch is longer.
-  steps_per_epoch = num_examples * config.data.get("repeats", 1) // batch_size
+  steps_per_epoch = num_examples // batch_size
   if not steps_per_epoch:
     raise ConfigError(
       f"`config.data.batch_size` is {batch_size} and the training data has {num_examples} examples: "

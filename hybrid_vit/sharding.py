@@ -76,7 +76,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def path_name(path: Sequence[Any]) -> str:
-  """"stage1/block0/conv/kernel" for a key path of `jax.tree_util`."""
+  """ "stage1/block0/conv/kernel" for a key path of `jax.tree_util`."""
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
@@ -126,7 +126,7 @@ def state_shardings(
         return NamedSharding(mesh, _layout_spec(name, leaf.shape, layout, mesh))
     if name.split("/")[0] == params_key:
       raise ValueError(
-        f"no sharding rule covers parameter {name!r}: end config.sharding_rules with (\".*\", ...)"
+        f'no sharding rule covers parameter {name!r}: end config.sharding_rules with (".*", ...)'
       )
     return replicated(mesh)
 

@@ -63,9 +63,11 @@ def create_state(
   init_rng, state_rng = jax.random.split(rng)
   variables = task.init(init_rng, batch)
   params, batch_stats = variables["params"], variables.get("batch_stats", {})
-  metrics = jax.eval_shape(
-    lambda key: task.loss(variables, task.augment(batch, key), key)[1]["metrics"], state_rng
-  )
+
+  def metrics_of(variables: Any, batch: Batch, key: jax.Array) -> Any:
+    return task.loss(variables, task.augment(batch, key), key)[1]["metrics"]
+
+  metrics = jax.eval_shape(metrics_of, variables, batch, state_rng)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

@@ -105,6 +105,9 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
   abstract = jax.eval_shape(new_state, jax.random.key(seed))
   layout = sharding.state_shardings(abstract, run.sharding_rules(config), mesh)
   sets = run.evaluation_sets(config, mesh, spec.num_classes)
+  best_metric = checkpoint_fields.get(
+    "best_metric", f"{sets[0].name}/{task.primary_metric}" if sets else None
+  )
   config.assert_all_read()
 
   evaluators = task.evaluators(sets)
@@ -125,9 +128,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     log_every=log_every,
     evaluate_every=evaluate_every,
     accumulation=accumulation,
-    best_metric=checkpoint_fields.get("best_metric", f"{sets[0].name}/{task.primary_metric}")
-    if sets
-    else None,
+    best_metric=best_metric,
   )
   try:
     if restored is not None:
@@ -266,7 +267,6 @@ class _Loop:
     values = {key: float(total / weight) for key, (total, weight) in sums.items()}
     values["learning_rate"] = float(report["learning_rate"])
     values["gradient_norm"] = float(report["gradient_norm"])
-    values["epoch"] = step / self.length.steps_per_epoch
     self.reporter.scalars(step, values, kind="train")
     self._show(step, values["loss"], clock)
     rate, wait = clock.rates()
@@ -282,9 +282,7 @@ class _Loop:
   def _show(self, step: int, loss: float | None, clock: _Clock) -> None:
     clock.loss = loss if loss is not None else clock.loss
     rate, wait = clock.rates()
-    self.reporter.progress(
-      step, loss=clock.loss, images_per_second=rate, data_wait_fraction=wait
-    )
+    self.reporter.progress(step, loss=clock.loss, images_per_second=rate, data_wait_fraction=wait)
 
   def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     results: dict[str, float] = {}
@@ -427,7 +425,12 @@ def _start_from(
 
 
 def _summary(
-  spec: run.ModelSpec, state: TrainState, length: run.Length, mesh: Mesh, config: Config, schedule: Any
+  spec: run.ModelSpec,
+  state: TrainState,
+  length: run.Length,
+  mesh: Mesh,
+  config: Config,
+  schedule: Any,
 ) -> str:
   parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
   peak = max(float(schedule(step)) for step in np.linspace(0, length.total_steps - 1, 200))

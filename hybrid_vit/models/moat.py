@@ -20,7 +20,6 @@ from hybrid_vit.ops import windows as windows_op
 # The authors' figures, written out for the reader: plain normal kernels, not truncated.
 _INIT = nn.initializers.normal(0.02)
 _BATCH_NORM_EPSILON = 1e-3
-_BATCH_NORM_MOMENTUM = 0.99
 
 Size = tuple[int, int] | int
 
@@ -54,6 +53,7 @@ class MOAT(nn.Module):
     pool_size: window of the shortcut's average pooling: 2 for classification, 3 for dense tasks.
     layer_norm_epsilon: of every layer norm.
     drop_path_rate: of the last block, were the ramp to reach it: block i of n has rate * i / n.
+    batch_norm_momentum: of the running statistics; short trainings want less than the authors'.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
     dtype: of the computation; parameters, softmax, norm statistics and pooling are float32.
@@ -77,6 +77,7 @@ class MOAT(nn.Module):
   pool_size: int = 2
   layer_norm_epsilon: float = 1e-5
   drop_path_rate: float = 0.0
+  batch_norm_momentum: float = 0.99
   batch_norm_groups: int = 1
   remat: bool = False
   dtype: Any = jnp.float32
@@ -97,7 +98,12 @@ class MOAT(nn.Module):
     self._check()
     endpoints = {}
     x = Stem(
-      self.stem_widths, self.stem_stride, self.batch_norm_groups, dtype=self.dtype, name="stem"
+      self.stem_widths,
+      self.stem_stride,
+      self.batch_norm_momentum,
+      self.batch_norm_groups,
+      dtype=self.dtype,
+      name="stem",
     )(images.astype(self.dtype), train)
     endpoints["stem"] = x
 
@@ -127,6 +133,7 @@ class MOAT(nn.Module):
           else None,
           layer_norm_epsilon=self.layer_norm_epsilon,
           drop_path_rate=self.drop_path_rate * index / total,
+          batch_norm_momentum=self.batch_norm_momentum,
           batch_norm_groups=self.batch_norm_groups,
           dtype=self.dtype,
           name=name,
@@ -173,6 +180,7 @@ class Stem(nn.Module):
 
   widths: tuple[int, ...]
   stride: int
+  batch_norm_momentum: float
   batch_norm_groups: int
   dtype: Any
 
@@ -212,6 +220,7 @@ class Block(nn.Module):
   position_size: tuple[int, int] | None
   layer_norm_epsilon: float
   drop_path_rate: float
+  batch_norm_momentum: float
   batch_norm_groups: int
   dtype: Any
 
@@ -332,7 +341,7 @@ def _pair(size: Size | None) -> tuple[int, int] | None:
 def _batch_norm(module: Any, name: str) -> layers.BatchNorm:
   return layers.BatchNorm(
     epsilon=_BATCH_NORM_EPSILON,
-    momentum=_BATCH_NORM_MOMENTUM,
+    momentum=module.batch_norm_momentum,
     num_groups=module.batch_norm_groups,
     dtype=module.dtype,
     name=name,

@@ -157,9 +157,7 @@ class Classification:
 class ClassificationEvaluator:
   """Loss, top-1 and top-5 over a data set, every picture counted once."""
 
-  def __init__(
-    self, task: Classification, data: EvaluationData, evaluate_batch: Any, predict: Any
-  ):
+  def __init__(self, task: Classification, data: EvaluationData, evaluate_batch: Any, predict: Any):
     self.name = data.name
     self._task = task
     self._data = data
