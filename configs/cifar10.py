@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
   """No arguments: everything is on this page."""
   config = ConfigDict()
   config.seed = 0
-  config.total_epochs = 14
+  config.total_epochs = 12
   config.log_every_steps = 50
   config.evaluate_every_epochs = 2
 

@@ -19,12 +19,13 @@ def get_config() -> ConfigDict:
       depths=(1, 1, 1),
       widths=(32, 48, 64),
       block_types=("mbconv", "mbconv", "moat"),
-      stem_stride=1,
-      strides=(2, 2, 2),
+      stem_stride=2,
+      strides=(1, 2, 2),
       window_sizes=(None, None, None),
       position_sizes=(None, None, 4),
       head_size=16,
       drop_path_rate=0.05,
+      batch_norm_momentum=0.9,
     ),
   )
   config.task = dict(name="classification", loss="softmax", label_smoothing=0.1)

@@ -58,7 +58,7 @@ def build_task(config: Config, num_classes: int | None) -> tuple[Task, ModelSpec
       f"`config.model.num_classes` is {said} and the training data has {num_classes} classes: "
       "leave it out, or correct it"
     )
-  classes = int(said if said is not None else num_classes)
+  classes = int(said or num_classes or 0)
   arguments = fields.get("arguments")
   own_arguments = arguments.as_dict() if arguments is not None else {}
   run_arguments = {
@@ -195,8 +195,8 @@ def training_length(config: Config, num_examples: int) -> Length:
   steps_per_epoch = num_examples // batch_size
   if not steps_per_epoch:
     raise ConfigError(
-      f"`config.data.batch_size` is {batch_size} and the training data has {num_examples} examples: "
-      "choose a smaller batch"
+      f"`config.data.batch_size` is {batch_size} and the training data has {num_examples} "
+      "examples: choose a smaller batch"
     )
   total_steps = config.get("total_steps")
   if total_steps is None:

@@ -3,7 +3,7 @@
 Two lines of a configuration say all of it:
 
     config.mesh = dict(data=-1, fsdp=8, tensor=1)
-    config.sharding_rules = (("attention/(query|key|value)/kernel", (None, "tensor")), (".*", "fsdp"))
+    config.sharding_rules = (("(query|key|value)/kernel", (None, "tensor")), (".*", "fsdp"))
 
 The batch is split over `data` and `fsdp` together. A rule's layout is "fsdp" (the largest dimension
 that the axis divides is split, small arrays are kept whole), "replicated", or an explicit tuple of

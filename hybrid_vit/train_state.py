@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_vit.optimizers import Schedule
-from hybrid_vit.tasks.base import Task
-
-Batch = Mapping[str, jax.Array]
+from hybrid_vit.tasks.base import Batch, Task
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -344,8 +344,8 @@ class _Loop:
     if steps:
       kept = f"the last good checkpoint is that of step {steps[0]}"
     return (
-      f"loss or gradient is not finite in step {bad_step}; first bad tensor: {where}; data positions "
-      f"of the batch: {ids}; {kept}. Lower the learning rate, clip the gradient "
+      f"loss or gradient is not finite in step {bad_step}; first bad tensor: {where}; data "
+      f"positions of the batch: {ids}; {kept}. Lower the learning rate, clip the gradient "
       "(config.optimizer.gradient_clip_norm) or train in float32 (config.precision)"
     )
 

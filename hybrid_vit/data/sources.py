@@ -212,9 +212,9 @@ def _fashion_mnist(folder: Path, split: str) -> ArraySource:
           offset:
         ]
     raise MissingDataError(
-      f"Fashion-MNIST's file {stem}-{suffix}-ubyte[.gz] was looked for in {folder} and is not there. "
-      "`apt install dataset-fashion-mnist` puts the four files in /usr/share/datasets/fashion-mnist; "
-      "or name the folder that has them: fashion_mnist:/path"
+      f"Fashion-MNIST's file {stem}-{suffix}-ubyte[.gz] was looked for in {folder} and is not "
+      "there. `apt install dataset-fashion-mnist` puts the four files in "
+      "/usr/share/datasets/fashion-mnist; or name the folder that has them: fashion_mnist:/path"
     )
 
   labels = read("labels-idx1", 8)
@@ -297,7 +297,8 @@ def _files(reader: Any, split: str) -> FileSource:
   )
   if not pictures:
     raise MissingDataError(
-      f"{reader.root} holds no picture ({', '.join(EXTENSIONS)}); train/<class>/*.jpg was looked for"
+      f"{reader.root} holds no picture ({', '.join(EXTENSIONS)}); "
+      "train/<class>/*.jpg was looked for"
     )
   # A zip often wraps everything in one directory of its own.
   while len({p.parts[0] for p in pictures}) == 1 and len(pictures[0].parts) > 3:
@@ -328,8 +329,8 @@ def _files(reader: Any, split: str) -> FileSource:
   strange = [p for p in chosen if p.parts[depth - 1] not in number]
   if strange:
     raise ValueError(
-      f"{reader.full_name(str(strange[0]))}: class {strange[0].parts[depth - 1]!r} is not a class of "
-      f"the training part ({len(classes)} classes)"
+      f"{reader.full_name(str(strange[0]))}: class {strange[0].parts[depth - 1]!r} is not a class "
+      f"of the training part ({len(classes)} classes)"
     )
   labels_of = [number[p.parts[depth - 1]] for p in chosen]
   return FileSource(reader, [str(p) for p in chosen], labels_of, classes)

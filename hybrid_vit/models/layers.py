@@ -111,6 +111,28 @@ class DepthwiseConv(nn.Module):
     return x
 
 
+class PointwiseConv(nn.Module):
+  """A 1x1 convolution of `[..., C]` as one matrix product over all cells.
+
+  Its parameters are those of `nn.Dense`. The cells are one axis of the product: with several, XLA
+  copies the transposed operands in the backward pass, which on a CPU takes three times as long.
+  """
+
+  features: int
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+    y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+      y = y + bias.astype(self.dtype)
+    return y.reshape(*x.shape[:-1], self.features)
+
+
 def gelu(x: jax.Array) -> jax.Array:
   """The exact GELU, x * Phi(x), by the error function, in float32; the dtype of `x` is kept."""
   y = x.astype(jnp.float32)

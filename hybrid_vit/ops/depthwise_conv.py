@@ -105,7 +105,7 @@ def _shift_add(x, kernel, strides, pads):
 
 
 def _shift_add_forward(x, kernel, strides, pads):
-  return depthwise_conv_shift_add(x, kernel, strides, pads), (x, kernel)
+  return depthwise_conv_shift_add_once(x, kernel, strides, pads), (x, kernel)
 
 
 def _shift_add_backward(strides, pads, residuals, g):
@@ -122,7 +122,7 @@ def _shift_add_backward(strides, pads, residuals, g):
   back.append((0, 0, 0))
   spread_g = lax.pad(g, jnp.zeros((), g.dtype), back)
   turned = kernel[::-1, ::-1]
-  dx = depthwise_conv_shift_add(spread_g, turned, (1, 1), ((0, 0), (0, 0)))
+  dx = depthwise_conv_shift_add_once(spread_g, turned, (1, 1), ((0, 0), (0, 0)))
   dk = depthwise_conv_kernel_gradient(x, g, kernel.shape[:2], strides, pads)
   return dx, dk.astype(kernel.dtype)
 
@@ -133,27 +133,46 @@ _shift_add.defvjp(_shift_add_forward, _shift_add_backward)
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def depthwise_conv_shift_add(x, kernel, strides, pads):
   """The sum over kernel positions of a shifted view of `x` times one kernel value."""
+  padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  return _sum_of_shifts(padded, kernel, strides).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def depthwise_conv_shift_add_once(x, kernel, strides, pads):
+  """As `depthwise_conv_shift_add`, for a result that several consumers read.
+
+  XLA would fuse the whole sum into each of them and compute it as often; it does not fuse across a
+  conditional. Both branches give the same: the second one, row by row, is what a NaN kernel takes.
+  """
+  padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  kh = kernel.shape[0]
+
+  def whole(padded, kernel):
+    return _sum_of_shifts(padded, kernel, strides).astype(x.dtype)
+
+  def row_by_row(padded, kernel):
+    def row(i):
+      rows = lax.dynamic_slice_in_dim(padded, i * strides[0], kh, axis=1)
+      return _sum_of_shifts(rows, kernel, strides)[:, 0].astype(x.dtype)
+
+    return jnp.moveaxis(lax.map(row, jnp.arange((padded.shape[1] - kh) // strides[0] + 1)), 0, 1)
+
+  return lax.cond(jnp.isnan(kernel[0, 0, 0, 0]), row_by_row, whole, padded, kernel)
+
+
+def _sum_of_shifts(padded, kernel, strides):
   kh, kw = kernel.shape[:2]
-  padded = jnp.pad(x, ((0, 0), *pads, (0, 0))).astype(jnp.float32)
-  rows = (padded.shape[1] - kh) // strides[0] + 1
-  columns = (padded.shape[2] - kw) // strides[1] + 1
+  batch, height, width, channels = padded.shape
+  rows, columns = (height - kh) // strides[0] + 1, (width - kw) // strides[1] + 1
   kernel = kernel.astype(jnp.float32)
   total = jnp.zeros((), jnp.float32)
   for i in range(kh):
     for j in range(kw):
-      shifted = lax.slice(
-        padded,
-        (0, i, j, 0),
-        (
-          x.shape[0],
-          i + strides[0] * (rows - 1) + 1,
-          j + strides[1] * (columns - 1) + 1,
-          x.shape[3],
-        ),
-        (1, *strides, 1),
-      )
-      total = total + shifted * kernel[i, j, 0]
-  return total.astype(x.dtype)
+      last_row, last_column = i + strides[0] * (rows - 1), j + strides[1] * (columns - 1)
+      limit = (batch, last_row + 1, last_column + 1, channels)
+      shifted = lax.slice(padded, (0, i, j, 0), limit, (1, *strides, 1))
+      total = total + shifted.astype(jnp.float32) * kernel[i, j, 0]
+  return total
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import jax
 
 Variables = Mapping[str, Any]
-Batch = Mapping[str, jax.Array]
+# Arrays, or their shapes where only those matter.
+Batch = Mapping[str, Any]
 
 
 class Evaluator(Protocol):
@@ -43,8 +44,10 @@ class Task(Protocol):
   A batch is a flat dict of arrays whose leading axis is the global batch.
   """
 
-  primary_metric: str
-  """The measure, higher is better, by which the best checkpoint is chosen."""
+  @property
+  def primary_metric(self) -> str:
+    """The measure, higher is better, by which the best checkpoint is chosen."""
+    ...
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """New variables: {"params", "batch_stats"}; only the shapes of the batch matter."""

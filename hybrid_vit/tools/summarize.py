@@ -144,10 +144,13 @@ def format_table(rows: Sequence[Summary], style: str) -> str:
 
 
 # How many multiply-adds the jitted pieces of fast forms stand for, from their operands' shapes.
+def _depthwise_conv(eqn: Any) -> int:
+  return math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[1].aval.shape[:2])
+
+
 _FAST_FORMS: dict[str, Callable[[Any], int]] = {
-  "depthwise_conv_shift_add": lambda eqn: (
-    math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[1].aval.shape[:2])
-  ),
+  "depthwise_conv_shift_add": _depthwise_conv,
+  "depthwise_conv_shift_add_once": _depthwise_conv,
   "depthwise_conv_kernel_gradient": lambda eqn: (
     math.prod(eqn.invars[1].aval.shape) * math.prod(eqn.outvars[0].aval.shape[:2])
   ),

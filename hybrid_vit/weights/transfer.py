@@ -64,8 +64,11 @@ def transfer(
   """
   found = flax.traverse_util.flatten_dict(dict(source), sep="/")
   wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
-  loaded, initialised, result = [], [], {}
-  missing, wrong = [], []
+  loaded: list[str] = []
+  initialised: list[str] = []
+  missing: list[str] = []
+  wrong: list[str] = []
+  result = {}
   for name, new in wanted.items():
     parts = name.split("/")
     is_head = len(parts) > 1 and parts[1] == _HEAD
