@@ -1,6 +1,6 @@
 """Layers that two or more networks share; what one network alone needs stays in its own file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -131,6 +131,56 @@ class PointwiseConv(nn.Module):
       bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
       y = y + bias.astype(self.dtype)
     return y.reshape(*x.shape[:-1], self.features)
+
+
+def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+  """Layer norm over the last axis, two-pass variance, float32 inside; parameters scale and bias."""
+  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class LayerScale(nn.Module):
+  """Multiplies each channel of `[..., C]` by a parameter `gamma` that begins at `initial_value`."""
+
+  initial_value: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gamma = self.param(
+      "gamma", nn.initializers.constant(self.initial_value), (x.shape[-1],), jnp.float32
+    )
+    return x * gamma.astype(x.dtype)
+
+
+def linear_drop_path_rates(rate: float, depths: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+  """For each stage its blocks' rates: from 0 in the first block to `rate` in the last, evenly."""
+  rates = np.linspace(0.0, rate, sum(depths))
+  ends = np.cumsum(depths)
+  return tuple(
+    tuple(float(r) for r in rates[end - depth : end]) for end, depth in zip(ends, depths)
+  )
+
+
+def dot_product_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, bias: Any = None
+) -> jax.Array:
+  """Softmax attention `[..., Q, H, D]`, `[..., K, H, D]`, `[..., K, H, E]` to `[..., Q, H, E]`.
+
+  Logits, `bias` (broadcast to `[..., H, Q, K]`) and softmax are float32; the result has the dtype
+  of `value`. The query is multiplied by `scale` first.
+  """
+  logits = jnp.einsum(
+    "...qhd,...khd->...hqk", query * scale, key, preferred_element_type=jnp.float32
+  )
+  if bias is not None:
+    logits = logits + bias
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum("...hqk,...khe->...qhe", weights, value)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """x * sigmoid(1.702 x), CLIP's and CvT's GELU, in float32; the dtype of `x` is kept."""
+  y = x.astype(jnp.float32)
+  return (y * jax.nn.sigmoid(1.702 * y)).astype(x.dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -146,7 +146,7 @@ class MOAT(nn.Module):
     logits = None
     if self.num_classes:
       # The classifier is float32 throughout: it is small, and logits are promised in float32.
-      x = _layer_norm(self.layer_norm_epsilon, jnp.float32, "head_norm")(x)
+      x = layers.layer_norm(self.layer_norm_epsilon, jnp.float32, "head_norm")(x)
       logits = nn.Dense(self.num_classes, kernel_init=_INIT, dtype=jnp.float32, name="head")(x)
     endpoints["pre_logits"] = x
     return logits, endpoints
@@ -253,7 +253,7 @@ class Block(nn.Module):
     if not self.attends:
       return x
 
-    y = _layer_norm(self.layer_norm_epsilon, self.dtype, "attention_norm")(x)
+    y = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "attention_norm")(x)
     y = Attention(
       self.head_size,
       self.window,
@@ -347,10 +347,6 @@ def _batch_norm(module: Any, name: str) -> layers.BatchNorm:
     dtype=module.dtype,
     name=name,
   )
-
-
-def _layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
-  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def _register_family() -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from flax import traverse_util
 
@@ -33,6 +34,29 @@ class OfficialKey:
 
 
 KeyMap = Callable[[str], OfficialKey]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A way in which checkpoints of a family are written.
+
+  `hybrid_vit.weights.keymap_<file>` holds `LAYOUTS: dict[str, Layout]` for the networks of
+  `hybrid_vit/models/<file>.py`: "official" first, then where there are "timm" and "transformers".
+
+  Attributes:
+    key_map: from a network to its key map; names may depend on its arguments.
+    not_weights: pattern (`re.search`) of names that hold nothing trained, such as index tables;
+      they are ignored on import.
+    rename: other spellings of the same layout to the one that the key map knows, applied to all
+      names at once before anything else.
+    constants: from a network to the tensors that a strict loader of the authors' code asks for and
+      that are no weights; written on export.
+  """
+
+  key_map: Callable[[nn.Module], KeyMap]
+  not_weights: str = r"(?!)"
+  rename: Callable[[str], str] = str
+  constants: Callable[[nn.Module], dict[str, np.ndarray]] = lambda _: {}
 
 
 @dataclasses.dataclass

@@ -79,3 +79,9 @@ def _pointwise(name: str, leaf: str) -> convert.OfficialKey:
 
 def _swap_last(x: np.ndarray) -> np.ndarray:
   return np.swapaxes(x, 2, 3)
+
+
+# Slots of the optimizer, its step, and the checkpoint's own bookkeeping.
+_NOT_WEIGHTS = r"(?:^|/)(?:global_step|save_counter|_CHECKPOINTABLE_OBJECT_GRAPH)|optimizer"
+
+LAYOUTS = {"official": convert.Layout(lambda model: official_key, not_weights=_NOT_WEIGHTS)}

@@ -1,0 +1,67 @@
+"""Layouts of PyTorch checkpoints: which tensor holds one of our leaves, and how it lies there."""
+
+import re
+
+import numpy as np
+
+from hybrid_vit.weights.convert import OfficialKey
+
+# Counters of batch norm; every layout of a PyTorch network ignores them on import.
+BATCH_NORM_COUNTER = r"num_batches_tracked$"
+
+_NORM_LEAVES = {
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+
+
+def norm(name: str, leaf: str) -> OfficialKey:
+  """Layer norm or batch norm: our scale, bias, mean, var."""
+  return OfficialKey(f"{name}.{_NORM_LEAVES[leaf]}")
+
+
+def dense(name: str, leaf: str) -> OfficialKey:
+  """Linear layer: (out, in) there, `[in, out]` here; the bias as it is."""
+  if leaf == "kernel":
+    return OfficialKey(f"{name}.weight", np.transpose, np.transpose)
+  return OfficialKey(f"{name}.{leaf}")
+
+
+def conv(name: str, leaf: str) -> OfficialKey:
+  """Convolution, depthwise too: (out, in, h, w) there, `[h, w, in, out]` here."""
+  if leaf == "kernel":
+    return OfficialKey(f"{name}.weight", _to_hwio, _to_oihw)
+  return OfficialKey(f"{name}.{leaf}")
+
+
+def pointwise(name: str, leaf: str) -> OfficialKey:
+  """A 1x1 convolution there, (out, in, 1, 1), a matrix product here, `[in, out]`."""
+  if leaf == "kernel":
+    return OfficialKey(f"{name}.weight", lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+  return OfficialKey(f"{name}.{leaf}")
+
+
+def same(name: str) -> OfficialKey:
+  """A tensor with the same layout on both sides, under its whole name."""
+  return OfficialKey(name)
+
+
+def no_such_variable(network: str, path: str) -> ValueError:
+  """What a key map raises for a path that its network does not have."""
+  return ValueError(f"{network} has no variable {path!r}")
+
+
+def block_of(scope: str) -> tuple[int, int] | None:
+  """(stage, block) of "stage3_block0": (3, 0); None for another scope."""
+  match = re.fullmatch(r"stage(\d+)_block(\d+)", scope)
+  return (int(match[1]), int(match[2])) if match else None
+
+
+def _to_hwio(x: np.ndarray) -> np.ndarray:
+  return np.transpose(x, (2, 3, 1, 0))
+
+
+def _to_oihw(x: np.ndarray) -> np.ndarray:
+  return np.transpose(x, (3, 2, 0, 1))
