@@ -133,6 +133,20 @@ def create_model(name: str, num_classes: int | None = None, **overrides: Any) ->
   return entry.module_class(**arguments)
 
 
+def model_arguments(name: str) -> tuple[str, ...]:
+  """Names of the attributes that `create_model(name, ...)` takes.
+
+  Raises:
+    ValueError: for an unknown name; the message gives the closest.
+  """
+  return _arguments(model_entry(name).module_class)
+
+
+def _arguments(module_class: type[nn.Module]) -> tuple[str, ...]:
+  fields = dataclasses.fields(module_class)
+  return tuple(f.name for f in fields if f.name not in ("parent", "name"))
+
+
 def _entries() -> dict[str, ModelEntry]:
   for module in _FAMILIES:
     importlib.import_module(module)
@@ -140,7 +154,7 @@ def _entries() -> dict[str, ModelEntry]:
 
 
 def _check_arguments(name, module_class, arguments) -> None:
-  known = [f.name for f in dataclasses.fields(module_class) if f.name not in ("parent", "name")]
+  known = _arguments(module_class)
   for argument in arguments:
     if argument not in known:
       raise ValueError(
