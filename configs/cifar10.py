@@ -37,10 +37,12 @@ def get_config() -> ConfigDict:
     source="folder:data/cifar10",
     batch_size=128,
     transform="decode|random_crop(32, 4, 'reflect')|flip_lr",
+    image_size=32,
+    crop_ratio=1.0,
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.247, 0.2435, 0.2616),
   )
-  config.evaluation = dict(sets=dict(test=dict(split="test", transform="decode", batch_size=200)))
+  config.evaluation = dict(sets=dict(test=dict(split="test", batch_size=200)))
 
   config.optimizer = dict(
     name="adamw",

@@ -34,14 +34,14 @@ def get_config() -> ConfigDict:
     source="digits",
     batch_size=64,
     transform="decode|resize(36, 'bilinear')|random_crop(32)",
+    # What the weights expect of a picture; evaluation follows it.
+    image_size=32,
+    crop_ratio=32 / 36,
+    interpolation="bilinear",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
   )
-  config.evaluation = dict(
-    sets=dict(
-      validation=dict(split="validation", transform="decode|resize(36, 'bilinear')|center_crop(32)")
-    )
-  )
+  config.evaluation = dict(sets=dict(validation=dict(split="validation")))
 
   config.optimizer = dict(
     name="adamw",

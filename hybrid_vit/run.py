@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hybrid_vit import sharding
+from hybrid_vit import recipes, sharding
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.loader import eval_batches, train_batches
 from hybrid_vit.data.sources import Source, create_source
-from hybrid_vit.models.registry import Preprocessing, create_model, model_entry
+from hybrid_vit.models.registry import (
+  Preprocessing,
+  create_model,
+  model_arguments,
+  model_entry,
+)
 from hybrid_vit.optimizers import Schedule, make_optimizer, schedule_from_config
 from hybrid_vit.tasks.base import Task
 from hybrid_vit.tasks.classification import LOSSES, Classification, Mixing
@@ -35,19 +40,74 @@ class ModelSpec:
   preprocessing: dict[str, Any]
 
 
-def build_task(config: Config, num_classes: int | None) -> tuple[Task, ModelSpec]:
+def preprocessing_of(config: Config) -> Preprocessing:
+  """What the network's weights shall expect of a picture: the registry's entry of the network.
+
+  A field of `Preprocessing` that stands in `config.data` replaces the entry's.
+  """
+  entry = dataclasses.asdict(model_entry(config.model.name).preprocessing)
+  return _preprocessing({name: config.data.get(name, value) for name, value in entry.items()})
+
+
+def _preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
+  mean, std = tuple(fields["mean"]), tuple(fields["std"])
+  return Preprocessing(**{**fields, "mean": mean, "std": std})
+
+
+def weights_preprocessing(config: Config, metadata: Mapping[str, Any]) -> tuple[Preprocessing, str]:
+  """What some weights expect of a picture, and who says so.
+
+  Their own metadata (an export's) goes first; a checkpoint has none, and then it is
+  `preprocessing_of(config)`.
+  """
+  said, own = preprocessing_of(config), metadata.get("preprocessing")
+  if own:
+    return _preprocessing(own), "as the weights' metadata says"
+  return said, f"by the registry's entry of {config.model.name} and config.data"
+
+
+def describe_preparation(
+  preprocessing: Preprocessing, said_by: str, sets: Sequence[EvaluationSet]
+) -> str:
+  """How the pictures of each set are prepared and who says so, in lines for people."""
+  lines = [f"mean {preprocessing.mean}, std {preprocessing.std}: {said_by}"]
+  for item in sets:
+    own = "by the configuration's own transform, whatever the weights say"
+    lines.append(f"{item.name}: {item.transform}: {own if item.own_transform else said_by}")
+  return "\n".join(lines)
+
+
+def fill_transform(text: str, preprocessing: Preprocessing) -> str:
+  """`{image_size}`, `{interpolation!r}` and so on in a transform string → the values.
+
+  Raises:
+    ConfigError: a name that is no field of `Preprocessing`.
+  """
+  fields = dataclasses.asdict(preprocessing)
+  try:
+    return text.format(**fields)
+  except (KeyError, IndexError, ValueError) as error:
+    raise ConfigError(
+      f"transform {text!r} names {error} in braces; there are: {', '.join(fields)}"
+    ) from error
+
+
+def build_task(
+  config: Config, num_classes: int | None, preprocessing: Preprocessing | None = None
+) -> tuple[Task, ModelSpec]:
   """`config.model`, `config.task` → a task.
 
   Args:
     config: the whole configuration.
     num_classes: of the training data; None where there is none at hand.
+    preprocessing: what the weights expect; None for `preprocessing_of(config)`.
 
   Raises:
     ConfigError: no number of classes, or one that is not the data's.
   """
   fields = config.model
   name = fields.name
-  preprocessing = model_entry(name).preprocessing
+  preprocessing = preprocessing or preprocessing_of(config)
   said = fields.get("num_classes")
   if said is None and num_classes is None:
     raise ConfigError(
@@ -61,33 +121,29 @@ def build_task(config: Config, num_classes: int | None) -> tuple[Task, ModelSpec
   classes = int(said or num_classes or 0)
   arguments = fields.get("arguments")
   own_arguments = arguments.as_dict() if arguments is not None else {}
-  run_arguments = {
+  run_arguments: dict[str, Any] = {
     "dtype": config.choice("precision", PRECISIONS, "float32"),
     "remat": bool(config.get("remat", False)),
-    "batch_norm_groups": int(config.get("batch_norm_groups", 1)),
   }
+  groups = int(config.get("batch_norm_groups", 1))
+  if "batch_norm_groups" in model_arguments(name):
+    run_arguments["batch_norm_groups"] = groups
+  elif groups > 1:
+    raise ConfigError(f"`config.batch_norm_groups` is {groups}, and {name} has no batch norm")
   model = create_model(name, num_classes=classes, **own_arguments, **run_arguments)
   fields = config.group("task")
   fields.choice("name", TASKS, "classification")
-  data = config.data
-  mean = tuple(data.get("mean", preprocessing.mean))
-  std = tuple(data.get("std", preprocessing.std))
   mixing = fields.get("mixing")
   task = Classification(
     model=model,
     num_classes=classes,
-    mean=mean,
-    std=std,
+    mean=preprocessing.mean,
+    std=preprocessing.std,
     loss_name=fields.choice("loss", LOSSES, "softmax"),
     label_smoothing=float(fields.get("label_smoothing", 0.0)),
     mixing=Mixing(**mixing.as_dict()) if mixing is not None else None,
   )
-  spec = ModelSpec(name, own_arguments, classes, _preprocessing(preprocessing, mean, std))
-  return task, spec
-
-
-def _preprocessing(entry: Preprocessing, mean: Any, std: Any) -> dict[str, Any]:
-  return {**dataclasses.asdict(entry), "mean": mean, "std": std}
+  return task, ModelSpec(name, own_arguments, classes, dataclasses.asdict(preprocessing))
 
 
 def open_training_source(config: Config) -> Source:
@@ -98,6 +154,11 @@ def open_training_source(config: Config) -> Source:
   """
   data = config.data
   return create_source(data.source, data.get("split", "train"), data.get("data_dir"))
+
+
+def train_transform(config: Config) -> str:
+  """`config.data.transform` with its braces filled in."""
+  return fill_transform(config.data.transform, preprocessing_of(config))
 
 
 def training_batches(
@@ -113,7 +174,7 @@ def training_batches(
   data = config.data
   return train_batches(
     source,
-    data.transform,
+    train_transform(config),
     batch_size=data.batch_size,
     seed=seed,
     start_step=start_step,
@@ -127,11 +188,19 @@ def training_batches(
 
 
 class EvaluationSet:
-  """One of `config.evaluation.sets`, opened; see `EvaluationData`."""
+  """One of `config.evaluation.sets`, opened; see `EvaluationData`.
 
-  def __init__(self, name: str, config: Config, mesh: Mesh):
+  Attributes:
+    transform: the set's own, or that of the preprocessing where it has none.
+    own_transform: whether it is its own.
+  """
+
+  def __init__(self, name: str, config: Config, mesh: Mesh, preprocessing: Preprocessing):
     data, fields = config.data, config.evaluation.sets.get(name)
     self.name = name
+    self.own_transform = "transform" in fields
+    own = fields.get("transform") or recipes.eval_transform(preprocessing)
+    self.transform = fill_transform(own, preprocessing)
     self._source = create_source(
       fields.get("source", data.source),
       fields.get("split", "validation"),
@@ -142,7 +211,7 @@ class EvaluationSet:
     self._sharding = sharding.batch_sharding(mesh)
     self._batches = eval_batches(
       self._source,
-      fields.transform,
+      self.transform,
       batch_size=fields.get("batch_size", data.batch_size),
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -157,13 +226,16 @@ class EvaluationSet:
       yield sharding.put_batch(batch, self._sharding)
 
 
-def evaluation_sets(config: Config, mesh: Mesh, num_classes: int) -> list[EvaluationSet]:
-  """All of `config.evaluation.sets`.
+def evaluation_sets(
+  config: Config, mesh: Mesh, num_classes: int, preprocessing: Preprocessing | None = None
+) -> list[EvaluationSet]:
+  """All of `config.evaluation.sets`, by `preprocessing` where they have no transform of their own.
 
   Raises:
     ConfigError: one has another number of classes than the network.
   """
-  sets = [EvaluationSet(name, config, mesh) for name in config.evaluation.sets.names()]
+  expected = preprocessing or preprocessing_of(config)
+  sets = [EvaluationSet(name, config, mesh, expected) for name in config.evaluation.sets.names()]
   for item in sets:
     if item.num_classes != num_classes:
       raise ConfigError(

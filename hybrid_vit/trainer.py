@@ -160,15 +160,16 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
 
 
 def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
-  """Evaluates the weights of `config.init_from`, or of a work directory, on every set."""
+  """Evaluates the weights of `config.init_from` or `workdir`, by their own preprocessing."""
   directory = config.get("init_from") or workdir
   if directory is None:
     raise ValueError("--mode=evaluate needs weights: give --workdir or --config.init_from")
   mesh = sharding.make_mesh(run.mesh_axes(config))
   weights, metadata = load_weights(directory)
   head = weights["params"].get("head", {}).get("bias")
-  task, spec = run.build_task(config, None if head is None else int(head.shape[0]))
-  sets = run.evaluation_sets(config, mesh, spec.num_classes)
+  preprocessing, said_by = run.weights_preprocessing(config, metadata)
+  task, spec = run.build_task(config, None if head is None else int(head.shape[0]), preprocessing)
+  sets = run.evaluation_sets(config, mesh, spec.num_classes, preprocessing)
   batch = {"image": next(iter(sets[0].batches()))["image"]}
   target = jax.eval_shape(lambda key: task.init(key, batch), jax.random.key(0))
   variables, report = transfer(weights, target)
@@ -178,6 +179,7 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
     step = metadata.get("step")
     print(f"weights from {directory}" + (f", step {step}" if step is not None else ""))
     print(report)
+    print(run.describe_preparation(preprocessing, said_by, sets))
   results = {}
   for evaluator in task.evaluators(sets):
     values = evaluator.run(variables)

@@ -1,0 +1,150 @@
+"""What the files in `configs/` share: transform strings, and the frame of an ImageNet recipe.
+
+A configuration says what its paper says: epochs, batch, optimizer, regularisation, augmentation.
+What is the same for every system comes from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from hybrid_vit.models.registry import Preprocessing
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Side of the pictures in a local try, and what they are cropped from.
+_LOCAL_SIZE, _LOCAL_SHORT_SIDE = 32, 36
+
+# MOAT at a tenth of its width: `arguments` of `run_locally` for MOAT and for general recipes.
+TINY_MOAT = dict(
+  stem_widths=(16, 16),
+  depths=(1, 1, 1),
+  widths=(32, 48, 64),
+  block_types=("mbconv", "mbconv", "moat"),
+  strides=(1, 2, 2),
+  window_sizes=(None, None, None),
+  position_sizes=(None, None, 4),
+  head_size=16,
+  batch_norm_momentum=0.9,
+)
+
+
+def eval_transform(preprocessing: Preprocessing) -> str:
+  """The evaluation that belongs to some weights, as a transform string; normalising excluded."""
+  size, filter_name = preprocessing.image_size, preprocessing.interpolation
+  if preprocessing.resize == "squash":
+    return f"decode|resize({size}, {filter_name!r})"
+  return f"decode|resize_center_crop({size}, {preprocessing.crop_ratio!r}, {filter_name!r})"
+
+
+def train_transform(*augmentations: str, scale: tuple[float, float] = (0.08, 1.0)) -> str:
+  """Random resized crop, flip, then `augmentations`, as a transform string.
+
+  Its size and interpolation stand in braces, which the run fills in (`run.fill_transform`), so that
+  `--config.data.image_size=…` and `--config.model.name=…` change them.
+
+  Args:
+    *augmentations: further operations, e.g. "randaugment(2, 9, magnitude_std=0.5)".
+    scale: of the random crop's area.
+  """
+  crop = f"random_resized_crop({{image_size}}, {tuple(scale)!r}, interpolation={{interpolation!r}})"
+  return "|".join(("decode", crop, "flip_lr", *augmentations))
+
+
+def imagenet(
+  model: str,
+  *augmentations: str,
+  batch_size: int,
+  preprocessing: Preprocessing | None = None,
+  source: str = "tfds:imagenet2012",
+  num_classes: int | None = 1000,
+  scale: tuple[float, float] = (0.08, 1.0),
+) -> ConfigDict:
+  """The frame of an ImageNet recipe; optimizer, task and length are the caller's.
+
+  Args:
+    model: name in the registry.
+    *augmentations: see `train_transform`.
+    batch_size: of all devices together.
+    preprocessing: what the weights that come out will expect, the size of training included; None
+      for that of the registry's entry.
+    source: of the data, see `hybrid_vit.data.sources`.
+    num_classes: of the data; None to count them when it is opened.
+    scale: of the random crop's area.
+
+  Returns:
+    A configuration in bfloat16, its parameters fully sharded over the axis `fsdp` of the mesh.
+  """
+  config = ConfigDict()
+  config.seed = 0
+  config.log_every_steps = 50
+  config.evaluate_every_epochs = 1
+  config.precision = "bfloat16"
+  config.remat = False
+  config.accumulation_steps = 1
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
+  config.sharding_rules = ((".*", "fsdp"),)
+  config.init_from = placeholder(str)
+  config.reinitialize_head = False
+  config.model = dict(name=model, arguments=dict())
+  config.model.num_classes = placeholder(int) if num_classes is None else num_classes
+  config.data = dict(
+    source=source,
+    data_dir=placeholder(str),
+    split="train",
+    batch_size=batch_size,
+    transform=train_transform(*augmentations, scale=scale),
+    **_preprocessing_fields(preprocessing),
+  )
+  config.evaluation = dict(sets=dict(validation=dict(split="validation")))
+  config.checkpoint = dict(keep=2, every_minutes=15, best_metric="validation/top1")
+  return config
+
+
+def _preprocessing_fields(preprocessing: Preprocessing | None) -> dict[str, Any]:
+  """Fields of `config.data`; empty ones can be given on the command line."""
+  if preprocessing is not None:
+    return dataclasses.asdict(preprocessing)
+  kinds = dict(image_size=int, crop_ratio=float, interpolation=str, resize=str)
+  kinds |= dict(mean=tuple, std=tuple)
+  return {name: placeholder(kind) for name, kind in kinds.items()}
+
+
+def run_locally(config: ConfigDict, arguments: Mapping[str, Any], *, epochs: int = 4) -> ConfigDict:
+  """The same recipe as a local try: a tiny network on the embedded digits, about a minute.
+
+  Args:
+    config: a recipe; changed in place. Loss, mixing and kind of optimizer stay.
+    arguments: of the network, to make it tiny; pictures are 32 x 32.
+    epochs: of 22 steps.
+  """
+  size, short = _LOCAL_SIZE, _LOCAL_SHORT_SIDE
+  config.precision = "float32"
+  config.total_epochs = epochs
+  config.log_every_steps = 10
+  config.evaluate_every_epochs = 2
+  config.model.num_classes = 10
+  config.model.arguments = dict(arguments)
+  config.data.update(
+    dict(
+      source="digits",
+      batch_size=64,
+      transform=f"decode|resize({short}, 'bilinear')|random_crop({{image_size}})",
+      image_size=size,
+      crop_ratio=size / short,
+      interpolation="bilinear",
+      resize="crop",
+    )
+  )
+  config.optimizer.learning_rate = 4e-3
+  if "learning_rate_batch_size" in config.optimizer:
+    del config.optimizer["learning_rate_batch_size"]
+  config.optimizer.schedule = dict(name="cosine", warmup_epochs=1, end_learning_rate=1e-5)
+  config.checkpoint.every_minutes = 1
+  return config
