@@ -26,11 +26,28 @@ class OfficialKey:
     name: in the checkpoint.
     to_ours: changes the authors' layout to ours.
     to_theirs: the inverse of `to_ours`.
+    further: names of tensors of the same shape that follow the first on axis 0, where one of our
+      leaves holds what lies apart there (query, key and value of a fused projection).
   """
 
   name: str
   to_ours: Callable[[np.ndarray], np.ndarray] = _same
   to_theirs: Callable[[np.ndarray], np.ndarray] = _same
+  further: tuple[str, ...] = ()
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """All tensors that the leaf holds."""
+    return (self.name, *self.further)
+
+  def read(self, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Our leaf from a checkpoint that has all of `names`."""
+    tensors = [np.asarray(weights[name]) for name in self.names]
+    return self.to_ours(np.concatenate(tensors) if self.further else tensors[0])
+
+  def write(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors from our leaf."""
+    return dict(zip(self.names, np.split(self.to_theirs(leaf), len(self.names))))
 
 
 KeyMap = Callable[[str], OfficialKey]
@@ -111,12 +128,13 @@ def import_weights(
   filled, asked, wrong = {}, set(), []
   for path, leaf in traverse_util.flatten_dict(dict(template), sep="/").items():
     key = key_map(path)
-    asked.add(key.name)
+    asked.update(key.names)
     value, reason = None, ""
-    if key.name not in weights:
-      reason = f"the checkpoint has no {key.name}"
+    absent = [name for name in key.names if name not in weights]
+    if absent:
+      reason = f"the checkpoint has no {absent[0]}"
     else:
-      value = key.to_ours(np.asarray(weights[key.name]))
+      value = key.read(weights)
       if value.shape != tuple(leaf.shape):
         reason = f"{key.name} has shape {value.shape}, the model {tuple(leaf.shape)}"
     if not reason and value is not None:
@@ -142,8 +160,7 @@ def export_weights(variables: Mapping[str, Any], key_map: KeyMap) -> dict[str, n
   """The authors' names and layouts for our variables: the inverse of `import_weights`."""
   weights = {}
   for path, leaf in traverse_util.flatten_dict(dict(variables), sep="/").items():
-    key = key_map(path)
-    weights[key.name] = key.to_theirs(np.asarray(leaf))
+    weights.update(key_map(path).write(np.asarray(leaf)))
   return weights
 
 

@@ -1,6 +1,8 @@
 """Layouts of PyTorch checkpoints: which tensor holds one of our leaves, and how it lies there."""
 
+import dataclasses
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -41,6 +43,12 @@ def pointwise(name: str, leaf: str) -> OfficialKey:
   if leaf == "kernel":
     return OfficialKey(f"{name}.weight", lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
   return OfficialKey(f"{name}.{leaf}")
+
+
+def fused(factory: Callable[[str, str], OfficialKey], leaf: str, *names: str) -> OfficialKey:
+  """One projection here whose outputs lie apart there, in the order of `names`."""
+  keys = [factory(name, leaf) for name in names]
+  return dataclasses.replace(keys[0], further=tuple(key.name for key in keys[1:]))
 
 
 def same(name: str) -> OfficialKey:
