@@ -1,6 +1,8 @@
 """Colour and geometry: the operations behind RandAugment, AutoAugment and their relatives.
 
-uint8 RGB `[H, W, 3]` in and out; PIL does the pixels, as in timm, whose levels these are.
+uint8 RGB `[H, W, 3]` in and out; PIL does the pixels, as in timm (timm/data/auto_augment.py and
+random_erasing.py), whose levels these are. Deviation: random erasing of a uint8 picture, whose
+noise is rounded and clipped to its range (see `erase`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,12 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 Colour = tuple[int, int, int]
 
-_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+# "random" draws one of the two for each operation.
+FILTERS = {
+  "bilinear": (Image.Resampling.BILINEAR,),
+  "bicubic": (Image.Resampling.BICUBIC,),
+  "random": (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC),
+}
 _MAX_LEVEL = 10.0
 _IMAGENET_MEAN = np.array([123.675, 116.28, 103.53])
 _IMAGENET_STD = np.array([58.395, 57.12, 57.375])
@@ -63,19 +70,21 @@ def apply_operation(
   *,
   increasing: bool = False,
   paper_posterize: bool = False,
+  interpolation: str = "bicubic",
   fill: Colour = (124, 116, 104),
 ) -> Image.Image:
-  """One operation of `OPERATIONS` at a level of 0 to 10.
+  """One operation of `OPERATIONS` at a level of 0 to 10, or beyond.
 
   Args:
     name: the operation.
     image: an RGB picture.
-    level: its strength; signs and the resampling filter are drawn from `rng`.
+    level: its strength; signs are drawn from `rng`.
     rng: where chance comes from.
     increasing: strength rises with the level for every operation (timm's inc1); else posterize,
       solarize and the enhancements run the ways of the first implementations.
     paper_posterize: AutoAugment's own posterize, which keeps 4 to 8 bits.
-    fill: colour of what a rotation, shear or shift uncovers.
+    interpolation: a name in `FILTERS`, of rotations, shears and shifts.
+    fill: colour of what they uncover; ImageNet's mean by default, as in timm.
   """
   part = level / _MAX_LEVEL
 
@@ -100,7 +109,8 @@ def apply_operation(
   if name in _ENHANCERS:
     factor = max(0.1, 1.0 + signed(part * 0.9)) if increasing else part * 1.8 + 0.1
     return _ENHANCERS[name](image).enhance(factor)
-  resample = _FILTERS[int(rng.integers(len(_FILTERS)))]
+  filters = FILTERS[interpolation]
+  resample = filters[int(rng.integers(len(filters)))]
   if name == "rotate":
     return image.rotate(signed(part * 30.0), resample=resample, fillcolor=fill)
   amount = signed(part * (0.3 if name.startswith("shear") else 0.45))
@@ -146,6 +156,7 @@ class RandAugment:
   increasing: bool = False
   probability: float = 0.5
   magnitude_max: float = 10.0
+  interpolation: str = "bicubic"
   fill: Colour = (124, 116, 104)
 
   def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -154,26 +165,40 @@ class RandAugment:
     for index in rng.integers(len(OPERATIONS), size=self.num_layers):
       if rng.random() >= self.probability:
         continue
-      level = self.draw_magnitude(rng)
       picture = apply_operation(
-        OPERATIONS[index], picture, level, rng, increasing=self.increasing, fill=self.fill
+        OPERATIONS[index],
+        picture,
+        draw_magnitude(self.magnitude, self.magnitude_std, self.magnitude_max, rng),
+        rng,
+        increasing=self.increasing,
+        interpolation=self.interpolation,
+        fill=self.fill,
       )
     return np.asarray(picture)
 
-  def draw_magnitude(self, rng: np.random.Generator) -> float:
-    """Normal around the magnitude, or uniform below it where the deviation is infinite."""
-    magnitude = float(self.magnitude)
-    if math.isinf(self.magnitude_std):
-      magnitude = rng.uniform(0.0, magnitude)
-    elif self.magnitude_std > 0:
-      magnitude = rng.normal(magnitude, self.magnitude_std)
-    return max(0.0, min(magnitude, self.magnitude_max))
+
+def draw_magnitude(magnitude: float, std: float, largest: float, rng: np.random.Generator) -> float:
+  """Normal around the magnitude, or uniform below it where `std` is infinite; clipped.
+
+  Args:
+    magnitude: the mean, on the scale of levels.
+    std: the deviation; 0 draws nothing.
+    largest: the upper bound; the lower is 0.
+    rng: where chance comes from.
+  """
+  if math.isinf(std):
+    magnitude = rng.uniform(0.0, magnitude)
+  elif std > 0:
+    magnitude = rng.normal(magnitude, std)
+  return max(0.0, min(float(magnitude), largest))
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoAugment:
-  """One of the 25 pairs of AutoAugment's ImageNet policy."""
+  """One of the 25 pairs of AutoAugment's ImageNet policy (timm's "original")."""
 
+  magnitude_std: float = 0.0
+  interpolation: str = "bicubic"
   fill: Colour = (124, 116, 104)
 
   def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -181,7 +206,15 @@ class AutoAugment:
     picture = Image.fromarray(np.ascontiguousarray(image))
     for name, probability, level in _IMAGENET_POLICY[int(rng.integers(len(_IMAGENET_POLICY)))]:
       if rng.random() < probability:
-        picture = apply_operation(name, picture, level, rng, paper_posterize=True, fill=self.fill)
+        picture = apply_operation(
+          name,
+          picture,
+          draw_magnitude(level, self.magnitude_std, _MAX_LEVEL, rng),
+          rng,
+          paper_posterize=True,
+          interpolation=self.interpolation,
+          fill=self.fill,
+        )
     return np.asarray(picture)
 
 
@@ -201,14 +234,34 @@ def three_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def color_jitter(
   image: np.ndarray, strengths: Sequence[float], rng: np.random.Generator
 ) -> np.ndarray:
-  """Brightness, contrast and saturation by factors around 1, in random order."""
+  """torchvision's ColorJitter: brightness, contrast, saturation and hue, in random order.
+
+  Args:
+    image: uint8 `[H, W, 3]`.
+    strengths: of the four. The first three are factors drawn from [max(0, 1 - x), 1 + x], the last
+      is a turn of the hue drawn from [-x, x], x at most 0.5 (of a full turn). 0 leaves one out.
+    rng: where chance comes from.
+  """
   picture = Image.fromarray(np.ascontiguousarray(image))
   enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-  for index in rng.permutation(3):
-    if strengths[index]:
-      factor = rng.uniform(max(0.0, 1 - strengths[index]), 1 + strengths[index])
+  for index in rng.permutation(4):
+    strength = strengths[index]
+    if not strength:
+      continue
+    if index < 3:
+      factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
       picture = enhancers[index](picture).enhance(factor)
+    else:
+      picture = turn_hue(picture, rng.uniform(-strength, strength))
   return np.asarray(picture)
+
+
+def turn_hue(image: Image.Image, turn: float) -> Image.Image:
+  """Turns the hue by a part of the full circle; on PIL's 8-bit HSV, as torchvision."""
+  hue, saturation, value = image.convert("HSV").split()
+  shift = int(turn * 255)
+  hue = hue.point([(h + shift) % 256 for h in range(256)])
+  return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 def erase(

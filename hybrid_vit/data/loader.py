@@ -2,7 +2,7 @@
 
 The global batch of step s depends on the source, the transform, the seed and s alone, never on the
 number of processes or threads: process p takes the contiguous rows [p B/n, (p+1) B/n) of it. Each
-row draws its chance from `default_rng((seed, position))`.
+row draws its chance from the seed and its position, counted in rows since the start.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ class Corrupt:
   def __init__(self, source: Source, max_fraction: float):
     self._source, self._max_fraction = source, max_fraction
     self._indices: dict[int, str] = {}
+    self._lock = threading.Lock()
 
   @property
   def count(self) -> int:
@@ -54,10 +56,10 @@ class Corrupt:
     Raises:
       CorruptDataError: that is too many.
     """
-    if index in self._indices:
-      return
-    name = self._source.describe(index)
-    self._indices[index] = name
+    with self._lock:
+      if index in self._indices:
+        return
+      name = self._indices[index] = self._source.describe(index)
     logging.warning("skipped a picture that cannot be read: %s (%s)", name, error)
     if self.count > self._max_fraction * len(self._source):
       raise CorruptDataError(

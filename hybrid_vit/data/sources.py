@@ -4,7 +4,8 @@
     folder:/path            train/<class>/*, a part val or test where there is one
     zip:/path.zip           the same, in a zip
     fashion_mnist[:/path]   the four files of Fashion-MNIST
-    tfds:name[/config][:version]   a TFDS data set prepared as ArrayRecord; no TensorFlow needed
+    tfds:name[/config][:version]   a prepared TFDS data set, ArrayRecord or TFRecord, or tfds:/path
+                            of its directory; no TensorFlow needed
 
 A split is "train", "validation" or "test", with a slice in TFDS's manner: "train[:90%]". Where a
 source has no validation part, a fixed tenth of each class of the training part is held out.
@@ -15,9 +16,10 @@ from __future__ import annotations
 import gzip
 import importlib.resources
 import io
+import os
 import re
-import threading
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -178,12 +180,13 @@ class _Slice:
 
 
 def _digits(split: str) -> ArraySource:
-  """The held-out fifth is every fifth example of each class; validation and test are the same."""
+  """Class by class, every fifth example is held out; validation and test are the same 360."""
   resource = importlib.resources.files("hybrid_vit.data") / "embedded" / "digits.csv.gz"
   table = np.loadtxt(io.BytesIO(gzip.decompress(resource.read_bytes())), delimiter=",")
   labels = table[:, -1].astype(np.int64)
   grey = np.round(table[:, :-1].reshape(-1, 8, 8) * (255.0 / 16.0)).astype(np.uint8)
-  held_out = _rank_in_class(labels) % 5 == 0
+  held_out = np.zeros(len(labels), bool)
+  held_out[np.argsort(labels, kind="stable")[::5]] = True
   chosen = ~held_out if split == "train" else held_out
   images = np.repeat(grey[chosen][..., None], 3, axis=-1)
   names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -219,18 +222,15 @@ def _fashion_mnist(folder: Path, split: str) -> ArraySource:
 
   labels = read("labels-idx1", 8)
   images = read("images-idx3", 16).reshape(-1, 28, 28)
+  if images.shape[0] != labels.shape[0]:
+    raise ValueError(
+      f"Fashion-MNIST in {folder}: {images.shape[0]} {stem} pictures and {labels.shape[0]} labels; "
+      "as many of both were expected"
+    )
   names = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "boot",
-  )
+    "t-shirt", "trouser", "pullover", "dress", "coat",
+    "sandal", "shirt", "sneaker", "bag", "boot",
+  )  # fmt: skip
   return ArraySource(
     f"fashion_mnist {split}", np.repeat(images[..., None], 3, axis=-1), labels, names
   )
@@ -246,7 +246,17 @@ class _FolderReader:
     self.root = root
 
   def names(self) -> list[str]:
-    return [p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()]
+    found, visited = [], set()
+    # Class folders are often links; a link back up must not be followed for ever.
+    for directory, subdirectories, files in os.walk(self.root, followlinks=True):
+      real = os.path.realpath(directory)
+      if real in visited:
+        subdirectories.clear()
+        continue
+      visited.add(real)
+      inside = Path(directory).relative_to(self.root).as_posix()
+      found += [name if inside == "." else f"{inside}/{name}" for name in files]
+    return found
 
   def read(self, name: str) -> bytes:
     return (self.root / name).read_bytes()
@@ -263,28 +273,26 @@ class _ZipReader:
         "train/<class>/*.jpg"
       )
     self.root = path
-    self._local = threading.local()
-
-  def _zip(self) -> zipfile.ZipFile:
-    # One handle a thread: reading moves the file's position.
-    if not hasattr(self._local, "zip"):
-      self._local.zip = zipfile.ZipFile(self.root)
-    return self._local.zip
+    try:
+      # Its reads lock among themselves and unpack outside the lock: one handle for all threads.
+      self._zip = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+      raise MissingDataError(
+        f"{path} is no zip file, or is cut short ({error}); a zip that holds train/<class>/*.jpg "
+        "was expected"
+      ) from error
 
   def names(self) -> list[str]:
-    return [info.filename for info in self._zip().infolist() if not info.is_dir()]
+    return [info.filename for info in self._zip.infolist() if not info.is_dir()]
 
   def read(self, name: str) -> bytes:
-    return self._zip().read(name)
+    try:
+      return self._zip.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+      raise OSError(f"damaged member of {self.root}: {error}") from error
 
   def full_name(self, name: str) -> str:
     return f"{self.root}:{name}"
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {"root": self.root}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.root, self._local = state["root"], threading.local()
 
 
 def _files(reader: Any, split: str) -> FileSource:
@@ -301,7 +309,7 @@ def _files(reader: Any, split: str) -> FileSource:
       "train/<class>/*.jpg was looked for"
     )
   # A zip often wraps everything in one directory of its own.
-  while len({p.parts[0] for p in pictures}) == 1 and len(pictures[0].parts) > 3:
+  while _is_wrapped(pictures):
     pictures, prefix = [PurePosixPath(*p.parts[1:]) for p in pictures], pictures[0].parts[0]
     reader = _Within(reader, prefix)
   parts = {
@@ -334,6 +342,15 @@ def _files(reader: Any, split: str) -> FileSource:
     )
   labels_of = [number[p.parts[depth - 1]] for p in chosen]
   return FileSource(reader, [str(p) for p in chosen], labels_of, classes)
+
+
+def _is_wrapped(pictures: Sequence[PurePosixPath]) -> bool:
+  """Whether all lie in one directory that is neither a part nor a class."""
+  tops = {p.parts[0] for p in pictures}
+  parts = {folder for folders in _SPLIT_FOLDERS.values() for folder in folders}
+  return (
+    len(tops) == 1 and tops.pop().lower() not in parts and all(len(p.parts) > 2 for p in pictures)
+  )
 
 
 class _Within:

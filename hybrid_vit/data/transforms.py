@@ -144,19 +144,28 @@ def decode(decoder: str = "opencv") -> Transform:
 
 
 def _decode(encoded: bytes, decoder: str) -> np.ndarray:
-  if decoder == "opencv":
-    # libjpeg fills the missing part of a truncated picture with grey, without a word.
-    if encoded[:2] == b"\xff\xd8" and b"\xff\xd9" not in encoded[-64:]:
-      raise CorruptPictureError("truncated JPEG (no end-of-image marker)")
+  if decoder == "opencv" and _looks_whole(encoded):
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     if image is not None:
       return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
   try:
     with Image.open(io.BytesIO(encoded)) as picture:
       return np.asarray(picture.convert("RGB"))
-  except Exception as error:
+  except Exception as error:  # PIL's plugins raise whatever their formats bring up.
     raise CorruptPictureError(str(error)) from error
+
+
+def _looks_whole(encoded: bytes) -> bool:
+  """Whether JPEG and PNG end as they should.
+
+  OpenCV may fill what is missing with grey without a word; PIL decides what is not clear from here:
+  it refuses a truncated picture and reads one with foreign bytes after its end.
+  """
+  for start, end in ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND")):
+    if encoded.startswith(start):
+      return end in encoded[-64:]
+  return bool(encoded)
 
 
 def resize_image(
@@ -172,7 +181,8 @@ def resize_image(
   if interpolation not in _PIL_FILTERS:
     raise ValueError(f"interpolation {interpolation!r}: one of {', '.join(_PIL_FILTERS)}")
   if decoder == "pil":
-    return np.asarray(Image.fromarray(image).resize((width, height), _PIL_FILTERS[interpolation]))
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize((width, height), _PIL_FILTERS[interpolation]))
   shrinks = height <= image.shape[0] and width <= image.shape[1]
   if shrinks and interpolation != "nearest":
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
@@ -265,9 +275,11 @@ def _random_box(
     if 0 < w <= width and 0 < h <= height:
       return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
   # The middle, as near to the allowed aspects as it goes.
-  aspect = min(max(width / height, ratio[0]), ratio[1])
-  w = min(width, round(height * aspect))
-  h = min(height, round(w / aspect))
+  w, h = width, height
+  if width / height < ratio[0]:
+    h = round(width / ratio[0])
+  elif width / height > ratio[1]:
+    w = round(height * ratio[1])
   return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -297,9 +309,13 @@ def flip_lr(probability: float = 0.5) -> Transform:
 
 
 @register_transform("color_jitter")
-def color_jitter(brightness: float, contrast: float = 0.0, saturation: float = 0.0) -> Transform:
-  """Factors drawn from [1 - x, 1 + x], in random order (torchvision's ColorJitter without hue)."""
-  strengths = (brightness, contrast, saturation)
+def color_jitter(
+  brightness: float, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
+) -> Transform:
+  """torchvision's ColorJitter: factors from [1 - x, 1 + x], a turn of the hue, in random order."""
+  strengths = (brightness, contrast, saturation, hue)
+  if min(strengths) < 0 or hue > 0.5:
+    raise ValueError(f"strengths {strengths} must not be negative, and hue at most 0.5")
   return _on_image(lambda image, rng: augment.color_jitter(image, strengths, rng))
 
 
@@ -307,32 +323,47 @@ def color_jitter(brightness: float, contrast: float = 0.0, saturation: float = 0
 def randaugment(
   num_layers: int = 2,
   magnitude: float = 9,
-  magnitude_std: float = 0.0,
+  magnitude_std: float | str = 0.0,
   increasing: bool = False,
   probability: float = 0.5,
   magnitude_max: float = 10.0,
+  interpolation: str = "bicubic",
   fill: Sequence[int] = (124, 116, 104),
 ) -> Transform:
   """RandAugment (Cubuk et al., 2019) as timm defines it: rand-m{magnitude}-mstd{std}-inc1 …
 
-  `magnitude_std` of "inf" draws uniformly up to the magnitude; `increasing` is timm's inc1.
+  A `magnitude_std` of "inf" or above 100 draws uniformly up to the magnitude; `increasing` is
+  timm's inc1, `magnitude_max` its mmax.
   """
+  std = float(magnitude_std)
   policy = augment.RandAugment(
     num_layers=num_layers,
     magnitude=magnitude,
-    magnitude_std=float(magnitude_std),
+    magnitude_std=math.inf if std > 100 else std,
     increasing=increasing,
     probability=probability,
     magnitude_max=magnitude_max,
+    interpolation=_known_filter(interpolation),
     fill=(fill[0], fill[1], fill[2]),
   )
   return _on_image(policy)
 
 
 @register_transform("autoaugment")
-def autoaugment(fill: Sequence[int] = (124, 116, 104)) -> Transform:
-  """AutoAugment's ImageNet policy (Cubuk et al., 2018)."""
-  return _on_image(augment.AutoAugment((fill[0], fill[1], fill[2])))
+def autoaugment(
+  magnitude_std: float | str = 0.0,
+  interpolation: str = "bicubic",
+  fill: Sequence[int] = (124, 116, 104),
+) -> Transform:
+  """AutoAugment's ImageNet policy (Cubuk et al., 2018), timm's "original"."""
+  colour = (fill[0], fill[1], fill[2])
+  return _on_image(augment.AutoAugment(float(magnitude_std), _known_filter(interpolation), colour))
+
+
+def _known_filter(interpolation: str) -> str:
+  if interpolation not in augment.FILTERS:
+    raise ValueError(f"interpolation {interpolation!r}: one of {', '.join(augment.FILTERS)}")
+  return interpolation
 
 
 @register_transform("three_augment")
