@@ -1,23 +1,27 @@
-"""TFDS data sets prepared as ArrayRecord, read without TensorFlow."""
+"""TFDS data sets prepared as ArrayRecord or TFRecord, read without TensorFlow."""
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 from hybrid_vit.data.sources import MissingDataError
+from hybrid_vit.data.tfrecord import TfRecordShards
 
 
 class TfdsSource:
   """A split of a prepared TFDS data set; pictures come as their encoded bytes.
 
   Args:
-    name: "imagenet2012", "name/config", with ":1.0.0" for a version; or a directory that holds a
-      prepared data set.
+    name: "imagenet2012", "name/config", with ":1.0.0" for a version (the newest otherwise); or a
+      directory that holds a prepared data set.
     split: TFDS's own, with its slicing.
-    data_dir: as in TFDS; None for its default.
+    data_dir: as in TFDS; None for its default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
   Raises:
-    MissingDataError: not prepared, or prepared in another format.
+    MissingDataError: not prepared, or prepared in a format that has no access by index.
     ValueError: a split it does not have, or features without "image" and "label".
   """
 
@@ -25,17 +29,9 @@ class TfdsSource:
     import tensorflow_datasets as tfds
 
     self._name, self._split = name, split
-    builder = _builder(tfds, name, data_dir)
-    if builder.info.file_format is not None and builder.info.file_format.value != "array_record":
-      directory = builder.data_path
-      raise MissingDataError(
-        f"TFDS data set {name!r} in {directory} is prepared as {builder.info.file_format.value}, "
-        "which cannot be read by index. Convert it once, byte for byte: python -m "
-        f"hybrid_vit.tools.prepare_data tfrecord {directory} NEW_DIRECTORY, then use "
-        "tfds:NEW_DIRECTORY"
-      )
-    base = split.partition("[")[0]
-    if base not in builder.info.splits:
+    builder = tfds.builder_from_directory(str(_directory(name, data_dir)))
+    base = re.split(r"[\[+]", split)[0]
+    if base not in builder.info.splits and base != "all":
       raise ValueError(
         f"TFDS data set {name!r} has no split {base!r}; it has: {', '.join(builder.info.splits)}"
       )
@@ -44,13 +40,15 @@ class TfdsSource:
       raise ValueError(f"TFDS data set {name!r} has no 'image' and 'label', but {list(features)}")
     self.class_names = tuple(features["label"].names)
     self.num_classes = features["label"].num_classes
-    self._data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    self._features = features
+    self._decoders = {"image": tfds.decode.SkipDecoding()}
+    self._records = _records(builder, split)
 
   def __len__(self) -> int:
-    return len(self._data)
+    return len(self._records)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    example = self._data[index]
+    example = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
     return {"image": example["image"], "label": int(example["label"])}
 
   def describe(self, index: int) -> str:
@@ -58,25 +56,49 @@ class TfdsSource:
     return f"tfds:{self._name} {self._split} #{index}"
 
 
-def _builder(tfds: Any, name: str, data_dir: str | None) -> Any:
-  from pathlib import Path
+def _records(builder: Any, split: str) -> Any:
+  """Serialized examples by index."""
+  instructions = builder.info.splits[split].file_instructions
+  # The files' names tell the format; data sets of old have no such field in dataset_info.json.
+  format_name = shard_format(Path(str(instructions[0].filename)))
+  if format_name == "array_record":
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-  directory = Path(name).expanduser()
-  if (directory / "dataset_info.json").is_file():
-    return tfds.builder_from_directory(str(directory))
-  roots = [Path(data_dir).expanduser()] if data_dir else [Path.home() / "tensorflow_datasets"]
-  base, _, version = name.partition(":")
-  for root in roots:
-    found = sorted((root / base).glob(f"{version or '*'}/dataset_info.json"), key=_version)
-    if found:
-      return tfds.builder_from_directory(str(found[-1].parent))
+    return ArrayRecordDataSource(instructions)
+  if format_name == "tfrecord":
+    return TfRecordShards(
+      [(Path(str(i.filename)), i.skip, i.take, i.examples_in_shard) for i in instructions]
+    )
   raise MissingDataError(
-    f"TFDS data set {name!r} was looked for in {', '.join(map(str, roots))} (config.data.data_dir) "
-    f"and is not prepared there. On a machine with its archives: python -m hybrid_vit.tools."
-    f"prepare_data tfds {base} --data_dir={roots[0]} ; a copy prepared as TFRecord: python -m "
-    "hybrid_vit.tools.prepare_data tfrecord OLD_DIRECTORY NEW_DIRECTORY"
+    f"the TFDS data set in {builder.data_path} is prepared as {format_name}, which cannot be read "
+    "by index; array_record and tfrecord can. Prepare it again with file_format='array_record'"
   )
 
 
-def _version(path: Any) -> tuple[int, ...]:
+def shard_format(path: Path) -> str:
+  """The format of a TFDS shard by its name, "cifar10-train.array_record-00000-of-00001"."""
+  match = re.search(r"\.([a-z_]+)(?:-\d+-of-\d+)?$", path.name)
+  return match[1] if match else "unknown"
+
+
+def _directory(name: str, data_dir: str | None) -> Path:
+  directory = Path(name).expanduser()
+  if (directory / "dataset_info.json").is_file():
+    return directory
+  root = Path(
+    data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
+  ).expanduser()
+  base, _, version = name.partition(":")
+  found = sorted((root / base).glob(f"{version or '*'}/dataset_info.json"), key=_version)
+  if found:
+    return found[-1].parent
+  raise MissingDataError(
+    f"TFDS data set {name!r} was looked for in {root} (config.data.data_dir) and is not prepared "
+    "there. Prepare it once: python -c \"import tensorflow_datasets as tfds; tfds.builder('"
+    f"{base}', data_dir='{root}', file_format='array_record').download_and_prepare()\"; "
+    "docs/data.md says more"
+  )
+
+
+def _version(path: Path) -> tuple[int, ...]:
   return tuple(int(n) if n.isdecimal() else -1 for n in path.parent.name.split("."))

@@ -1,0 +1,249 @@
+"""Makes a TFDS data set in ArrayRecord: from one in TFRecord, or from a folder or zip of pictures.
+
+    python -m hybrid_vit.tools.prepare_data \
+      --from=/old/imagenet2012/5.1.0 --to=/data/imagenet2012/5.1.0
+    python -m hybrid_vit.tools.prepare_data \
+      --from=folder:/path/flowers --to=/data/flowers/1.0.0
+
+`--to` is the directory of one version, DATA_DIR/NAME/VERSION; with `config.data.data_dir` DATA_DIR
+its name is `tfds:NAME`. Nothing is decoded: records, and pictures, are copied byte for byte. The
+directory appears when all of it is there. No TensorFlow is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from hybrid_vit.data.sources import SPLITS, MissingDataError, create_source
+from hybrid_vit.data.tfds_source import shard_format
+from hybrid_vit.data.tfrecord import check_count, read_records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command; returns its exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m hybrid_vit.tools.prepare_data",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--from",
+    dest="origin",
+    required=True,
+    help="directory of a TFDS version in TFRecord, folder:/path or zip:/path.zip",
+  )
+  parser.add_argument("--to", required=True, type=Path, help="DATA_DIR/NAME/VERSION, to be made")
+  parser.add_argument(
+    "--processes", type=int, default=os.cpu_count() or 1, help="that convert files at once"
+  )
+  options = parser.parse_args(arguments)
+  to = options.to.expanduser().absolute()
+  try:
+    if options.origin.startswith(("folder:", "zip:")):
+      counts = store_pictures(options.origin, to)
+    else:
+      counts = convert_tfrecord(Path(options.origin).expanduser(), to, options.processes)
+  except (OSError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  what = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+  print(f"{to}: {what} examples. Use it as tfds:{to}")
+  return 0
+
+
+def convert_tfrecord(origin: Path, to: Path, processes: int = 1) -> dict[str, int]:
+  """Copies a TFDS data set from TFRecord to ArrayRecord, record by record.
+
+  Checksums of every record are verified, and numbers of records compared with dataset_info.json.
+
+  Args:
+    origin: directory of one version: dataset_info.json, features.json and the TFRecord files.
+    to: the new directory.
+    processes: that work at once, each on a file.
+
+  Returns:
+    Examples of each split.
+
+  Raises:
+    MissingDataError: `origin` is no TFDS data set in TFRecord, or lacks files.
+    FileExistsError: `to` is there.
+    TfRecordError: a record is damaged, or there are too many or too few.
+  """
+  import tensorflow_datasets as tfds
+
+  _check_new(to)
+  if not (origin / "dataset_info.json").is_file():
+    raise MissingDataError(
+      f"{origin} has no dataset_info.json: the directory of one version of a prepared TFDS data "
+      "set was expected, e.g. ~/tensorflow_datasets/imagenet2012/5.1.0"
+    )
+  splits = tfds.builder_from_directory(str(origin)).info.splits
+  jobs, counts = [], {}
+  for name in splits:
+    counts[name] = int(splits[name].num_examples)
+    for part in splits[name].file_instructions:
+      path = Path(str(part.filename))
+      if shard_format(path) != "tfrecord":
+        raise MissingDataError(
+          f"{origin} is prepared as {shard_format(path)}; tfrecord was expected"
+          + (" (nothing to do: it can be read)" if shard_format(path) == "array_record" else "")
+        )
+      if not path.is_file():
+        raise MissingDataError(f"{path} is not there, and dataset_info.json names it")
+      jobs.append((path, int(part.examples_in_shard)))
+  with _partial(to) as partial:
+    for path in origin.iterdir():
+      if path.is_file() and shard_format(path) != "tfrecord":
+        shutil.copy2(path, partial)
+    _describe_as_array_record(partial / "dataset_info.json")
+    tasks = [(path, partial / _renamed(path.name), records) for path, records in jobs]
+    if processes > 1 and len(tasks) > 1:
+      # Spawned: the packages read so far have threads, which a fork would lose.
+      context = multiprocessing.get_context("spawn")
+      with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        done = pool.map(_convert_file, *zip(*tasks))
+        list(tqdm.tqdm(done, total=len(tasks), unit="file"))
+    else:
+      for task in tqdm.tqdm(tasks, unit="file"):
+        _convert_file(*task)
+    partial.rename(to)
+  return counts
+
+
+def _convert_file(path: Path, new: Path, records: int) -> None:
+  from array_record.python import array_record_module
+
+  # One record a group: the random access that training needs.
+  writer = array_record_module.ArrayRecordWriter(str(new), "group_size:1")
+  count = 0
+  for record in read_records(path):
+    writer.write(record)
+    count += 1
+  writer.close()
+  check_count(path, count, records)
+  reader = array_record_module.ArrayRecordReader(str(new))
+  check_count(new, reader.num_records(), records)
+  reader.close()
+
+
+def _renamed(name: str) -> str:
+  return name.replace(".tfrecord", ".array_record")
+
+
+def _describe_as_array_record(path: Path) -> None:
+  info = json.loads(path.read_text())
+  info["fileFormat"] = "array_record"
+  for split in info["splits"]:
+    if "filepathTemplate" in split:
+      split["filepathTemplate"] = _renamed(split["filepathTemplate"])
+  path.write_text(json.dumps(info, indent=2))
+
+
+def store_pictures(spec: str, to: Path) -> dict[str, int]:
+  """Writes a folder or zip of pictures as a TFDS data set with image, label and file_name.
+
+  The parts are those of `hybrid_vit.data.sources`, so that training on it is training on the
+  folder; a test part is written where it is another than the validation part.
+
+  Args:
+    spec: "folder:/path" or "zip:/path.zip".
+    to: the new directory, DATA_DIR/NAME/VERSION.
+
+  Returns:
+    Examples of each split.
+
+  Raises:
+    MissingDataError: no pictures there.
+    FileExistsError: `to` is there.
+    ValueError: `to` is no name and version that TFDS takes.
+  """
+  _check_new(to)
+  name, version = to.parent.name, to.name
+  if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not re.fullmatch(r"\d+\.\d+\.\d+", version):
+    raise ValueError(
+      f"{to}: DATA_DIR/NAME/VERSION was expected, with a name in small letters and a version such "
+      "as 1.0.0, e.g. /data/flowers/1.0.0"
+    )
+  sources = {split: create_source(spec, split) for split in SPLITS}
+  names = {split: _names(source) for split, source in sources.items()}
+  if names["test"] == names["validation"]:
+    del sources["test"]
+  with _partial(to) as partial:
+    builder = _builder(name, version, sources, partial)
+    builder.download_and_prepare()
+    Path(builder.data_path).rename(to)
+  return {split: len(source) for split, source in sources.items()}
+
+
+def _names(source: Any) -> list[str]:
+  return [source.describe(i) for i in range(len(source))]
+
+
+def _builder(name: str, version: str, sources: dict[str, Any], data_dir: Path) -> Any:
+  import tensorflow_datasets as tfds
+
+  classes = list(sources["train"].class_names)
+
+  class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    VERSION = tfds.core.Version(version)
+    code_path = None  # TFDS would look for checksums of downloads beside this file.
+
+    def _info(self) -> Any:
+      features = tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(shape=(None, None, 3)),
+          "label": tfds.features.ClassLabel(names=classes),
+          "file_name": tfds.features.Text(),
+        }
+      )
+      return tfds.core.DatasetInfo(
+        builder=self, features=features, description="From a folder of pictures."
+      )
+
+    def _split_generators(self, dl_manager: Any) -> Any:
+      return {split: self._generate_examples(split) for split in sources}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+      source = sources[split]
+      for index in range(len(source)):
+        file_name = "/".join(Path(source.describe(index)).parts[-2:])
+        # TFDS orders examples by a hash of their key; the place of the folder must not count.
+        yield str(index), {**source[index], "file_name": file_name}
+
+  Pictures.name = name
+  return Pictures(data_dir=str(data_dir), file_format="array_record")
+
+
+def _check_new(to: Path) -> None:
+  if to.exists():
+    raise FileExistsError(f"{to} is there already; a new directory was expected")
+
+
+@contextlib.contextmanager
+def _partial(to: Path) -> Iterator[Path]:
+  """A directory beside `to` that is gone in the end, whatever happens."""
+  to.parent.mkdir(parents=True, exist_ok=True)
+  path = Path(tempfile.mkdtemp(prefix=f".{to.name}.partial.", dir=to.parent))
+  path.chmod(0o755)
+  try:
+    yield path
+  finally:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
