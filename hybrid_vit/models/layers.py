@@ -121,6 +121,7 @@ class PointwiseConv(nn.Module):
   features: int
   use_bias: bool = True
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -128,7 +129,7 @@ class PointwiseConv(nn.Module):
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
     y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
     if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+      bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
       y = y + bias.astype(self.dtype)
     return y.reshape(*x.shape[:-1], self.features)
 
@@ -149,6 +150,64 @@ class LayerScale(nn.Module):
       "gamma", nn.initializers.constant(self.initial_value), (x.shape[-1],), jnp.float32
     )
     return x * gamma.astype(x.dtype)
+
+
+class ConvNeXtBlock(nn.Module):
+  """Depthwise convolution, layer norm, two dense layers around a GELU, layer scale, plus the input.
+
+  The block of ConvNeXt (arXiv:2201.03545, section 2.6), which RevCol's levels are made of too.
+
+  Attributes:
+    kernel_size: side of the depthwise kernel, odd; zeros around the map keep its size.
+    hidden: width between the two dense layers.
+    layer_scale_init: where the branch's factor of each channel begins; None for no factor.
+    layer_norm_epsilon: of the norm.
+    drop_path_rate: of the branch.
+    kernel_init: of all three kernels; biases begin at 0.
+    dtype: of the computation.
+  """
+
+  kernel_size: int
+  hidden: int
+  layer_scale_init: float | None
+  layer_norm_epsilon: float
+  drop_path_rate: float
+  kernel_init: Initializer
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """`[B, H, W, C]` to the same shape."""
+    size, pad, init = self.kernel_size, self.kernel_size // 2, self.kernel_init
+    y = DepthwiseConv(
+      (size, size),
+      stride=1,
+      padding=((pad, pad), (pad, pad)),
+      use_bias=True,
+      kernel_init=init,
+      dtype=self.dtype,
+      name="depthwise_conv",
+    )(x)
+    y = layer_norm(self.layer_norm_epsilon, self.dtype, "norm")(y)
+    y = PointwiseConv(self.hidden, kernel_init=init, dtype=self.dtype, name="expand")(y)
+    y = PointwiseConv(x.shape[-1], kernel_init=init, dtype=self.dtype, name="shrink")(gelu(y))
+    if self.layer_scale_init is not None:
+      y = LayerScale(self.layer_scale_init, name="layer_scale")(y)
+    return x + DropPath(self.drop_path_rate, name="drop_path")(y, train)
+
+
+# A convolution's kernel as PyTorch begins it: uniform within 1 / sqrt(fan_in).
+torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int) -> Initializer:
+  """A bias as PyTorch begins it: uniform within 1 / sqrt(fan_in) of the layer's kernel."""
+  bound = float(fan_in) ** -0.5
+
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
 
 
 def linear_drop_path_rates(rate: float, depths: Sequence[int]) -> tuple[tuple[float, ...], ...]:

@@ -139,3 +139,11 @@ def test_position_bias_by_definition(window):
 def test_a_table_of_another_window_is_refused():
   with pytest.raises(ValueError, match="does not belong to a window"):
     layers.relative_position_bias(jnp.zeros((2, 3, 3)), (3, 2))
+
+
+def test_torch_initial_values_are_uniform_within_the_root_of_the_fan_in():
+  kernel = layers.torch_conv_init(jax.random.key(0), (3, 3, 1, 4000), jnp.float32)
+  bias = layers.torch_bias_init(25)(jax.random.key(1), (30000,))
+  for value, bound in ((kernel, 1 / 3), (bias, 1 / 5)):
+    assert 0.999 * bound < float(jnp.abs(value).max()) <= bound * (1 + 1e-6)
+    np.testing.assert_allclose(value.std(), bound / np.sqrt(3), rtol=0.02)
