@@ -1,0 +1,125 @@
+"""Writes golden files of the baselines: transformers' networks under weights made by rule.
+
+    pip install torch transformers
+    python -m tests.make_baseline_goldens [family ...]
+
+The test suite needs neither: what this wrote is committed beside it. One function a family gives
+its runs; the form of the files is that of `tests/golden.py`.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from tests import golden
+
+
+@dataclasses.dataclass
+class Run:
+  """One network and one input.
+
+  Attributes:
+    name: of the files.
+    model: in evaluation mode; its weights are replaced.
+    arguments: what the network was built from.
+    shape: of the input, (batch, height, width, 3).
+    answers: from the network and the input (batch, 3, height, width) to named tensors, in the order
+      of computation: maps as (batch, height, width, channels), everything else as it is.
+  """
+
+  name: str
+  model: torch.nn.Module
+  arguments: dict[str, Any]
+  shape: tuple[int, ...]
+  answers: Callable[[Any, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def pvt() -> Iterator[Run]:
+  """PVT. The norms of its patch embeddings and reductions have the authors' epsilon, 1e-5."""
+
+  def answers(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    out = model(x, output_hidden_states=True)
+    depths, found, size = model.config.depths, {}, x.shape[2:]
+    for stage, patch in enumerate(model.config.patch_sizes):
+      size = [n // patch for n in size]
+      tokens = out.hidden_states[sum(depths[: stage + 1]) - 1]
+      tokens = tokens[:, tokens.shape[1] - size[0] * size[1] :]
+      found[f"stage{stage + 1}"] = tokens.reshape(len(x), *size, -1)
+    return {**found, "logits": out.logits}
+
+  small = {
+    "image_size": 64,
+    "depths": [1, 2, 1, 1],
+    "hidden_sizes": [16, 24, 32, 48],
+    "num_attention_heads": [1, 2, 4, 3],
+    "mlp_ratios": [4, 3, 2, 2],
+  }
+  for name, size, arguments in (
+    ("small_64", 64, {**small, "sequence_reduction_ratios": [8, 4, 2, 1]}),
+    (
+      "small_no_bias_64",
+      64,
+      {**small, "qkv_bias": False, "sequence_reduction_ratios": [4, 4, 1, 1]},
+    ),
+    ("pvt_tiny_224", 224, {"depths": [2, 2, 2, 2], "num_labels": 1000}),
+  ):
+    arguments = {"num_labels": 10, "layer_norm_eps": 1e-6, **arguments}
+    model = transformers.PvtForImageClassification(transformers.PvtConfig(**arguments))
+    for key, module in model.named_modules():
+      if key.endswith(("self.layer_norm", *(f"patch_embeddings.{i}.layer_norm" for i in range(4)))):
+        module.eps = 1e-5
+    yield Run(name, model, arguments, (2 if size < 224 else 1, size, size, 3), answers)
+
+
+FAMILIES: dict[str, Callable[[], Iterator[Run]]] = {"pvt": pvt}
+
+
+def write(family: str, run: Run) -> None:
+  """Sets the weights by the rule, runs, writes `<family>/<name>.json` and `.npz`."""
+  state = run.model.state_dict()
+  derived = {k: v for k, v in state.items() if not v.is_floating_point() and v.ndim}
+  made = {k: golden.tensor(k, v.shape, "torch") for k, v in state.items() if k not in derived}
+  run.model.load_state_dict({**derived, **{k: torch.from_numpy(v) for k, v in made.items()}})
+  run.model.eval()
+  x = np.random.RandomState(0).standard_normal(run.shape).astype(np.float32)
+  with torch.no_grad():
+    answers = run.answers(run.model, torch.from_numpy(x).permute(0, 3, 1, 2))
+  arrays: dict[str, np.ndarray] = {}
+  for name, tensor in answers.items():
+    value = tensor.numpy().astype(np.float32)
+    if value.ndim < 4:
+      arrays[name] = value
+      continue
+    arrays[f"{name}_corner"] = value[0, :4, :4, :8]
+    arrays[f"{name}_stats"] = np.array([value.mean(), value.std(), np.abs(value).max()], np.float32)
+  parameters = {k: list(v.shape) for k, v in state.items() if k not in derived}
+  trainable = sum(p.numel() for p in run.model.parameters())
+  versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+  description = {
+    "name": run.name,
+    "source": f"{versions}: {type(run.model).__name__}",
+    "arguments": run.arguments,
+    "layout": "torch",
+    "mode": "eval",
+    "input": {"shape": list(run.shape), "seed": 0},
+    "parameters": parameters,
+    "derived": sorted(derived),
+    "trainable_count": trainable,
+  }
+  path = golden.DIRECTORY / family / run.name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
+  np.savez_compressed(path.with_suffix(".npz"), **arrays)
+  print(path.name, trainable, {k: v.shape for k, v in arrays.items()})
+
+
+if __name__ == "__main__":
+  for family in sys.argv[1:] or FAMILIES:
+    for run in FAMILIES[family]():
+      write(family, run)
