@@ -11,7 +11,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 # The modules that register models when imported, in the order in which they are listed.
-_FAMILIES = ("hybrid_vit.models.moat",)
+_FAMILIES = (
+  "hybrid_vit.models.moat",
+  "hybrid_vit.models.cvt",
+)
 
 _ENTRIES: dict[str, "ModelEntry"] = {}
 
