@@ -25,6 +25,12 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "dry_run"], "Wh
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other processes (jax.distributed)."
 )
+_DEVICES = flags.DEFINE_integer(
+  "devices",
+  None,
+  "For --mode=dry_run: how many devices there will be; else the product of config.mesh, or 8.",
+  lower_bound=1,
+)
 
 
 def use_compilation_cache() -> None:
@@ -80,7 +86,7 @@ def _run(config: Config, name: str) -> int:
   if _MODE.value == "dry_run":
     from hybrid_vit import dry_run
 
-    return dry_run.main(config)
+    return dry_run.main(config, _DEVICES.value)
   from hybrid_vit import trainer
 
   use_compilation_cache()

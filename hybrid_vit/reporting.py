@@ -201,7 +201,9 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     raise ValueError(f"{metrics_jsonl} holds no metrics to draw")
   panels: dict[str, list[tuple[str, str]]] = {}
   for kind, key in series:
-    panels.setdefault(_panel(key), []).append((kind, key))
+    # How many pictures were evaluated is the same each time.
+    if key != "examples":
+      panels.setdefault(_panel(key), []).append((kind, key))
   # Loss, accuracy and learning rate first, whatever the order in the file.
   order = ("Loss", "Accuracy", "Learning rate")
   names = sorted(panels, key=lambda name: (order.index(name) if name in order else len(order),))

@@ -146,19 +146,45 @@ def build_task(
   return task, ModelSpec(name, own_arguments, classes, dataclasses.asdict(preprocessing))
 
 
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  """`config.data`: where training pictures come from and how they are read."""
+
+  source: str
+  split: str
+  data_dir: str | None
+  batch_size: int
+  transform: str
+  num_threads: int | None
+  repeats: int
+  max_corrupt_fraction: float
+  decoder: str
+
+
+def data_settings(config: Config) -> DataSettings:
+  """Reads them; the braces of the transform are filled in."""
+  data = config.data
+  return DataSettings(
+    source=data.source,
+    split=data.get("split", "train"),
+    data_dir=data.get("data_dir"),
+    batch_size=data.batch_size,
+    transform=fill_transform(data.transform, preprocessing_of(config)),
+    num_threads=data.get("num_threads"),
+    repeats=data.get("repeats", 1),
+    max_corrupt_fraction=data.get("max_corrupt_fraction", 0.1),
+    decoder=data.get("decoder", "opencv"),
+  )
+
+
 def open_training_source(config: Config) -> Source:
   """`config.data` → its training source.
 
   Raises:
-    MissingData: it is not there; the message says what prepares it.
+    MissingDataError: it is not there; the message says what prepares it.
   """
-  data = config.data
-  return create_source(data.source, data.get("split", "train"), data.get("data_dir"))
-
-
-def train_transform(config: Config) -> str:
-  """`config.data.transform` with its braces filled in."""
-  return fill_transform(config.data.transform, preprocessing_of(config))
+  data = data_settings(config)
+  return create_source(data.source, data.split, data.data_dir)
 
 
 def training_batches(
@@ -171,20 +197,40 @@ def training_batches(
   process_count: int,
 ) -> Any:
   """This process's training batches from `start_step` on."""
-  data = config.data
+  data = data_settings(config)
   return train_batches(
     source,
-    train_transform(config),
+    data.transform,
     batch_size=data.batch_size,
     seed=seed,
     start_step=start_step,
     process_index=process_index,
     process_count=process_count,
-    num_threads=data.get("num_threads"),
-    repeats=data.get("repeats", 1),
-    max_corrupt_fraction=data.get("max_corrupt_fraction", 0.1),
-    decoder=data.get("decoder", "opencv"),
+    num_threads=data.num_threads,
+    repeats=data.repeats,
+    max_corrupt_fraction=data.max_corrupt_fraction,
+    decoder=data.decoder,
   )
+
+
+def evaluation_settings(
+  name: str, config: Config, preprocessing: Preprocessing
+) -> tuple[DataSettings, bool]:
+  """One of `config.evaluation.sets`, and whether it has a transform of its own.
+
+  What a set does not say is as in `config.data`; its transform, as `preprocessing` says.
+  """
+  data, fields = data_settings(config), config.evaluation.sets.get(name)
+  transform = fields.get("transform")
+  settings = dataclasses.replace(
+    data,
+    source=fields.get("source", data.source),
+    split=fields.get("split", "validation"),
+    data_dir=fields.get("data_dir", data.data_dir),
+    batch_size=fields.get("batch_size", data.batch_size),
+    transform=fill_transform(transform or recipes.eval_transform(preprocessing), preprocessing),
+  )
+  return settings, transform is not None
 
 
 class EvaluationSet:
@@ -196,28 +242,21 @@ class EvaluationSet:
   """
 
   def __init__(self, name: str, config: Config, mesh: Mesh, preprocessing: Preprocessing):
-    data, fields = config.data, config.evaluation.sets.get(name)
-    self.name = name
-    self.own_transform = "transform" in fields
-    own = fields.get("transform") or recipes.eval_transform(preprocessing)
-    self.transform = fill_transform(own, preprocessing)
-    self._source = create_source(
-      fields.get("source", data.source),
-      fields.get("split", "validation"),
-      fields.get("data_dir", data.get("data_dir")),
-    )
+    data, self.own_transform = evaluation_settings(name, config, preprocessing)
+    self.name, self.transform = name, data.transform
+    self._source = create_source(data.source, data.split, data.data_dir)
     self.class_names: Sequence[str] = self._source.class_names
     self.num_classes = self._source.num_classes
     self._sharding = sharding.batch_sharding(mesh)
     self._batches = eval_batches(
       self._source,
-      self.transform,
-      batch_size=fields.get("batch_size", data.batch_size),
+      data.transform,
+      batch_size=data.batch_size,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-      num_threads=data.get("num_threads"),
-      max_corrupt_fraction=data.get("max_corrupt_fraction", 0.1),
-      decoder=data.get("decoder", "opencv"),
+      num_threads=data.num_threads,
+      max_corrupt_fraction=data.max_corrupt_fraction,
+      decoder=data.decoder,
     )
 
   def batches(self) -> Iterable[dict[str, jax.Array]]:
@@ -284,6 +323,42 @@ def example_batch(config: Config, image_size: Sequence[int]) -> dict[str, jax.Sh
     "label": jax.ShapeDtypeStruct((size,), np.int32),
     "index": jax.ShapeDtypeStruct((size,), np.int32),
   }
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The fields of a configuration that the training loop itself reads; see docs/architecture.md."""
+
+  seed: int
+  log_every: int
+  evaluate_every: int
+  ema_decay: float | None
+  accumulation: int
+  init_from: str | None
+  reinitialize_head: bool
+  keep: int
+  save_every_steps: int | None
+  save_every_minutes: float | None
+  best_metric: str | None
+
+
+def loop_settings(config: Config, steps_per_epoch: int, primary_metric: str) -> Settings:
+  """Reads them; the best checkpoint is by `primary_metric` of the first evaluation set."""
+  checkpoint, sets = config.group("checkpoint"), config.evaluation.sets.names()
+  by_epochs = max(1, round(config.get("evaluate_every_epochs", 1) * steps_per_epoch))
+  return Settings(
+    seed=int(config.get("seed", 0)),
+    log_every=int(config.get("log_every_steps", 50)),
+    evaluate_every=int(config.get("evaluate_every_steps") or by_epochs),
+    ema_decay=config.get("ema_decay"),
+    accumulation=int(config.get("accumulation_steps", 1)),
+    init_from=config.get("init_from"),
+    reinitialize_head=bool(config.get("reinitialize_head", False)),
+    keep=checkpoint.get("keep", 2),
+    save_every_steps=checkpoint.get("every_steps"),
+    save_every_minutes=checkpoint.get("every_minutes", 15),
+    best_metric=checkpoint.get("best_metric", f"{sets[0]}/{primary_metric}" if sets else None),
+  )
 
 
 def build_optimizer(

@@ -1,0 +1,464 @@
+"""`--mode=dry_run`: what a run would be, without an accelerator and without its data.
+
+Parameters, multiply-adds, memory of each device and the communication of one step, then everything
+that is wrong with the configuration. Nothing is trained and no weights are made: shapes are traced,
+and one step is compiled for simulated devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from hybrid_vit import run, sharding
+from hybrid_vit.collectives import Collective, collectives_of
+from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.data.sources import MissingDataError
+from hybrid_vit.data.transforms import parse_transform
+from hybrid_vit.models.registry import model_entry
+from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters, parameters_by_module
+from hybrid_vit.train_state import TrainState, create_state, make_train_step
+
+DEFAULT_DEVICES = 8
+# More simulated devices than that make compilation slow and show nothing new.
+MAX_SIMULATED = 8
+# A network of more blocks is compiled with one in each stage: XLA for CPUs takes seconds for each.
+MAX_COMPILED_BLOCKS = 14
+
+# Examples and classes of data that is seldom at hand where one plans a run.
+_KNOWN_DATA = {"tfds:imagenet2012": (1_281_167, 1000)}
+# Opened in no time; a folder would have to be listed.
+_QUICK_SOURCES = ("digits", "tfds", "fashion_mnist")
+
+
+@dataclasses.dataclass
+class Plan:
+  """What was found; fields are None (or empty) where a problem stood in the way.
+
+  Attributes:
+    config: as given.
+    devices: number of devices planned for.
+    problems: everything wrong, in the order in which a run would meet it.
+    notes: what was taken instead of something that is not at hand.
+    mesh: sizes by axis.
+    task: the task.
+    optimizer: the transformation.
+    schedule: learning rate by step.
+    settings: of the loop.
+    length: of the training.
+    batch: shapes of a training batch.
+    state: shapes of the training state.
+    layout: its shardings, on an abstract mesh.
+    state_bytes: of one device, by branch of the state.
+    multiply_adds: of one picture's forward pass, at the size of evaluation.
+    evaluation_size: of the pictures it was counted for, (height, width).
+    activation_bytes: of what one device keeps for the backward pass of its rows.
+    rows: of one device in one forward pass.
+  """
+
+  config: Config
+  devices: int
+  problems: list[str] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
+  mesh: Any = None
+  task: Any = None
+  optimizer: Any = None
+  schedule: Any = None
+  settings: run.Settings | None = None
+  length: run.Length | None = None
+  batch: dict[str, jax.ShapeDtypeStruct] | None = None
+  state: TrainState | None = None
+  layout: Any = None
+  state_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+  multiply_adds: int | None = None
+  evaluation_size: tuple[int, int] | None = None
+  activation_bytes: int | None = None
+  rows: int | None = None
+
+  @contextlib.contextmanager
+  def checking(self, what: str) -> Iterator[None]:
+    """Notes an error as a problem of `what`, and goes on."""
+    try:
+      yield
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+      self.problems.append(f"{what}: {error}")
+
+
+def main(config: Config, devices: int | None = None) -> int:
+  """Prints the whole of it.
+
+  Args:
+    config: of the run.
+    devices: how many there will be; None for the product of `config.mesh`, or `DEFAULT_DEVICES`
+      where it has a -1.
+
+  Returns:
+    Exit status: 1 where anything is wrong.
+  """
+  _simulate_devices()
+  plan = examine(config, devices)
+  print(describe(plan))
+  if plan.state is not None and plan.layout is not None and not plan.problems:
+    with plan.checking("compiling one step"):
+      print(_communication(plan))
+  if not plan.problems:
+    print("\nnothing wrong found")
+    return 0
+  print(
+    "\nthe first thing wrong:" if len(plan.problems) == 1 else "\nwrong, the first thing first:"
+  )
+  for number, problem in enumerate(plan.problems, start=1):
+    print(f"  {number}. {problem}")
+  return 1
+
+
+def examine(config: Config, devices: int | None = None) -> Plan:
+  """Everything that needs no compilation: shapes are traced and rules are matched."""
+  axes = run.mesh_axes(config)
+  fixed = math.prod(size for size in axes.values() if size != -1)
+  default = fixed if -1 not in axes.values() else fixed * math.ceil(DEFAULT_DEVICES / fixed)
+  plan = Plan(config, devices or default)
+  with plan.checking("config.mesh"):
+    plan.mesh = _abstract_mesh(sharding.mesh_shape(axes, plan.devices))
+  examples, classes = _data(plan)
+  with plan.checking("network and task"):
+    plan.task, _ = run.build_task(config, classes)
+  if plan.task is not None:
+    _examine_training(plan, examples)
+    _examine_evaluation(plan)
+  if not plan.problems:
+    # A part that could not be built has not read its fields.
+    with plan.checking("config"):
+      config.assert_all_read()
+  return plan
+
+
+def _abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
+  return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+
+
+def _data(plan: Plan) -> tuple[int | None, int | None]:
+  """Examples and classes of the training data, as far as they are known without reading it."""
+  config = plan.config
+  said = config.model.get("num_classes")
+  examples, classes = _KNOWN_DATA.get(str(config.data.get("source")), (None, None))
+  with plan.checking("config.data"):
+    data = run.data_settings(config)
+    if said is None or data.source.partition(":")[0] in _QUICK_SOURCES:
+      try:
+        source = run.open_training_source(config)
+        return len(source), source.num_classes
+      except MissingDataError:
+        plan.notes.append(f"the data ({data.source}) is not here; a dry run does without")
+  if said is None and classes is None:
+    with plan.checking("config.model.name"):
+      classes = int(dict(model_entry(config.model.name).arguments).get("num_classes", 1000))
+      plan.notes.append(f"number of classes: {classes} stand in, the data would tell")
+  return examples, classes if said is None else None
+
+
+def _examine_training(plan: Plan, examples: int | None) -> None:
+  config, task = plan.config, plan.task
+  with plan.checking("config.data.transform"):
+    data = run.data_settings(config)
+    size, dtype = _picture_after(plan, data, "training")
+    plan.batch = run.example_batch(config, size)
+    plan.batch["image"] = jax.ShapeDtypeStruct(plan.batch["image"].shape, dtype)
+  with plan.checking("length of the training"):
+    if examples is None and config.get("total_steps") is None:
+      plan.notes.append("number of examples unknown: 1,000 steps an epoch stand in")
+      examples = 1000 * config.data.batch_size
+    # With a fixed number of steps the size of an epoch decides nothing that is shown here.
+    plan.length = run.training_length(config, examples or config.data.batch_size)
+    steps = plan.length.steps_per_epoch
+    plan.settings = run.loop_settings(config, steps, task.primary_metric)
+    if plan.settings.init_from and not Path(plan.settings.init_from).expanduser().exists():
+      plan.notes.append(f"config.init_from {plan.settings.init_from} is not on this machine")
+  _check_batch(plan)
+  if plan.batch is None or plan.length is None or plan.settings is None:
+    return
+  batch, settings = plan.batch, plan.settings
+  params = None
+  with plan.checking(f"the network on pictures of {'x'.join(map(str, batch['image'].shape[1:3]))}"):
+    params = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
+  if params is None:
+    return
+  with plan.checking("config.optimizer"):
+    plan.optimizer, plan.schedule = run.build_optimizer(config, params, plan.length)
+  if plan.optimizer is None:
+    return
+  with plan.checking("a training step"):
+    plan.state = jax.eval_shape(
+      lambda key: create_state(
+        key, task, plan.optimizer, batch, ema=settings.ema_decay is not None
+      ),
+      jax.random.key(0),
+    )
+  if plan.state is None or plan.mesh is None:
+    return
+  with plan.checking("config.sharding_rules"):
+    plan.layout = sharding.state_shardings(plan.state, run.sharding_rules(config), plan.mesh)
+    plan.state_bytes = state_bytes(plan.state, plan.layout)
+  with plan.checking("activations"):
+    ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+    plan.rows = max(1, batch["image"].shape[0] // (ways * settings.accumulation))
+    rows = {k: jax.ShapeDtypeStruct((plan.rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+    plan.activation_bytes = activation_bytes(_ungrouped(task), plan.state.variables, rows)
+
+
+def _check_batch(plan: Plan) -> None:
+  size = plan.config.data.batch_size
+  parts = plan.settings.accumulation if plan.settings is not None else 1
+  if size % parts:
+    plan.problems.append(
+      f"config.data.batch_size {size} does not fall into config.accumulation_steps {parts} parts"
+    )
+  if plan.mesh is None:
+    return
+  ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+  if size % ways:
+    plan.problems.append(
+      f"config.data.batch_size {size} does not fall on the {ways} devices of the mesh's axes data "
+      f"and fsdp: choose a multiple of {ways}, e.g. {max(1, round(size / ways)) * ways}"
+    )
+
+
+def _examine_evaluation(plan: Plan) -> None:
+  config, task = plan.config, plan.task
+  expected = run.preprocessing_of(config)
+  measures = ("loss", "top1", "top5", "examples")
+  names = config.evaluation.sets.names()
+  for name in names:
+    with plan.checking(f"evaluation set {name!r}"):
+      data, _ = run.evaluation_settings(name, config, expected)
+      size, dtype = _picture_after(plan, data, name)
+      ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] if plan.mesh is not None else 1
+      if data.batch_size % ways:
+        raise ConfigError(f"batch_size {data.batch_size} does not fall on {ways} devices")
+      images = jax.ShapeDtypeStruct((1, *size, 3), dtype)
+      variables = jax.eval_shape(task.init, jax.random.key(0), {"image": images})
+      if plan.multiply_adds is None:
+        plan.multiply_adds = count_multiply_adds(task.predict, variables, images)
+        plan.evaluation_size = size
+      else:
+        jax.eval_shape(task.predict, variables, images)
+  best = plan.settings.best_metric if plan.settings is not None else None
+  known = [f"{name}/{measure}" for name in names for measure in measures]
+  if best is not None and best not in known:
+    plan.problems.append(
+      f"config.checkpoint.best_metric is {best!r}; there are: {', '.join(known) or 'none'}"
+    )
+
+
+def _picture_after(plan: Plan, data: run.DataSettings, what: str) -> tuple[tuple[int, int], Any]:
+  """Size and type of a picture behind a transform, found by running it on noise."""
+  apply = parse_transform(data.transform, data.decoder)
+  found = []
+  for shape in ((500, 640, 3), (768, 576, 3)):
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    found.append(apply({"image": noise, "label": 0}, np.random.default_rng(0))["image"])
+  if found[0].shape == found[1].shape:
+    return found[0].shape[:2], found[0].dtype
+  size = run.preprocessing_of(plan.config).image_size
+  plan.notes.append(f"{what}: the transform keeps the size of each picture; {size} x {size} taken")
+  return (size, size), found[0].dtype
+
+
+def _ungrouped(task: Any) -> Any:
+  """The task on one device's rows, which may be fewer than the groups of its batch norms."""
+  return dataclasses.replace(task, model=task.model.clone(batch_norm_groups=1))
+
+
+def state_bytes(state: TrainState, layout: Any) -> dict[str, int]:
+  """Bytes that one device holds of each branch of a state."""
+  result = {}
+  for name in ("params", "batch_stats", "opt_state", "ema"):
+    leaves, places = jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(layout, name))
+    result[name] = sum(sharding.shard_bytes(leaf, place) for leaf, place in zip(leaves, places))
+  return result
+
+
+def activation_bytes(task: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> int:
+  """Bytes that the backward pass of a batch needs from its forward pass, parameters excluded.
+
+  They are the residuals of `jax.vjp`, by shape: each counted once, recomputation (`remat`) taken
+  into account. What a compiler then fuses or recomputes of itself is not.
+  """
+
+  def residuals(variables: Any, batch: Any, key: jax.Array) -> Any:
+    augmented = task.augment(batch, key)
+
+    def loss_of(params: Any) -> Any:
+      return task.loss({**variables, "params": params}, augmented, key)[0]
+
+    return jax.vjp(loss_of, variables["params"])[1]
+
+  jaxpr = jax.make_jaxpr(residuals)(variables, batch, jax.random.key(0)).jaxpr
+  given = set(jaxpr.invars) | set(jaxpr.constvars)
+  kept = {v for v in jaxpr.outvars if isinstance(v, core.Var) and v not in given}
+  return sum(_bytes(v.aval) for v in kept)
+
+
+def _bytes(aval: Any) -> int:
+  if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    return 8 * math.prod(aval.shape)
+  return math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
+
+
+def describe(plan: Plan) -> str:
+  """The tables, for people."""
+  lines = []
+  if plan.state is not None:
+    lines.append(f"{plan.config.model.name}: parameters by module")
+    modules = parameters_by_module(plan.state.params)
+    width = max(map(len, modules))
+    lines += [f"  {name:<{width}}  {count:>13,}" for name, count in modules.items()]
+    lines.append(f"  {'total':<{width}}  {count_parameters(plan.state.params):>13,}")
+  if plan.multiply_adds is not None and plan.evaluation_size is not None:
+    height, width = plan.evaluation_size
+    lines.append(
+      f"\nforward pass of one picture of {height} x {width}: {plan.multiply_adds:,} multiply-adds"
+    )
+  if plan.length is not None and plan.schedule is not None:
+    steps = plan.length.total_steps
+    peak = max(float(plan.schedule(step)) for step in np.linspace(0, steps - 1, 200))
+    lines.append(
+      f"{steps:,} steps of {plan.config.data.batch_size:,} rows, peak learning rate {peak:.3g}"
+    )
+  if plan.mesh is not None and plan.state_bytes:
+    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
+    lines.append(f"\nmemory of each of {plan.devices} devices ({axes})")
+    figures = dict(plan.state_bytes)
+    figures["gradients"] = figures["params"]
+    if plan.activation_bytes is not None:
+      figures[f"activations of {plan.rows} rows"] = plan.activation_bytes
+    width = max(map(len, figures))
+    lines += [f"  {name:<{width}}  {_mebibytes(size)}" for name, size in figures.items()]
+    lines.append(f"  {'total':<{width}}  {_mebibytes(sum(figures.values()))}")
+    lines.append(
+      "  (activations: residuals of the backward pass as traced; a compiler keeps fewer, and\n"
+      "  needs room for the largest operation and, under fsdp, for gathered parameters besides)"
+    )
+  lines += [f"note: {note}" for note in plan.notes]
+  return "\n".join(lines)
+
+
+def _mebibytes(size: int) -> str:
+  return f"{size / 2**20:>12,.2f} MiB"
+
+
+def _simulate_devices() -> None:
+  """Makes this process see `MAX_SIMULATED` CPU devices, unless JAX has begun already."""
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", MAX_SIMULATED)
+
+
+def reduced_mesh(shape: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
+  """A mesh of at most `limit` devices that keeps an axis of more than one device so if it can.
+
+  The largest axis is divided by its smallest prime factor until it fits.
+  """
+  sizes = list(shape)
+  while math.prod(sizes) > limit:
+    axis = max(range(len(sizes)), key=lambda i: sizes[i])
+    divisor = next(d for d in range(2, sizes[axis] + 1) if sizes[axis] % d == 0)
+    sizes[axis] //= divisor
+  return sizes[0], sizes[1], sizes[2]
+
+
+def _communication(plan: Plan) -> str:
+  """Compiles one step for simulated devices and lists its collectives."""
+  assert plan.mesh is not None and plan.batch is not None and plan.rows is not None
+  wanted = tuple(plan.mesh.shape[axis] for axis in sharding.AXES)
+  devices = jax.devices("cpu")
+  shape = reduced_mesh((wanted[0], wanted[1], wanted[2]), min(MAX_SIMULATED, len(devices)))
+  if math.prod(shape) == 1:
+    return "\ncommunication of one step: none, there is one device" + (
+      "" if plan.devices == 1 else " here to compile for"
+    )
+  mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)), devices[: math.prod(shape)])
+  task, cut = _compilable_task(plan.task, math.prod(wanted) // math.prod(shape))
+  begin = time.monotonic()
+  try:
+    found = compiled_collectives(plan, task, mesh)
+  except ValueError as error:
+    if shape == wanted and not cut:
+      raise
+    # What is wrong with a smaller stand-in is not wrong with the run: rules may name its blocks.
+    return f"\ncommunication of one step: not compiled, a smaller stand-in is impossible ({error})"
+  axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  lines = [
+    f"\ncommunication of one step, compiled in {time.monotonic() - begin:.0f} s for "
+    f"{mesh.size} simulated CPU devices ({axes})"
+  ]
+  if shape != wanted:
+    lines.append(f"  the mesh is a smaller one than that of the {plan.devices} devices asked for")
+  if cut:
+    lines.append(f"  {cut}")
+  lines += [f"  {item}" for item in found] or ["  none"]
+  lines.append(
+    "  (bytes: of the results on one device. XLA for CPUs writes a reduce-scatter as an\n"
+    "  all-reduce and computes bfloat16 in float32, so an accelerator may move half of this)"
+  )
+  return "\n".join(lines)
+
+
+def _compilable_task(task: Any, times_smaller: int) -> tuple[Any, str]:
+  """The task with a network that compiles in well under a minute, and what was cut off.
+
+  Groups of the batch norms shrink with the mesh.
+  """
+  groups = max(1, task.model.batch_norm_groups // times_smaller)
+  model, cut = task.model.clone(batch_norm_groups=groups), ""
+  depths = getattr(model, "depths", None)
+  if depths is not None and sum(depths) > MAX_COMPILED_BLOCKS:
+    ones = (1,) * len(depths)
+    model = model.clone(depths=ones)
+    cut = f"cut to depths {ones} from {tuple(depths)}: further blocks add collectives of their own"
+  return dataclasses.replace(task, model=model), cut
+
+
+def compiled_collectives(plan: Plan, task: Any, mesh: Mesh) -> list[Collective]:
+  """The collectives of the very step that is trained, of `task` on `mesh`, at the planned rows."""
+  assert plan.batch is not None and plan.settings is not None and plan.length is not None
+  assert plan.rows is not None
+  settings = plan.settings
+  size = plan.rows * settings.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+  batch = {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in plan.batch.items()}
+  params = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
+  optimizer, schedule = run.build_optimizer(plan.config, params, plan.length)
+  state = jax.eval_shape(
+    lambda key: create_state(key, task, optimizer, batch, ema=settings.ema_decay is not None),
+    jax.random.key(0),
+  )
+  layout = sharding.state_shardings(state, run.sharding_rules(plan.config), mesh)
+  step = jax.jit(
+    make_train_step(
+      task,
+      optimizer,
+      schedule,
+      accumulation_steps=settings.accumulation,
+      ema_decay=settings.ema_decay,
+      log_every_steps=settings.log_every,
+    ),
+    in_shardings=(layout, sharding.batch_sharding(mesh)),
+    out_shardings=(layout, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+  # Communication is decided before the code of each operation is made, which takes the time.
+  options: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+  }
+  return collectives_of(step.lower(state, batch).compile(compiler_options=options).as_text() or "")
