@@ -1,4 +1,4 @@
-"""Makes a TFDS data set in ArrayRecord: from one in TFRecord, or from a folder or zip of pictures.
+r"""Makes a TFDS data set in ArrayRecord: from one in TFRecord, or from a folder or zip of pictures.
 
     python -m hybrid_vit.tools.prepare_data \
       --from=/old/imagenet2012/5.1.0 --to=/data/imagenet2012/5.1.0

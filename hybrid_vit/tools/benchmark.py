@@ -1,0 +1,251 @@
+r"""Times on this machine: the forms of an operation side by side, or pictures read a second.
+
+    python -m hybrid_vit.tools.benchmark depthwise_conv
+    python -m hybrid_vit.tools.benchmark data --source=folder:/path/flowers \
+      --transform="decode|random_resized_crop(224)|flip_lr"
+
+What is compared is measured in turn, round by round, and the median of the rounds is given: a
+machine that slows down meanwhile slows all of it. Ratios are to the first row, the reference.
+
+An operation is added by a function that gives its cases, registered here under its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_vit.data.sources import create_source
+from hybrid_vit.data.transforms import DECODERS, parse_transform
+from hybrid_vit.ops import depthwise_conv
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call of an operation, in all its forms.
+
+  Attributes:
+    label: what it is, for people.
+    forms: each form as a function of `arguments`; the first is the reference.
+    arguments: arrays; gradients are taken with respect to all of them.
+  """
+
+  label: str
+  forms: Mapping[str, Callable[..., jax.Array]]
+  arguments: tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """One row: medians in milliseconds and what they are of the reference's."""
+
+  case: str
+  form: str
+  forward: float
+  forward_ratio: float
+  both: float
+  both_ratio: float
+
+
+_OPERATIONS: dict[str, Callable[[], Iterator[Case]]] = {}
+
+
+def register_operation(name: str) -> Callable[[Callable[[], Iterator[Case]]], Any]:
+  """Adds a function that gives an operation's cases, smallest first."""
+
+  def add(cases: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
+    if name in _OPERATIONS:
+      raise ValueError(f"the benchmark {name!r} is registered already")
+    _OPERATIONS[name] = cases
+    return cases
+
+  return add
+
+
+@register_operation("depthwise_conv")
+def _depthwise_conv() -> Iterator[Case]:
+  """The maps of a hybrid network's four stages at 224 x 224; kernels as they occur in them."""
+  for kernel_size, stride, size, channels in (
+    (3, 1, 7, 768),
+    (5, 1, 14, 384),
+    (3, 1, 14, 384),
+    (7, 1, 28, 192),
+    (3, 2, 56, 192),
+    (3, 1, 56, 96),
+  ):
+    x = jax.random.normal(jax.random.key(0), (8, size, size, channels), jnp.float32)
+    kernel = jax.random.normal(jax.random.key(1), (kernel_size, kernel_size, 1, channels))
+    yield Case(
+      f"{kernel_size}x{kernel_size} stride {stride}, [8, {size}, {size}, {channels}]",
+      {
+        form: functools.partial(depthwise_conv.depthwise_conv, stride=stride, form=form)
+        for form in depthwise_conv.FORMS
+      },
+      (x, kernel),
+    )
+
+
+def time_case(case: Case, rounds: int) -> list[Timing]:
+  """Times every form of a case, compiled, forward alone and with all gradients.
+
+  Args:
+    case: what to time.
+    rounds: the forms take turns so many times.
+  """
+  runs: dict[tuple[str, bool], Callable[[], Any]] = {}
+  for name, form in case.forms.items():
+    runs[name, False] = functools.partial(jax.jit(form), *case.arguments)
+    runs[name, True] = functools.partial(
+      _with_gradients(form, len(case.arguments)), *case.arguments
+    )
+  medians = interleaved_medians({key: _blocking(run) for key, run in runs.items()}, rounds)
+  reference = next(iter(case.forms))
+  return [
+    Timing(
+      case.label,
+      name,
+      1e3 * medians[name, False],
+      medians[name, False] / medians[reference, False],
+      1e3 * medians[name, True],
+      medians[name, True] / medians[reference, True],
+    )
+    for name in case.forms
+  ]
+
+
+def _with_gradients(form: Callable[..., jax.Array], count: int) -> Callable[..., Any]:
+  def loss(*arguments: jax.Array) -> jax.Array:
+    # Weights that differ, so that no form is helped by a constant gradient of the output.
+    out = form(*arguments).astype(jnp.float32)
+    return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+  return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(count))))
+
+
+def _blocking(run: Callable[[], Any]) -> Callable[[], Any]:
+  return lambda: jax.block_until_ready(run())
+
+
+def interleaved_medians(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+  """Median seconds of each run, after one untimed call of each; they take turns."""
+  for run in runs.values():
+    run()
+  seconds: dict[Any, list[float]] = {key: [] for key in runs}
+  for _ in range(rounds):
+    for key, run in runs.items():
+      start = time.perf_counter()
+      run()
+      seconds[key].append(time.perf_counter() - start)
+  return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def pictures_per_second(
+  source: Any, transform: str, decoders: Sequence[str], *, pictures: int, threads: int, rounds: int
+) -> dict[str, float]:
+  """Pictures read and transformed a second, by threads, as the loader does.
+
+  Args:
+    source: see `hybrid_vit.data.sources`.
+    transform: see `hybrid_vit.data.transforms`.
+    decoders: to compare.
+    pictures: in a round; the source is read from its beginning, several times where it is shorter.
+    threads: that read and transform.
+    rounds: the decoders take turns so many times.
+  """
+  with ThreadPoolExecutor(threads) as pool:
+
+    def reader(decoder: str) -> Callable[[], Any]:
+      apply = parse_transform(transform, decoder)
+
+      def load(position: int) -> None:
+        apply(source[position % len(source)], np.random.default_rng(position))
+
+      return lambda: list(pool.map(load, range(pictures)))
+
+    medians = interleaved_medians({decoder: reader(decoder) for decoder in decoders}, rounds)
+  return {decoder: pictures / seconds for decoder, seconds in medians.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command; returns its exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m hybrid_vit.tools.benchmark",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  commands = parser.add_subparsers(dest="what", required=True)
+  for name in _OPERATIONS:
+    command = commands.add_parser(name, help="forward and backward time of each form")
+    command.add_argument("--rounds", type=int, default=15)
+    command.add_argument("--cases", type=int, help="only the first so many")
+  command = commands.add_parser("data", help="pictures a second of a source and a transform")
+  command.add_argument("--source", required=True, help="as config.data.source")
+  command.add_argument("--split", default="train")
+  command.add_argument("--data_dir")
+  command.add_argument("--transform", default="decode|random_resized_crop(224)|flip_lr")
+  command.add_argument("--decoders", nargs="+", choices=DECODERS, default=["pil", "opencv"])
+  command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+  command.add_argument("--pictures", type=int, default=400)
+  command.add_argument("--rounds", type=int, default=5)
+  options = parser.parse_args(arguments)
+  try:
+    if options.what == "data":
+      _print_data(options)
+    else:
+      _print_operation(options)
+  except (OSError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _print_operation(options: argparse.Namespace) -> None:
+  print(f"{options.what} on {jax.default_backend()}, median of {options.rounds} rounds")
+  row = "{:36} {:12} {:>12} {:>8} {:>14} {:>8}"
+  print(row.format("case", "form", "forward ms", "ratio", "+ backward ms", "ratio"))
+  for number, case in enumerate(_OPERATIONS[options.what]()):
+    if number == options.cases:
+      break
+    for t in time_case(case, options.rounds):
+      figures = (
+        f"{t.forward:.3f}",
+        f"{t.forward_ratio:.2f}",
+        f"{t.both:.3f}",
+        f"{t.both_ratio:.2f}",
+      )
+      print(row.format(t.case, t.form, *figures), flush=True)
+
+
+def _print_data(options: argparse.Namespace) -> None:
+  source = create_source(options.source, options.split, options.data_dir)
+  print(f"{options.source} {options.split}, {len(source)} pictures: {options.transform}")
+  rates = pictures_per_second(
+    source,
+    options.transform,
+    options.decoders,
+    pictures=options.pictures,
+    threads=options.threads,
+    rounds=options.rounds,
+  )
+  reference = rates[options.decoders[0]]
+  row = "{:10} {:>12} {:>8}"
+  print(row.format("decoder", "pictures/s", "ratio"))
+  for decoder, rate in rates.items():
+    print(row.format(decoder, f"{rate:.0f}", f"{rate / reference:.2f}"))
+  print(f"{options.threads} threads, median of {options.rounds} rounds of {options.pictures}")
+
+
+if __name__ == "__main__":
+  sys.exit(main())
