@@ -14,6 +14,10 @@ import jax.numpy as jnp
 _FAMILIES = (
   "hybrid_vit.models.moat",
   "hybrid_vit.models.cvt",
+  "hybrid_vit.models.revcol",
+  "hybrid_vit.models.mci",
+  "hybrid_vit.models.pvt",
+  "hybrid_vit.models.cswin",
 )
 
 _ENTRIES: dict[str, "ModelEntry"] = {}
