@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 from flax import traverse_util
+
+# How many differences an error spells out: those of a wrong network are hundreds.
+_SHOWN = 10
 
 
 def _same(x: np.ndarray) -> np.ndarray:
@@ -61,7 +63,7 @@ class Layout:
   `hybrid_vit/models/<file>.py`: "official" first, then where there are "timm" and "transformers".
 
   Attributes:
-    key_map: from a network to its key map; names may depend on its arguments.
+    key_map: from a network (`nn.Module`) to its key map; names may depend on its arguments.
     not_weights: pattern (`re.search`) of names that hold nothing trained, such as index tables;
       they are ignored on import.
     rename: other spellings of the same layout to the one that the key map knows, applied to all
@@ -70,10 +72,10 @@ class Layout:
       that are no weights; written on export.
   """
 
-  key_map: Callable[[nn.Module], KeyMap]
+  key_map: Callable[[Any], KeyMap]
   not_weights: str = r"(?!)"
   rename: Callable[[str], str] = str
-  constants: Callable[[nn.Module], dict[str, np.ndarray]] = lambda _: {}
+  constants: Callable[[Any], dict[str, np.ndarray]] = lambda _: {}
 
 
 @dataclasses.dataclass
@@ -121,11 +123,13 @@ def import_weights(
     (variables with the template's tree, shapes and dtypes, the report).
 
   Raises:
-    ValueError: with all three lists, where something is missing, misshapen or left over and the
-      patterns do not allow it.
+    ValueError: with the differences and the lengths of the three lists, where something is missing,
+      misshapen or left over and the patterns do not allow it.
   """
   report = ImportReport()
-  filled, asked, wrong = {}, set(), []
+  filled: dict[str, Any] = {}
+  asked: set[str] = set()
+  wrong: list[str] = []
   for path, leaf in traverse_util.flatten_dict(dict(template), sep="/").items():
     key = key_map(path)
     asked.update(key.names)
@@ -134,8 +138,12 @@ def import_weights(
     if absent:
       reason = f"the checkpoint has no {absent[0]}"
     else:
-      value = key.read(weights)
-      if value.shape != tuple(leaf.shape):
+      try:
+        value = key.read(weights)
+      except (ValueError, IndexError):  # Another rank than the layout has.
+        shape = np.shape(weights[key.name])
+        reason = f"{key.name} has shape {shape}, which is none of {tuple(leaf.shape)} there"
+      if value is not None and value.shape != tuple(leaf.shape):
         reason = f"{key.name} has shape {value.shape}, the model {tuple(leaf.shape)}"
     if not reason and value is not None:
       report.loaded.append(path)
@@ -151,7 +159,10 @@ def import_weights(
   ]
   if wrong:
     raise ValueError(
-      "the checkpoint does not fit the model:\n  " + "\n  ".join(wrong) + f"\n{report}"
+      f"the checkpoint does not fit the model: {len(wrong)} differences\n  "
+      + "\n  ".join([*wrong[:_SHOWN], *(["…"] if len(wrong) > _SHOWN else [])])
+      + f"\nloaded: {len(report.loaded)}, without numbers: {len(report.initialised)}, unused: "
+      f"{len(report.unused)}"
     )
   return traverse_util.unflatten_dict(filled, sep="/"), report
 

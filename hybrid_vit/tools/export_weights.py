@@ -1,0 +1,68 @@
+"""Weights of ours → a .safetensors file under the authors' names, as their strict loaders take it.
+
+python -m hybrid_vit.tools.export_weights --from=DIR --to=FILE.safetensors --layout=official
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrid_vit import checkpoints
+from hybrid_vit.weights import families, readers
+from hybrid_vit.weights.stored import load_network
+
+
+def export_weights(
+  directory: str | Path,
+  file: str | Path,
+  layout: str = "official",
+  architecture: str | None = None,
+) -> list[str]:
+  """Writes the weights in `directory` to `file`, whole or not at all.
+
+  Args:
+    directory: an export, a checkpoint or a work directory; see `checkpoints.load_weights`.
+    file: where to; ends in ".safetensors".
+    layout: one of the architecture's: "official", "timm", "transformers".
+    architecture: name in the registry; None for what the weights' metadata says.
+
+  Returns:
+    The names in the file.
+
+  Raises:
+    ValueError: another ending, an unknown architecture or layout, or weights that say nothing of
+      their network.
+    CheckpointError: no weights in `directory`.
+  """
+  file = Path(file).expanduser()
+  if file.suffix != ".safetensors":
+    raise ValueError(f"--to={file} does not end in .safetensors, the one format that is written")
+  network = load_network(directory, architecture)
+  exported = families.export_checkpoint(network.variables, network.name, network.model, layout)
+  about = {"format": "pt", "architecture": network.name, "layout": layout}
+  readers.write_safetensors(file, exported, about)
+  return list(exported)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; 0, or 1 after an error."""
+  parser = argparse.ArgumentParser(prog="export_weights", description=__doc__.splitlines()[0])
+  parser.add_argument("--from", dest="source", required=True, help="directory of the weights")
+  parser.add_argument("--to", required=True, help="FILE.safetensors to write")
+  parser.add_argument("--layout", default="official", help="official, timm or transformers")
+  parser.add_argument("--arch", help="network; default: as the weights say")
+  args = parser.parse_args(argv)
+  try:
+    names = export_weights(args.source, args.to, args.layout, args.arch)
+  except (ValueError, OSError, checkpoints.CheckpointError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  print(f"{len(names)} tensors, layout {args.layout}, written to {args.to}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

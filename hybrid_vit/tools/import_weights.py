@@ -1,0 +1,145 @@
+"""Authors' checkpoint → a directory of weights that training, evaluation and prediction take.
+
+python -m hybrid_vit.tools.import_weights --arch=tiny_moat_0 --from=FILE --to=DIR
+
+Strict: every tensor of the file and every variable of the network is used exactly once, or the
+difference is an error. What was loaded, what begins anew and why, and what was not used is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybrid_vit import checkpoints, run
+from hybrid_vit.models.registry import model_entry
+from hybrid_vit.weights import families, readers
+
+
+def import_weights(
+  source: str | Path,
+  directory: str | Path,
+  architecture: str | None = None,
+  *,
+  num_classes: int | None = None,
+  layout: str | None = None,
+  average: bool | None = None,
+  arguments: dict[str, Any] | None = None,
+) -> families.Imported:
+  """Reads `source` and writes `directory`, whole or not at all.
+
+  Args:
+    source: see `readers.read_checkpoint`.
+    directory: where to; one that holds weights already is replaced.
+    architecture: name in the registry; None for the one whose names and shapes the file has.
+    num_classes: see `families.import_checkpoint`.
+    layout: see `families.import_checkpoint`.
+    average: see `readers.read_checkpoint`.
+    arguments: attributes of the network that replace the registry's.
+
+  Raises:
+    ValueError: the file cannot be read, is of another network, or `directory` holds something else.
+    ModuleNotFoundError: the library that reads such files is not installed.
+  """
+  directory = Path(directory).expanduser()
+  if directory.exists() and not (directory / "metadata.json").is_file() and _any_in(directory):
+    raise ValueError(f"{directory} holds something that is no weights; give another --to")
+  file = readers.read_checkpoint(source, average=average)
+  if architecture is None:
+    architecture, family = families.identify(file.weights)
+    if architecture is None:
+      near = f"; its names are of {family}, in no registered size" if family else ""
+      raise ValueError(f"{source} is of no registered architecture{near}")
+  imported = families.import_checkpoint(
+    file.weights, architecture, num_classes=num_classes, layout=layout, arguments=arguments
+  )
+  spec = run.ModelSpec(
+    name=architecture,
+    arguments=dict(arguments or {}),
+    num_classes=imported.num_classes,
+    preprocessing=dataclasses.asdict(model_entry(architecture).preprocessing),
+  )
+  metadata = {
+    **dataclasses.asdict(spec),
+    "weights": "imported",
+    "source": {
+      "files": file.sha256,
+      "kind": file.kind,
+      "branch": file.branch,
+      "layout": imported.layout,
+    },
+    "initialised_anew": imported.report.initialised,
+  }
+  checkpoints.export(directory, imported.variables, metadata)
+  return imported
+
+
+def _any_in(directory: Path) -> bool:
+  """Whether `directory` is a file or holds anything."""
+  return not directory.is_dir() or any(directory.iterdir())
+
+
+def _argument(text: str) -> tuple[str, Any]:
+  """ "name=literal" of the command line → (name, value); what is no literal is a string."""
+  name, equals, value = text.partition("=")
+  if not equals:
+    raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE was expected")
+  try:
+    return name, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return name, value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; 0, or 1 after an error."""
+  parser = argparse.ArgumentParser(prog="import_weights", description=__doc__.splitlines()[0])
+  parser.add_argument("--arch", help="network; default: the one whose names and shapes fit")
+  parser.add_argument("--from", dest="source", required=True, help="the authors' file")
+  parser.add_argument("--to", required=True, help="directory to write")
+  parser.add_argument("--num_classes", type=int, help="default: that of the file's head; 0: none")
+  parser.add_argument("--layout", help="default: the one whose names fit best")
+  parser.add_argument(
+    "--average",
+    action=argparse.BooleanOptionalAction,
+    help="the running average of the weights, or not, where a file holds both",
+  )
+  parser.add_argument(
+    "--argument",
+    type=_argument,
+    action="append",
+    default=[],
+    metavar="NAME=VALUE",
+    help="attribute of the network that is not the registry's; may be repeated",
+  )
+  args = parser.parse_args(argv)
+  try:
+    imported = import_weights(
+      args.source,
+      args.to,
+      args.arch,
+      num_classes=args.num_classes,
+      layout=args.layout,
+      average=args.average,
+      arguments=dict(args.argument),
+    )
+    _, metadata = checkpoints.load_weights(args.to)
+  except (ValueError, OSError, ModuleNotFoundError, checkpoints.CheckpointError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  print(imported.report)
+  source = metadata["source"]
+  branch = f", branch {source['branch']}" if source["branch"] else ""
+  print(f"{metadata['name']}, {imported.num_classes} classes, layout {imported.layout}{branch}")
+  for name, digest in source["files"].items():
+    print(f"from {name}, SHA-256 {digest}")
+  print(f"written to {args.to}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

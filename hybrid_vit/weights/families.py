@@ -1,0 +1,339 @@
+"""From a named architecture to the layouts of its checkpoints, and from a checkpoint to its names.
+
+The networks of `hybrid_vit/models/<file>.py` have their layouts in
+`hybrid_vit/weights/keymap_<file>.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from hybrid_vit.models.registry import create_model, list_models, model_entry
+from hybrid_vit.weights.convert import (
+  ImportReport,
+  Layout,
+  OfficialKey,
+  export_weights,
+  import_weights,
+)
+
+Weights = Mapping[str, np.ndarray]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+# A family whose names cover less of a checkpoint than this is not spoken of.
+_LEAST_LIKENESS = 0.5
+# How many variants of a family are held to a checkpoint, the nearest in size first.
+_MOST_VARIANTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+  """A checkpoint's numbers in one of our networks.
+
+  Attributes:
+    variables: {"params", "batch_stats"}, NumPy arrays.
+    layout: name of the layout that the checkpoint was read by.
+    num_classes: of the network that was built.
+    report: what became of each tensor.
+  """
+
+  variables: dict[str, Any]
+  layout: str
+  num_classes: int
+  report: ImportReport
+
+
+def layouts(architecture: str) -> dict[str, Layout]:
+  """Layouts of an architecture's checkpoints, "official" first.
+
+  Raises:
+    ValueError: for an unknown name, or a family without a key map.
+  """
+  module = _key_map_module(architecture)
+  if importlib.util.find_spec(module) is None:
+    raise ValueError(f"{architecture} has no key map yet: {module} does not exist")
+  return importlib.import_module(module).LAYOUTS
+
+
+def families() -> dict[str, list[str]]:
+  """Module of a family's networks → its architectures; only families that have a key map."""
+  found: dict[str, list[str]] = {}
+  for name in list_models():
+    if importlib.util.find_spec(_key_map_module(name)) is not None:
+      found.setdefault(model_entry(name).module_class.__module__, []).append(name)
+  return found
+
+
+def import_checkpoint(
+  weights: Weights,
+  architecture: str,
+  *,
+  num_classes: int | None = None,
+  layout: str | None = None,
+  arguments: Mapping[str, Any] | None = None,
+) -> Imported:
+  """Puts a checkpoint's tensors into an architecture, each name used exactly once.
+
+  Args:
+    weights: name to array, as `readers.read_checkpoint` gives them.
+    architecture: name in the registry.
+    num_classes: None for that of the checkpoint's head (0 where it has none). Another number begins
+      the head anew; 0 leaves it out.
+    layout: None for the one whose names fit best.
+    arguments: attributes of the network that replace the registry's.
+
+  Raises:
+    ValueError: the checkpoint is of another network; the message gives every difference, and says
+      which registered architecture it is of where that can be found.
+  """
+  arguments = dict(arguments or {})
+  name, found = _detect(weights, architecture, layout, arguments)
+  in_file = _classes_in(weights, architecture, layouts(architecture)[name], arguments)
+  classes = in_file if num_classes is None else num_classes
+  chosen, anew = layouts(architecture)[name], in_file != classes
+  model = create_model(architecture, num_classes=classes, **arguments)
+  found = _without_constants(found, chosen, model)
+  shapes = _shapes(architecture, classes, _frozen(arguments))
+  template: dict[str, Any] = traverse_util.unflatten_dict(shapes, sep="/")
+  head: set[str] = set()
+  if anew and classes:
+    head = set(shapes) - set(_shapes(architecture, 0, _frozen(arguments)))
+    key_map = chosen.key_map(model)
+    head -= {path for path in head if _shape_in(found, key_map(path)) == shapes[path].shape}
+    template = _with_new_head(template, architecture, model, head)
+  elif anew:
+    # The head's names stay in the report as unused.
+    whole = create_model(architecture, num_classes=in_file, **arguments)
+    head = set(_shapes(architecture, in_file, _frozen(arguments))) - set(shapes)
+    head = {name for path in head for name in chosen.key_map(whole)(path).names}
+  pattern = "|".join(f"^{re.escape(path)}$" for path in head) or r"(?!)"
+  try:
+    variables, report = import_weights(
+      found, template, chosen.key_map(model), may_initialise=pattern, may_ignore=pattern
+    )
+  except ValueError as error:
+    raise ValueError(f"{architecture}, layout {name!r}: {error}{_whose(weights)}") from error
+  variables.setdefault("batch_stats", {})
+  return Imported(variables, name, classes, report)
+
+
+def export_checkpoint(
+  variables: Mapping[str, Any], architecture: str, model: nn.Module, layout: str = "official"
+) -> dict[str, np.ndarray]:
+  """The authors' names and layouts, with what their strict loaders ask for beside the weights.
+
+  Args:
+    variables: {"params", "batch_stats"} of `model`.
+    architecture: name in the registry.
+    model: the network, with its own arguments.
+    layout: one of `layouts(architecture)`.
+
+  Raises:
+    ValueError: for an unknown layout, or variables that share a name in it.
+  """
+  known = layouts(architecture)
+  if layout not in known:
+    raise ValueError(f"{architecture} has no layout {layout!r}; it has: {', '.join(known)}")
+  key_map = known[layout].key_map(model)
+  collections = {c: variables.get(c) or {} for c in ("params", "batch_stats")}
+  exported = export_weights(collections, key_map)
+  paths = traverse_util.flatten_dict(collections, sep="/")
+  if len(exported) != sum(len(key_map(path).names) for path in paths):
+    raise ValueError(f"{architecture}: two variables share one name in the layout {layout!r}")
+  for name in list(exported):
+    if name.endswith(".running_mean"):
+      counter = name.removesuffix("running_mean") + "num_batches_tracked"
+      exported[counter] = np.zeros((), np.int64)
+  return {**exported, **known[layout].constants(model)}
+
+
+def identify(weights: Weights) -> tuple[str | None, str]:
+  """Which registered architecture a checkpoint is of, by its names and shapes.
+
+  Returns:
+    (architecture, family): the first is None where no variant of the likeliest family fits every
+    shape; the second is "" where no family's names cover half of the checkpoint's.
+  """
+  best: tuple[float, str, str] = (0.0, "", "")
+  for family, names in families().items():
+    for layout_name, layout in layouts(names[0]).items():
+      # The variant of nearly as many numbers has nearly the same names.
+      nearest = _by_size(names, weights)[0]
+      likeness = _likeness(weights, nearest, layout)
+      if likeness > best[0]:
+        best = (likeness, family, layout_name)
+  likeness, family, layout_name = best
+  if likeness < _LEAST_LIKENESS:
+    return None, ""
+  for architecture in _by_size(families()[family], weights)[:_MOST_VARIANTS]:
+    if _fits_whole(weights, architecture, layouts(architecture)[layout_name]):
+      return architecture, family
+  return None, family
+
+
+def _whose(weights: Weights) -> str:
+  architecture, family = identify(weights)
+  if architecture:
+    return f"\nThese names and shapes are those of {architecture}: --arch={architecture}"
+  if family:
+    return f"\nThese names are of the family {family.rsplit('.', 1)[1]}, in no registered size"
+  return "\nThese names are of no registered architecture"
+
+
+def _key_map_module(architecture: str) -> str:
+  family = model_entry(architecture).module_class.__module__.rsplit(".", 1)[1]
+  return f"hybrid_vit.weights.keymap_{family}"
+
+
+def _named(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
+  """The tensors that are weights, under the names that the key map knows."""
+  renamed = {layout.rename(name): value for name, value in weights.items()}
+  return {k: v for k, v in renamed.items() if not re.search(layout.not_weights, k)}
+
+
+def _without_constants(weights: Weights, layout: Layout, model: nn.Module) -> dict[str, np.ndarray]:
+  """Leaves out the tensors that are the same in every checkpoint of this network."""
+  constants = layout.constants(model)
+  return {
+    name: value
+    for name, value in weights.items()
+    if name not in constants or not np.array_equal(value, constants[name])
+  }
+
+
+def _detect(
+  weights: Weights, architecture: str, layout: str | None, arguments: Mapping[str, Any]
+) -> tuple[str, dict[str, np.ndarray]]:
+  """The layout asked for, or the one with the most names in common; and the weights by it."""
+  known = layouts(architecture)
+  if layout is not None and layout not in known:
+    raise ValueError(f"{architecture} has no layout {layout!r}; it has: {', '.join(known)}")
+  counts: dict[str, int] = {}
+  for name in [layout] if layout is not None else list(known):
+    expected = _names(_keys(architecture, known[name], None, arguments))
+    counts[name] = len(expected & set(_named(weights, known[name])))
+  best = max(counts, key=lambda name: counts[name])
+  if not counts[best]:
+    raise ValueError(
+      f"none of the checkpoint's names is one of {architecture} (layouts: {', '.join(known)}); it "
+      f"has, e.g., {', '.join(list(weights)[:3])}{_whose(weights)}"
+    )
+  return best, _named(weights, known[best])
+
+
+def _keys(
+  architecture: str,
+  layout: Layout,
+  num_classes: int | None = None,
+  arguments: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[str, OfficialKey]]:
+  """Path and key of each variable; nothing where the layout does not know this network."""
+  arguments = arguments or {}
+  model = create_model(architecture, num_classes=num_classes, **arguments)
+  try:
+    key_map = layout.key_map(model)
+    keys = [(p, key_map(p)) for p in _shapes(architecture, num_classes, _frozen(arguments))]
+  except ValueError:
+    return
+  yield from keys
+
+
+def _classes_in(
+  weights: Weights, architecture: str, layout: Layout, arguments: Mapping[str, Any]
+) -> int:
+  """Width of the checkpoint's head; 0 where it has none."""
+  named = _named(weights, layout)
+  for path, key in _keys(architecture, layout, None, arguments):
+    shape = _shape_in(named, key) if path.startswith("params/head/") else None
+    if shape:
+      return shape[-1]
+  return 0
+
+
+def _likeness(weights: Weights, architecture: str, layout: Layout) -> float:
+  """Part of the names that a checkpoint and an architecture have in common."""
+  named = set(_named(weights, layout))
+  expected = _names(_keys(architecture, layout))
+  return len(named & expected) / max(len(named | expected), 1)
+
+
+def _fits_whole(weights: Weights, architecture: str, layout: Layout) -> bool:
+  named = _named(weights, layout)
+  classes = _classes_in(weights, architecture, layout, {})
+  keys = list(_keys(architecture, layout, classes))
+  named = _without_constants(named, layout, create_model(architecture, num_classes=classes))
+  shapes = _shapes(architecture, classes, ())
+  return _names(keys) == set(named) and all(
+    _shape_in(named, key) == shapes[path].shape for path, key in keys
+  )
+
+
+def _names(keys: Iterable[tuple[str, OfficialKey]]) -> set[str]:
+  return {name for _, key in keys for name in key.names}
+
+
+def _shape_in(weights: Weights, key: OfficialKey) -> tuple[int, ...] | None:
+  """Shape that our leaf takes from a checkpoint; None where it lacks it or has another rank."""
+  if not all(name in weights for name in key.names):
+    return None
+  try:
+    return key.read(weights).shape
+  except (ValueError, IndexError):
+    return None
+
+
+def _by_size(names: list[str], weights: Weights) -> list[str]:
+  """Architectures, the one whose published parameters are nearest to the checkpoint's first."""
+  total = sum(value.size for value in weights.values())
+  return sorted(names, key=lambda name: abs((model_entry(name).published.parameters or 0) - total))
+
+
+def _with_new_head(
+  template: dict[str, Any], architecture: str, model: nn.Module, head: set[str]
+) -> dict[str, Any]:
+  """The template with newly drawn numbers for the paths of the head."""
+  size = model_entry(architecture).preprocessing.image_size
+
+  @jax.jit
+  def draw(key: jax.Array) -> dict[str, jax.Array]:
+    # Whatever the head does not need is not computed.
+    drawn = model.init(key, jnp.zeros((1, size, size, 3), jnp.float32), train=False)
+    flat = traverse_util.flatten_dict(dict(drawn), sep="/")
+    return {path: flat[path] for path in head}
+
+  flat = traverse_util.flatten_dict(template, sep="/")
+  drawn = jax.device_get(draw(jax.random.key(0)))
+  return traverse_util.unflatten_dict({**flat, **drawn}, sep="/")
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes(
+  architecture: str, num_classes: int | None, arguments: tuple[tuple[str, Any], ...]
+) -> Shapes:
+  """Path to shape and dtype of every variable, at the entry's own input size."""
+  model = create_model(architecture, num_classes=num_classes, **dict(arguments))
+  size = model_entry(architecture).preprocessing.image_size
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  variables = jax.eval_shape(
+    lambda key, x: model.init(key, x, train=False), jax.random.key(0), images
+  )
+  return traverse_util.flatten_dict(dict(variables), sep="/")
+
+
+def _frozen(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+  def freeze(value: Any) -> Any:
+    return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
+
+  return tuple(sorted((name, freeze(value)) for name, value in arguments.items()))

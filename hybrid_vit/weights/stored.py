@@ -1,0 +1,70 @@
+"""A directory of weights → the network they are of, its variables, and what they expect."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from hybrid_vit import checkpoints
+from hybrid_vit.models.registry import Preprocessing, create_model, model_entry
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredNetwork:
+  """Weights with their network.
+
+  Attributes:
+    name: in the registry.
+    model: the network, built as it was trained.
+    variables: {"params", "batch_stats"}, NumPy arrays.
+    num_classes: width of the head; 0 where there is none.
+    preprocessing: what the weights expect of a picture.
+    class_names: of the head's outputs; empty where the weights do not say.
+    metadata: everything else that lies beside the weights.
+  """
+
+  name: str
+  model: nn.Module
+  variables: dict[str, Any]
+  num_classes: int
+  preprocessing: Preprocessing
+  class_names: tuple[str, ...]
+  metadata: dict[str, Any]
+
+
+def load_network(directory: str | Path, name: str | None = None) -> StoredNetwork:
+  """Loads an export, an import, a checkpoint or a work directory.
+
+  Args:
+    directory: see `checkpoints.load_weights`.
+    name: of the network; None for what the metadata says.
+
+  Raises:
+    ValueError: the metadata names no network, or another one than `name`.
+    CheckpointError: no weights in `directory`.
+  """
+  weights, metadata = checkpoints.load_weights(directory)
+  # An export says it at the top, a training's checkpoint in its configuration.
+  said = metadata if "name" in metadata else metadata.get("config", {}).get("model", {})
+  if name is None and "name" not in said:
+    raise ValueError(f"{directory} does not say which network its weights are of: give --arch")
+  if name is not None and said.get("name", name) != name:
+    raise ValueError(f"{directory} holds weights of {said['name']}, not of {name}")
+  name = name or said["name"]
+  kernel = weights["params"].get("head", {}).get("kernel")
+  classes = 0 if kernel is None else int(kernel.shape[-1])
+  fields = metadata.get("preprocessing")
+  if fields:
+    fields = {**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
+  return StoredNetwork(
+    name=name,
+    model=create_model(name, num_classes=classes, **(said.get("arguments") or {})),
+    variables=weights,
+    num_classes=classes,
+    preprocessing=Preprocessing(**fields) if fields else model_entry(name).preprocessing,
+    class_names=tuple(metadata.get("class_names") or ()),
+    metadata=metadata,
+  )
