@@ -26,7 +26,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 # Biases, scales of norms and position tables are vectors or lookups: decaying them helps nobody.
 DEFAULT_WEIGHT_DECAY_RULES = (
-  (r"(^|/)(bias|scale)$", 0.0),
+  (r"(^|/)(bias|scale|position_table)$", 0.0),
   (r".*", 1.0),
 )
 
