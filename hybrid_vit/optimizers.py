@@ -24,9 +24,10 @@ Schedule = Callable[[Any], Any]
 OPTIMIZERS = ("adamw", "lamb", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 
-# Biases, scales of norms and position tables are vectors or lookups: decaying them helps nobody.
+# Biases, scales of norms and of layers, class tokens and position tables are vectors or lookups:
+# decaying them helps nobody.
 DEFAULT_WEIGHT_DECAY_RULES = (
-  (r"(^|/)(bias|scale|position_table)$", 0.0),
+  (r"(^|/)(bias|scale|gamma|class_token|position_[a-z]+\d*)$", 0.0),
   (r".*", 1.0),
 )
 
