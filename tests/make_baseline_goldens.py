@@ -31,6 +31,7 @@ class Run:
     shape: of the input, (batch, height, width, 3).
     answers: from the network and the input (batch, 3, height, width) to named tensors, in the order
       of computation: maps as (batch, height, width, channels), everything else as it is.
+    weight_transform: changes to the rule's weights, as `golden.weights` applies them.
   """
 
   name: str
@@ -38,6 +39,7 @@ class Run:
   arguments: dict[str, Any]
   shape: tuple[int, ...]
   answers: Callable[[Any, torch.Tensor], dict[str, torch.Tensor]]
+  weight_transform: tuple[dict[str, Any], ...] = ()
 
 
 def pvt() -> Iterator[Run]:
@@ -77,14 +79,55 @@ def pvt() -> Iterator[Run]:
     yield Run(name, model, arguments, (2 if size < 224 else 1, size, size, 3), answers)
 
 
-FAMILIES: dict[str, Callable[[], Iterator[Run]]] = {"pvt": pvt}
+def vit() -> Iterator[Run]:
+  """ViT, DeiT-Ti and CLIP's image tower; the rule's positions are too small to be tested."""
+
+  def answers(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    out = model(x, output_hidden_states=True, interpolate_pos_encoding=True)
+    patch, found = model.config.patch_size, {}
+    for i, tokens in enumerate(out.hidden_states[1:]):
+      found[f"stage1_block{i}_token"] = tokens[:, 0]
+      map_shape = (len(x), x.shape[2] // patch, x.shape[3] // patch, -1)
+      found[f"stage1_block{i}"] = tokens[:, 1:].reshape(map_shape)
+    return {**found, "logits": out.image_embeds if "image_embeds" in out else out.logits}
+
+  small = {
+    "image_size": 64,
+    "patch_size": 16,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+  }
+  tiny = {**small, "image_size": 224, "hidden_size": 192, "num_hidden_layers": 12}
+  changes = ({"pattern": "position_embedding|cls_token|class_embedding", "scale": 10.0},)
+  for name, size, arguments in (
+    ("small_64", (64, 64), small),
+    ("small_larger_96x64", (96, 64), small),
+    ("small_smaller_48x32", (48, 32), small),
+    ("deit_tiny_patch16_224", (224, 224), {**tiny, "intermediate_size": 768}),
+  ):
+    arguments = {**arguments, "num_labels": 10, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**arguments))
+    yield Run(name, model, arguments, (2, *size, 3), answers, changes)
+  arguments = {**small, "projection_dim": 24, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
+  config = transformers.CLIPVisionConfig(**arguments)
+  clip = transformers.CLIPVisionModelWithProjection(config)
+  yield Run("small_clip_64", clip, arguments, (2, 64, 64, 3), answers, changes)
+
+
+FAMILIES: dict[str, Callable[[], Iterator[Run]]] = {"pvt": pvt, "vit": vit}
 
 
 def write(family: str, run: Run) -> None:
   """Sets the weights by the rule, runs, writes `<family>/<name>.json` and `.npz`."""
   state = run.model.state_dict()
   derived = {k: v for k, v in state.items() if not v.is_floating_point() and v.ndim}
-  made = {k: golden.tensor(k, v.shape, "torch") for k, v in state.items() if k not in derived}
+  parameters = {k: list(v.shape) for k, v in state.items() if k not in derived}
+  rule = {"parameters": parameters, "layout": "torch"}
+  if run.weight_transform:
+    rule["weight_transform"] = list(run.weight_transform)
+  made = golden.weights(rule)
   run.model.load_state_dict({**derived, **{k: torch.from_numpy(v) for k, v in made.items()}})
   run.model.eval()
   x = np.random.RandomState(0).standard_normal(run.shape).astype(np.float32)
@@ -98,17 +141,15 @@ def write(family: str, run: Run) -> None:
       continue
     arrays[f"{name}_corner"] = value[0, :4, :4, :8]
     arrays[f"{name}_stats"] = np.array([value.mean(), value.std(), np.abs(value).max()], np.float32)
-  parameters = {k: list(v.shape) for k, v in state.items() if k not in derived}
   trainable = sum(p.numel() for p in run.model.parameters())
   versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
   description = {
     "name": run.name,
     "source": f"{versions}: {type(run.model).__name__}",
     "arguments": run.arguments,
-    "layout": "torch",
     "mode": "eval",
     "input": {"shape": list(run.shape), "seed": 0},
-    "parameters": parameters,
+    **rule,
     "derived": sorted(derived),
     "trainable_count": trainable,
   }

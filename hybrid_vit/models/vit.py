@@ -1,0 +1,436 @@
+"""ViT, DeiT, CLIP's image tower and MobileCLIP's `vit_b16`: plain transformers over patches.
+
+Alexey Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv:2010.11929; Hugo
+Touvron et al., "Training data-efficient image transformers", ICML 2021, arXiv:2012.12877. The CLIP
+forms follow open_clip (`ViT-B-16`) and apple/ml-mobileclip (`mobileclip/models/vit.py`).
+Differences: all linear layers begin normal with 0.02, as DeiT's (MobileCLIP's at torch's default,
+uniform of 0.021 at its width); the stem's bias begins at zero; DeiT's distillation token is left
+out.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_vit.models import layers
+from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+
+_INIT = nn.initializers.normal(0.02)
+_BATCH_NORM_EPSILON = 1e-5
+
+ACTIVATIONS = {"gelu": layers.gelu, "quick_gelu": layers.quick_gelu}
+
+
+class VisionTransformer(nn.Module):
+  """A plain vision transformer with its classifier or projection.
+
+  A call takes images `[B, H, W, 3]` and returns logits `[B, num_classes]` in float32 (None when
+  `num_classes` is 0) and the endpoints. Maps are `[B, h, w, C]` without the class token, which is
+  beside each as "…_token" `[B, C]`: "stem" (patches, no token), "pre_norm" where there is one,
+  "stage1_block0" and so on, "stage1" (the last block), "head_norm" (after the last norm), and
+  "pre_logits" `[B, C]` in float32. Heights and widths are multiples of the patch; with the
+  convolutional stem any size is taken and what does not fill a patch is cut off.
+
+  Attributes:
+    width: channels of a token.
+    depth: number of blocks.
+    num_heads: of attention.
+    num_classes: number of classes, or width of CLIP's projection; 0 for none.
+    patch_size: side of a patch.
+    position_size: (rows, columns) or one number, the map for which the position table is made;
+      other maps take the table resized.
+    mlp_ratio: hidden width of the MLPs over the width.
+    stem: "patch", one convolution, or "convolutions", MobileCLIP's three of stride 4, 2, 2.
+    stem_bias: of the patch convolution.
+    class_token: a trained token before the patches.
+    pool: what the head takes: "token", or "mean" over the patches.
+    pool_before_norm: pool first and normalise after, as MAE's fine-tuning does.
+    positions: "grid", for the class token too, resized in two dimensions (bicubic), or "sequence",
+      for the patches only, resized along the flattened sequence (linear), as in MobileCLIP.
+    pre_norm: a layer norm before the blocks, as in CLIP.
+    activation: "gelu" (exact) or "quick_gelu" (OpenAI's CLIP weights).
+    layer_norm_epsilon: of every layer norm.
+    head_bias: of the head; False for CLIP's projection.
+    drop_path_rate: of the last block; the ramp begins at 0.
+    batch_norm_momentum: of the convolutional stem's running statistics.
+    batch_norm_groups: groups of the batch with batch norm statistics of their own.
+    remat: recompute each block in the backward pass instead of storing its inside.
+    dtype: of the computation; parameters, softmax and norm statistics are float32.
+  """
+
+  width: int
+  depth: int
+  num_heads: int
+  num_classes: int = 1000
+  patch_size: int = 16
+  position_size: tuple[int, int] | int = 14
+  mlp_ratio: float = 4.0
+  stem: str = "patch"
+  stem_bias: bool = True
+  class_token: bool = True
+  pool: str = "token"
+  pool_before_norm: bool = False
+  positions: str = "grid"
+  pre_norm: bool = False
+  activation: str = "gelu"
+  layer_norm_epsilon: float = 1e-6
+  head_bias: bool = True
+  drop_path_rate: float = 0.0
+  batch_norm_momentum: float = 0.9
+  batch_norm_groups: int = 1
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @property
+  def features(self) -> tuple[FeatureSpec, ...]:
+    """One level: the last block's map."""
+    return (FeatureSpec("stage1", self.patch_size, self.width),)
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, train: bool = False
+  ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+    self._check(images.shape[1:3])
+    endpoints = {}
+    x = self._stem(images.astype(self.dtype), train)
+    batch, rows, columns, width = x.shape
+    endpoints["stem"] = x
+    tokens = self._with_positions(x.reshape(batch, rows * columns, width), (rows, columns))
+    prefix = tokens.shape[1] - rows * columns
+
+    def record(name: str, tokens: jax.Array) -> None:
+      endpoints[name] = tokens[:, prefix:].reshape(batch, rows, columns, width)
+      if prefix:
+        endpoints[f"{name}_token"] = tokens[:, 0]
+
+    if self.pre_norm:
+      tokens = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "pre_norm")(tokens)
+      record("pre_norm", tokens)
+    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
+    block_class = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
+    (rates,) = layers.linear_drop_path_rates(self.drop_path_rate, (self.depth,))
+    for i in range(self.depth):
+      tokens = block_class(
+        num_heads=self.num_heads,
+        hidden=int(width * self.mlp_ratio),
+        activation=self.activation,
+        layer_norm_epsilon=self.layer_norm_epsilon,
+        drop_path_rate=rates[i],
+        causal=False,
+        dtype=self.dtype,
+        name=f"stage1_block{i}",
+      )(tokens, train)
+      record(f"stage1_block{i}", tokens)
+    record("stage1", tokens)
+
+    head_norm = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "head_norm")
+    if not self.pool_before_norm:
+      tokens = head_norm(tokens)
+      record("head_norm", tokens)
+    if self.pool == "token":
+      x = tokens[:, 0].astype(jnp.float32)
+    else:
+      x = tokens[:, prefix:].mean(1, dtype=jnp.float32)
+    if self.pool_before_norm:
+      x = head_norm(x).astype(jnp.float32)
+    endpoints["pre_logits"] = x
+    logits = None
+    if self.num_classes:
+      # The head is float32 throughout: it is small, and logits are promised in float32.
+      logits = nn.Dense(
+        self.num_classes,
+        use_bias=self.head_bias,
+        kernel_init=_INIT if self.head_bias else nn.initializers.normal(width**-0.5),
+        dtype=jnp.float32,
+        name="head",
+      )(x)
+    return logits, endpoints
+
+  def _stem(self, x: jax.Array, train: bool) -> jax.Array:
+    if self.stem == "convolutions":
+      return ConvStem(
+        self.width, self.batch_norm_momentum, self.batch_norm_groups, self.dtype, name="stem"
+      )(x, train)
+    size = (self.patch_size, self.patch_size)
+    return nn.Conv(
+      self.width,
+      size,
+      strides=size,
+      padding="VALID",
+      use_bias=self.stem_bias,
+      kernel_init=layers.torch_conv_init,
+      dtype=self.dtype,
+      name="stem",
+    )(x)
+
+  def _with_positions(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Patches `[B, N, C]` with positions, after the class token where there is one."""
+    batch, _, width = tokens.shape
+    made = _pair(self.position_size)
+    on_token = self.class_token and self.positions == "grid"
+    std = 0.02 if self.positions == "grid" and not self.pre_norm else width**-0.5
+    name = "position_embedding" if self.positions == "grid" else "position_sequence"
+    shape = (made[0] * made[1] + on_token, width)
+    table = self.param(name, nn.initializers.normal(std), shape, jnp.float32)
+    if self.positions == "sequence":
+      table = resize_sequence(table, size[0] * size[1])
+    else:
+      table = resize_grid(table, made, size)
+    table = table.astype(self.dtype)
+    if not self.class_token:
+      return tokens + table
+    init = nn.initializers.normal(width**-0.5 if self.pre_norm else 0.02)
+    token = self.param("class_token", init, (width,), jnp.float32).astype(self.dtype)
+    token = token + table[0] if on_token else token
+    token = jnp.broadcast_to(token, (batch, 1, width))
+    return jnp.concatenate([token, tokens + table[int(on_token) :]], axis=1)
+
+  def _check(self, size: tuple[int, ...]) -> None:
+    known: dict[str, tuple[str, ...]] = {
+      "stem": ("patch", "convolutions"),
+      "pool": ("token", "mean"),
+      "positions": ("grid", "sequence"),
+      "activation": tuple(ACTIVATIONS),
+    }
+    for name, values in known.items():
+      if getattr(self, name) not in values:
+        raise ValueError(
+          f"VisionTransformer: {name} is {getattr(self, name)!r}; it is one of {values}"
+        )
+    if self.pool == "token" and not self.class_token:
+      raise ValueError("VisionTransformer: pool='token' needs class_token=True")
+    if self.width % self.num_heads:
+      raise ValueError(
+        f"VisionTransformer: {self.num_heads} heads do not divide the width {self.width}"
+      )
+    if self.stem == "convolutions" and self.patch_size != 16:
+      raise ValueError(
+        f"VisionTransformer: the convolutional stem has patches of 16, not {self.patch_size}"
+      )
+    if self.stem == "patch" and any(n % self.patch_size for n in size):
+      raise ValueError(
+        f"VisionTransformer: a picture of {size[0]}x{size[1]} is not whole patches of "
+        f"{self.patch_size}x{self.patch_size}; resize or pad it"
+      )
+
+
+class ConvStem(nn.Module):
+  """4x4 of stride 4, 2x2 and 2x2 of stride 2; batch norm and GELU after the first two."""
+
+  width: int
+  batch_norm_momentum: float
+  batch_norm_groups: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    narrow = max(32, self.width // 4)
+    # The authors' padding of (4 - 1) // 2 on both sides: the first patch begins outside.
+    for i, (width, size, pad) in enumerate(((narrow, 4, 1), (narrow, 2, 0), (self.width, 2, 0))):
+      x = nn.Conv(
+        width,
+        (size, size),
+        strides=size,
+        padding=((pad, pad), (pad, pad)),
+        use_bias=i == 2,
+        kernel_init=layers.torch_conv_init,
+        dtype=self.dtype,
+        name=f"conv_{i}",
+      )(x)
+      if i < 2:
+        x = layers.BatchNorm(
+          epsilon=_BATCH_NORM_EPSILON,
+          momentum=self.batch_norm_momentum,
+          num_groups=self.batch_norm_groups,
+          unbiased_variance=True,
+          dtype=self.dtype,
+          name=f"norm_{i}",
+        )(x, train)
+        x = layers.gelu(x)
+    return x
+
+
+class EncoderBlock(nn.Module):
+  """Attention, then an MLP, each after a layer norm and residual; CLIP's text towers have it too.
+
+  Attributes:
+    num_heads: of attention.
+    hidden: width of the MLP.
+    activation: see `VisionTransformer`.
+    layer_norm_epsilon: of both norms.
+    drop_path_rate: of both branches.
+    causal: a token attends to itself and those before it.
+    dtype: of the computation.
+  """
+
+  num_heads: int
+  hidden: int
+  activation: str
+  layer_norm_epsilon: float
+  drop_path_rate: float
+  causal: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """`[B, N, C]` to the same shape."""
+    y = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "attention_norm")(x)
+    y = self._attention(y)
+    x = x + layers.DropPath(self.drop_path_rate, name="attention_drop_path")(y, train)
+    y = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "mlp_norm")(x)
+    y = ACTIVATIONS[self.activation](self._dense(self.hidden, "fc1")(y))
+    y = self._dense(x.shape[-1], "fc2")(y)
+    return x + layers.DropPath(self.drop_path_rate, name="mlp_drop_path")(y, train)
+
+  def _attention(self, x: jax.Array) -> jax.Array:
+    batch, length, channels = x.shape
+    head_size = channels // self.num_heads
+    qkv = self._dense(3 * channels, "qkv")(x)
+    qkv = qkv.reshape(batch, length, 3, self.num_heads, head_size)
+    bias = None
+    if self.causal:
+      before = np.tril(np.ones((length, length), bool))
+      bias = jnp.where(before, 0.0, -jnp.inf).astype(jnp.float32)
+    query, key, value = (qkv[:, :, i] for i in range(3))
+    y = layers.dot_product_attention(query, key, value, scale=head_size**-0.5, bias=bias)
+    return self._dense(channels, "proj")(y.reshape(x.shape))
+
+  def _dense(self, features: int, name: str) -> layers.PointwiseConv:
+    return layers.PointwiseConv(features, kernel_init=_INIT, dtype=self.dtype, name=name)
+
+
+def resize_grid(table: jax.Array, made: tuple[int, int], size: tuple[int, int]) -> jax.Array:
+  """Resizes positions `[t + H*W, C]` of a grid `made` = (H, W) to `size`; the first t stay.
+
+  Bicubic with half-pixel centres, no antialiasing and torch's coefficient of -0.75, as DeiT's
+  fine-tuning does it. (timm also blurs before it shrinks a table.) An equal size changes nothing.
+  """
+  if tuple(made) == tuple(size):
+    return table
+  prefix = table.shape[0] - made[0] * made[1]
+  grid = table[prefix:].reshape(*made, table.shape[-1])
+  by_row, by_column = (_cubic_matrix(n, m) for n, m in zip(made, size))
+  highest = jax.lax.Precision.HIGHEST
+  grid = jnp.einsum("ih,jw,hwc->ijc", by_row, by_column, grid, precision=highest)
+  return jnp.concatenate([table[:prefix], grid.reshape(-1, table.shape[-1])])
+
+
+def resize_sequence(table: jax.Array, length: int) -> jax.Array:
+  """Resizes positions `[N, C]` to `[length, C]`, linear, half-pixel centres, no antialiasing."""
+  if table.shape[0] == length:
+    return table
+  shape = (length, table.shape[1])
+  return jax.image.resize(table, shape, method="bilinear", antialias=False)
+
+
+def _cubic_matrix(length: int, new_length: int) -> np.ndarray:
+  """`[new_length, length]`: torch's bicubic interpolation along one axis; edges are repeated."""
+  a = -0.75
+  matrix = np.zeros((new_length, length))
+  for i in range(new_length):
+    place = (i + 0.5) * length / new_length - 0.5
+    first = int(np.floor(place)) - 1
+    for j in range(first, first + 4):
+      d = abs(place - j)
+      near = ((a + 2) * d - (a + 3)) * d * d + 1
+      far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+      matrix[i, min(max(j, 0), length - 1)] += near if d <= 1 else far
+  return matrix.astype(np.float32)
+
+
+def _pair(size: tuple[int, int] | int) -> tuple[int, int]:
+  return (size, size) if isinstance(size, int) else size
+
+
+def _register_family() -> None:
+  imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+  symmetric = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+  openai = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+  }
+  unit = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+  tiny, small = ({"width": 64 * n, "depth": 12, "num_heads": n} for n in (3, 6))
+  base = {"width": 768, "depth": 12, "num_heads": 12}
+  clip = {"num_classes": 512, "layer_norm_epsilon": 1e-5, "head_bias": False}
+  mobileclip = {**base, **clip, "stem": "convolutions", "positions": "sequence"}
+  # DeiT's evaluation resizes by 256 / 224 at every size.
+  deit, timm_crop, whole = (0.875, "bicubic"), (0.9, "bicubic"), (1.0, "bicubic")
+  deit_source = "facebookresearch/deit README; multiply-adds from timm's benchmark tables"
+  # name, arguments, input size, crop and filter, statistics, parameters, multiply-adds, top-1
+  table: tuple[tuple[Any, ...], ...] = (
+    ("deit_tiny_patch16_224", tiny, 224, deit, imagenet, 5717416, 1.26e9, 72.2, deit_source),
+    ("deit_small_patch16_224", small, 224, deit, imagenet, 22050664, 4.61e9, 79.9, deit_source),
+    ("deit_base_patch16_224", base, 224, deit, imagenet, 86567656, 17.58e9, 81.8, deit_source),
+    (
+      "deit_base_patch16_384",
+      {**base, "position_size": 24},
+      384,
+      deit,
+      imagenet,
+      86859496,
+      55.54e9,
+      82.9,
+      deit_source,
+    ),
+    (
+      "vit_base_patch16_224",
+      base,
+      224,
+      timm_crop,
+      symmetric,
+      86567656,
+      17.58e9,
+      84.5,
+      "timm's tables: augreg_in21k_ft_in1k",
+    ),
+    (
+      "vit_base_patch16_gap_224",
+      {**base, "class_token": False, "pool": "mean"},
+      224,
+      timm_crop,
+      imagenet,
+      86566120,
+      17.49e9,
+      None,
+      "timm's tables; no ImageNet-1K weights",
+    ),
+    (
+      "vit_base_patch16_clip_224",
+      {**base, **clip, "stem_bias": False, "pre_norm": True},
+      224,
+      whole,
+      openai,
+      86192640,
+      17.57e9,
+      73.5,
+      "open_clip ViT-B-16: parameters counted, multiply-adds from its profile table (half of the "
+      "FLOPs), zero-shot top-1 of its DataComp-XL weights",
+    ),
+    (
+      "vit_b16",
+      mobileclip,
+      224,
+      (1.0, "bilinear"),
+      unit,
+      86348544,
+      17.73e9,
+      76.8,
+      "apple/ml-mobileclip: parameters counted, zero-shot top-1 of MobileCLIP-B from its README; "
+      "multiply-adds from timm's benchmark tables",
+    ),
+  )
+  for name, arguments, size, (crop, kind), stats, parameters, multiply_adds, top1, source in table:
+    register(
+      name,
+      VisionTransformer,
+      arguments,
+      preprocessing=Preprocessing(size, crop, kind, **stats),
+      published=Published(parameters, multiply_adds, top1, source),
+    )
+
+
+_register_family()
