@@ -94,7 +94,8 @@ def _directory(name: str, data_dir: str | None) -> Path:
     return found[-1].parent
   raise MissingDataError(
     f"TFDS data set {name!r} was looked for in {root} (config.data.data_dir) and is not prepared "
-    "there. Prepare it once: python -c \"import tensorflow_datasets as tfds; tfds.builder('"
+    "there. To prepare it once, install the extra [tf] (TFDS makes most of its data sets with "
+    "TensorFlow) and run python -c \"import tensorflow_datasets as tfds; tfds.builder('"
     f"{base}', data_dir='{root}', file_format='array_record').download_and_prepare()\"; "
     "docs/data.md says more"
   )
