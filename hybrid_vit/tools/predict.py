@@ -1,0 +1,206 @@
+"""What a network sees in photos: the likeliest classes, as text and as a picture.
+
+python -m hybrid_vit.tools.predict --weights=DIR photo.jpg another.png
+
+DIR is a work directory, or what `hybrid_vit.tools.import_weights` wrote. Photos are prepared as the
+weights expect. One that cannot be read is named and skipped, and the command then returns 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.resources
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from hybrid_vit import checkpoints, recipes
+from hybrid_vit.data.transforms import CorruptPictureError, parse_transform
+from hybrid_vit.models.registry import Preprocessing
+from hybrid_vit.weights.stored import StoredNetwork, load_network
+
+_BATCH_SIZE = 8
+_MAX_IN_A_PICTURE = 24
+_BAR, _TEXT = "#9ecae1", "#222222"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """The likeliest classes of one photo.
+
+  Attributes:
+    photo: its path.
+    image: as the network saw it, uint8 `[S, S, 3]`.
+    classes: indices, the likeliest first.
+    names: of those classes.
+    probabilities: of those classes.
+  """
+
+  photo: Path
+  image: np.ndarray
+  classes: tuple[int, ...]
+  names: tuple[str, ...]
+  probabilities: tuple[float, ...]
+
+
+def predict(
+  network: StoredNetwork, photos: Sequence[str | Path], top: int = 5
+) -> tuple[list[Prediction], dict[Path, str]]:
+  """The `top` likeliest classes of each photo.
+
+  Returns:
+    (predictions in the order of the photos, the reason for each photo that could not be read).
+
+  Raises:
+    ValueError: the weights have no classifier.
+  """
+  if not network.num_classes:
+    raise ValueError(f"these weights of {network.name} have no classifier")
+  names = class_names(network)
+  images, skipped = {}, {}
+  for photo in map(Path, photos):
+    try:
+      images[photo] = prepare(photo, network.preprocessing)
+    except (CorruptPictureError, OSError) as error:
+      # PIL names the buffer it was given, which nobody knows.
+      skipped[photo] = re.sub(r" <_io\.BytesIO .*>", "", str(error))
+  predictions = []
+  for batch, probabilities in _probabilities(network, images):
+    for photo, row in zip(batch, probabilities):
+      best = np.argsort(-row, kind="stable")[: min(top, len(row))]
+      predictions.append(
+        Prediction(
+          photo,
+          images[photo],
+          tuple(map(int, best)),
+          tuple(names[i] for i in best),
+          tuple(float(row[i]) for i in best),
+        )
+      )
+  return predictions, skipped
+
+
+def prepare(photo: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+  """A photo as the weights expect it, before normalising: uint8 `[S, S, 3]`.
+
+  Raises:
+    CorruptPictureError: it is no picture, or only part of one.
+    OSError: it cannot be opened.
+  """
+  # PIL's resizing is the one that published figures were measured with.
+  transform = parse_transform(recipes.eval_transform(preprocessing), decoder="pil")
+  example = transform({"image": Path(photo).read_bytes()}, np.random.default_rng(0))
+  return example["image"]
+
+
+def class_names(network: StoredNetwork) -> tuple[str, ...]:
+  """Names of the head's outputs: the weights' own, ImageNet-1K's for 1,000, else numbers."""
+  if len(network.class_names) == network.num_classes:
+    return network.class_names
+  if network.num_classes == 1000:
+    return imagenet_class_names()
+  return tuple(f"class {i}" for i in range(network.num_classes))
+
+
+def imagenet_class_names() -> tuple[str, ...]:
+  """Names of the 1,000 classes of ImageNet-1K in the order of their WordNet numbers."""
+  embedded = importlib.resources.files("hybrid_vit.data") / "embedded" / "imagenet1k_classes.txt"
+  lemmas = [line.split("\t")[1] for line in embedded.read_text().splitlines()]
+  short = [text.split(",")[0] for text in lemmas]
+  # Two classes may share their first word; the further ones tell them apart.
+  return tuple(s if short.count(s) == 1 else text for s, text in zip(short, lemmas))
+
+
+def draw(predictions: Sequence[Prediction], png: str | Path) -> None:
+  """Draws each picture as the network saw it, with bars for its likeliest classes."""
+  shown = predictions[:_MAX_IN_A_PICTURE]
+  columns = min(len(shown), 2)
+  rows = math.ceil(len(shown) / columns)
+  figure = Figure(figsize=(6.4 * columns, 2.6 * rows), dpi=110, layout="constrained")
+  grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
+  for axes in grid.flat:
+    axes.axis("off")
+  for i, prediction in enumerate(shown):
+    picture, bars = grid[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
+    picture.imshow(prediction.image)
+    picture.set_title(_short(prediction.photo.name, 26), fontsize=9)
+    places = range(len(prediction.names))
+    bars.barh(places, prediction.probabilities, color=_BAR, height=0.8)
+    bars.set_xlim(0, 1)
+    bars.set_ylim(len(prediction.names) - 0.4, -0.6)
+    for place, name, probability in zip(places, prediction.names, prediction.probabilities):
+      text = f"{_short(name, 34)}  {probability:.1%}"
+      bars.text(0.015, place, text, va="center", fontsize=9, color=_TEXT)
+  Path(png).parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(png, format="png", metadata={"Software": None})
+
+
+def _probabilities(
+  network: StoredNetwork, images: dict[Path, np.ndarray]
+) -> Iterator[tuple[list[Path], np.ndarray]]:
+  """Photos and their probabilities `[N, K]`, batch by batch."""
+  mean = np.asarray(network.preprocessing.mean, np.float32)
+  std = np.asarray(network.preprocessing.std, np.float32)
+  photos = list(images)
+  # One compiled shape for all batches.
+  size = min(_BATCH_SIZE, len(photos))
+
+  @jax.jit
+  def run(variables, batch):
+    logits, _ = network.model.apply(variables, batch, train=False)
+    return jax.nn.softmax(logits.astype(jnp.float32))
+
+  for start in range(0, len(photos), size or 1):
+    part = photos[start : start + size]
+    batch = np.stack([images[photo] for photo in part]).astype(np.float32) / np.float32(255)
+    batch = np.pad((batch - mean) / std, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+    yield part, np.asarray(run(network.variables, batch))[: len(part)]
+
+
+def _short(text: str, length: int) -> str:
+  return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; 0, 2 where photos were skipped, or 1 after an error."""
+  parser = argparse.ArgumentParser(prog="predict", description=__doc__.splitlines()[0])
+  parser.add_argument("photos", nargs="+", help="files of pictures")
+  parser.add_argument("--weights", required=True, help="directory of the weights")
+  parser.add_argument("--arch", help="network; default: as the weights say")
+  parser.add_argument("--top", type=int, default=5, help="how many classes")
+  parser.add_argument("--output", default="predictions.png", help="the picture to write")
+  args = parser.parse_args(argv)
+  try:
+    network = load_network(args.weights, args.arch)
+    predictions, skipped = predict(network, args.photos, args.top)
+  except (ValueError, checkpoints.CheckpointError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  expected = network.preprocessing
+  print(f"{network.name}, weights from {args.weights}")
+  print(
+    f"pictures prepared by {recipes.eval_transform(expected)}, mean {expected.mean}, std "
+    f"{expected.std}"
+  )
+  for prediction in predictions:
+    print(prediction.photo)
+    for name, probability in zip(prediction.names, prediction.probabilities):
+      print(f"  {probability:6.1%}  {name}")
+  for photo, reason in skipped.items():
+    print(f"skipped {photo}: {reason}", file=sys.stderr)
+  if predictions:
+    draw(predictions, args.output)
+    print(f"drawn in {args.output}")
+  return 2 if skipped else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
