@@ -54,7 +54,7 @@ def test_every_entry_says_what_its_weights_expect(name):
   p = entry.preprocessing
   assert p.image_size % 32 == 0 and 0 < p.crop_ratio <= 1
   assert p.interpolation in ("bilinear", "bicubic") and p.resize in ("crop", "squash")
-  assert all(0 < m < 1 for m in p.mean) and all(0 < s < 1 for s in p.std)
+  assert all(0 <= m < 1 for m in p.mean) and all(0 < s <= 1 for s in p.std)
   assert entry.published.source
 
 
