@@ -158,6 +158,30 @@ def test_randaugment_draws_operations_and_lets_chance_decide(monkeypatch):
   assert len({call[1] for call in calls}) > 900
 
 
+# The policy as the paper's table lists it: operation, probability in tenths, level.
+PAPER_POLICY = """
+P48 R69 | S65 A65 | E88 E63 | P67 P66 | E47 S24 | E44 R88 | S63 E67 | P85 E02 | R23 S68 | E68 P46 |
+R88 C40 | R49 E62 | E-7 E88 | I64 E08 | C64 N08 | R88 C02 | C88 S87 | H47 I68 | X65 E09 | C40 E63 |
+E47 S24 | S65 A65 | I64 E08 | C64 N08 | E88 E63
+"""
+LETTERS = {
+  "P": "posterize", "R": "rotate", "S": "solarize", "A": "auto_contrast", "E": "equalize",
+  "C": "color", "I": "invert", "N": "contrast", "H": "sharpness", "X": "shear_x",
+}  # fmt: skip
+# A 0 stands for a probability of 1, a dash for none.
+TENTHS = {"0": 1.0, "-": 0.0} | {str(i): i / 10 for i in range(1, 10)}
+
+
+def test_autoaugments_policy_is_the_papers():
+  expected = [
+    tuple(
+      (LETTERS[name], TENTHS[probability], int(level)) for name, probability, level in pair.split()
+    )
+    for pair in PAPER_POLICY.split("|")
+  ]
+  assert expected == [tuple(pair) for pair in augment._IMAGENET_POLICY]
+
+
 def test_autoaugment_follows_its_policy(monkeypatch):
   calls = record_operations(monkeypatch)
   rng = np.random.default_rng(0)

@@ -204,7 +204,7 @@ def test_conversion_is_whole_or_absent(data, tmp_path, capsys):
   fails("cut short")
   whole = list(tfrecord_module.read_records(origin / "pets-train.tfrecord-00002-of-00004"))
   path.write_bytes(tfrecord(whole))
-  fails("4 records, and dataset_info.json says 3")
+  fails("tfrecord-00003-of-00004 has 4 records, and dataset_info.json says 3")
   path.unlink()
   fails("00003-of-00004 is not there, and dataset_info.json names it")
   (origin / "dataset_info.json").unlink()
