@@ -14,7 +14,6 @@ from that code:
   deviations is; the alternative Xavier draw, which no published network uses, is left out.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,8 +25,6 @@ from hybrid_vit.models import layers
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
 
 _INIT = nn.initializers.normal(0.02)
-# Convolutions keep torch's default: uniform, at most fan_in^-0.5, their biases too.
-_CONV_INIT = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 _NORM_EPSILON = 1e-5  # of layer norms and batch norms
 
 _PROJECTIONS = ("dw_bn", "avg", "linear")
@@ -122,22 +119,20 @@ class CvT(nn.Module):
     x, token = images.astype(self.dtype), None
     for stage, (depth, rates) in enumerate(zip(self.depths, self._drop_path_rates())):
       name = "stem" if stage == 0 else f"stage{stage + 1}_embed"
-      x = TokenEmbedding(
+      has_token = self.class_tokens[stage]
+      x, token = TokenEmbedding(
         self.widths[stage],
         self.patch_sizes[stage],
         self.strides[stage],
         self.paddings[stage],
+        has_token,
         self.dtype,
         name=name,
       )(x)
       endpoints[name] = x
       shape, size = x.shape, (x.shape[1], x.shape[2])
       tokens = x.reshape(shape[0], -1, shape[-1])
-      has_token = self.class_tokens[stage]
-      if has_token:
-        name = f"stage{stage + 1}_class_token"
-        token = self.param(name, _INIT, (1, 1, shape[-1]), jnp.float32).astype(self.dtype)
-        token = jnp.broadcast_to(token, (shape[0], 1, shape[-1]))
+      if token is not None:
         tokens = jnp.concatenate([token, tokens], axis=1)
       for i in range(depth):
         name = f"stage{stage + 1}_block{i}"
@@ -163,7 +158,7 @@ class CvT(nn.Module):
         token = tokens[:, :1]
         endpoints[f"stage{stage + 1}_class_token"] = token
 
-    last = token if self.class_tokens[-1] else x.reshape(x.shape[0], -1, x.shape[-1])
+    last = x.reshape(x.shape[0], -1, x.shape[-1]) if token is None else token
     if not self.num_classes:
       endpoints["pre_logits"] = last.mean(1, dtype=jnp.float32)
       return None, endpoints
@@ -173,7 +168,7 @@ class CvT(nn.Module):
     head = nn.Dense(
       self.num_classes,
       kernel_init=_INIT,
-      bias_init=_uniform(x.shape[-1]),
+      bias_init=layers.torch_bias_init(x.shape[-1]),
       dtype=jnp.float32,
       name="head",
     )
@@ -224,27 +219,35 @@ class CvT(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-  """A strided convolution whose patches overlap, then a layer norm (paper, section 3.1)."""
+  """A strided convolution whose patches overlap, then a layer norm (paper, section 3.1).
+
+  Gives the map and, where the stage has one, the class token `[B, 1, C]`.
+  """
 
   width: int
   patch_size: int
   stride: int
   padding: int
+  class_token: bool
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     x = nn.Conv(
       self.width,
       (self.patch_size, self.patch_size),
       strides=self.stride,
       padding=self.padding,
-      kernel_init=_CONV_INIT,
-      bias_init=_uniform(self.patch_size**2 * x.shape[-1]),
+      kernel_init=layers.torch_conv_init,
+      bias_init=layers.torch_bias_init(self.patch_size**2 * x.shape[-1]),
       dtype=self.dtype,
       name="conv",
     )(x)
-    return layers.layer_norm(_NORM_EPSILON, self.dtype, "norm")(x)
+    x = layers.layer_norm(_NORM_EPSILON, self.dtype, "norm")(x)
+    if not self.class_token:
+      return x, None
+    token = self.param("class_token", _INIT, (1, 1, self.width), jnp.float32).astype(self.dtype)
+    return x, jnp.broadcast_to(token, (x.shape[0], 1, self.width))
 
 
 class Block(nn.Module):
@@ -343,7 +346,7 @@ class Attention(nn.Module):
       stride=stride,
       padding=((padding, padding), (padding, padding)),
       use_bias=False,
-      kernel_init=_CONV_INIT,
+      kernel_init=layers.torch_conv_init,
       dtype=self.dtype,
       name=f"{name}_conv",
     )(image)
@@ -386,16 +389,6 @@ def _dense(features: int, use_bias: bool, dtype: Any, name: str) -> layers.Point
   return layers.PointwiseConv(
     features, use_bias=use_bias, kernel_init=_INIT, dtype=dtype, name=name
   )
-
-
-def _uniform(fan_in: int) -> layers.Initializer:
-  """Torch's draw for a bias: uniform, at most fan_in^-0.5."""
-  limit = fan_in**-0.5
-
-  def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-  return init
 
 
 def _register_family() -> None:

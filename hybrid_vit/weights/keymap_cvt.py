@@ -45,13 +45,14 @@ def _key_map(layout: int) -> KeyMap:
       return torch_keys.norm(_OUTER[scope][layout], leaf)
     if scope == "head":
       return torch_keys.dense(_OUTER[scope][layout], leaf)
-    token = re.fullmatch(r"stage(\d+)_class_token", scope)
-    if token:
-      return torch_keys.same(f"{stage_name.format(int(token[1]) - 1)}.cls_token")
     embedding = re.fullmatch(r"stage(\d+)_embed", scope)
-    if (scope == "stem" or embedding) and module in embed:
-      stage = int(embedding[1]) - 1 if embedding else 0
-      name = f"{stage_name.format(stage)}.{embed[module]}"
+    if scope == "stem" or embedding:
+      stage = stage_name.format(int(embedding[1]) - 1 if embedding else 0)
+      if leaf == "class_token":
+        return torch_keys.same(f"{stage}.cls_token")
+      if module not in embed:
+        raise torch_keys.no_such_variable("CvT", path)
+      name = f"{stage}.{embed[module]}"
       return (torch_keys.conv if module == "conv" else torch_keys.norm)(name, leaf)
     block = torch_keys.block_of(scope)
     if not block:
