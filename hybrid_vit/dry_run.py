@@ -114,9 +114,7 @@ def main(config: Config, devices: int | None = None) -> int:
   if not plan.problems:
     print("\nnothing wrong found")
     return 0
-  print(
-    "\nthe first thing wrong:" if len(plan.problems) == 1 else "\nwrong, the first thing first:"
-  )
+  print("\nwrong, the first thing first:")
   for number, problem in enumerate(plan.problems, start=1):
     print(f"  {number}. {problem}")
   return 1
@@ -211,9 +209,10 @@ def _examine_training(plan: Plan, examples: int | None) -> None:
     plan.state_bytes = state_bytes(plan.state, plan.layout)
   with plan.checking("activations"):
     ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
-    plan.rows = max(1, batch["image"].shape[0] // (ways * settings.accumulation))
+    size = batch["image"].shape[0]
+    plan.rows = max(1, size // (ways * settings.accumulation))
     rows = {k: jax.ShapeDtypeStruct((plan.rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
-    plan.activation_bytes = activation_bytes(_ungrouped(task), plan.state.variables, rows)
+    plan.activation_bytes = activation_bytes(_with_groups(task, size), plan.state.variables, rows)
 
 
 def _check_batch(plan: Plan) -> None:
@@ -243,7 +242,7 @@ def _examine_evaluation(plan: Plan) -> None:
       data, _ = run.evaluation_settings(name, config, expected)
       size, dtype = _picture_after(plan, data, name)
       ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] if plan.mesh is not None else 1
-      if data.batch_size % ways:
+      if data.batch_size % ways and data.batch_size != config.data.batch_size:
         raise ConfigError(f"batch_size {data.batch_size} does not fall on {ways} devices")
       images = jax.ShapeDtypeStruct((1, *size, 3), dtype)
       variables = jax.eval_shape(task.init, jax.random.key(0), {"image": images})
@@ -274,9 +273,13 @@ def _picture_after(plan: Plan, data: run.DataSettings, what: str) -> tuple[tuple
   return (size, size), found[0].dtype
 
 
-def _ungrouped(task: Any) -> Any:
-  """The task on one device's rows, which may be fewer than the groups of its batch norms."""
-  return dataclasses.replace(task, model=task.model.clone(batch_norm_groups=1))
+def _with_groups(task: Any, times_fewer: int) -> Any:
+  """The task with fewer groups of its batch norms, for fewer rows; 1 where none are left."""
+  groups = getattr(task.model, "batch_norm_groups", 1)
+  if groups == 1:
+    return task
+  model = task.model.clone(batch_norm_groups=max(1, groups // times_fewer))
+  return dataclasses.replace(task, model=model)
 
 
 def state_bytes(state: TrainState, layout: Any) -> dict[str, int]:
@@ -388,7 +391,7 @@ def _communication(plan: Plan) -> str:
       "" if plan.devices == 1 else " here to compile for"
     )
   mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)), devices[: math.prod(shape)])
-  task, cut = _compilable_task(plan.task, math.prod(wanted) // math.prod(shape))
+  task, cut = _compilable_task(_with_groups(plan.task, math.prod(wanted) // math.prod(shape)))
   begin = time.monotonic()
   try:
     found = compiled_collectives(plan, task, mesh)
@@ -414,19 +417,14 @@ def _communication(plan: Plan) -> str:
   return "\n".join(lines)
 
 
-def _compilable_task(task: Any, times_smaller: int) -> tuple[Any, str]:
-  """The task with a network that compiles in well under a minute, and what was cut off.
-
-  Groups of the batch norms shrink with the mesh.
-  """
-  groups = max(1, task.model.batch_norm_groups // times_smaller)
-  model, cut = task.model.clone(batch_norm_groups=groups), ""
-  depths = getattr(model, "depths", None)
-  if depths is not None and sum(depths) > MAX_COMPILED_BLOCKS:
-    ones = (1,) * len(depths)
-    model = model.clone(depths=ones)
-    cut = f"cut to depths {ones} from {tuple(depths)}: further blocks add collectives of their own"
-  return dataclasses.replace(task, model=model), cut
+def _compilable_task(task: Any) -> tuple[Any, str]:
+  """The task with a network that compiles in well under a minute, and what was cut off."""
+  depths = getattr(task.model, "depths", None)
+  if depths is None or sum(depths) <= MAX_COMPILED_BLOCKS:
+    return task, ""
+  ones = (1,) * len(depths)
+  cut = f"cut to depths {ones} from {tuple(depths)}: further blocks add collectives of their own"
+  return dataclasses.replace(task, model=task.model.clone(depths=ones)), cut
 
 
 def compiled_collectives(plan: Plan, task: Any, mesh: Mesh) -> list[Collective]:
