@@ -119,7 +119,8 @@ class L2ViT(nn.Module):
       for i in range(depth):
         name = f"stage{stage}_block{i}"
         x = block_class(
-          attends_globally=self.block_types == "global" or (self.block_types == "mixed" and i % 2),
+          attends_globally=self.block_types == "global"
+          or (self.block_types == "mixed" and i % 2 == 1),
           num_heads=self.num_heads[stage - 1],
           mlp_ratio=self.mlp_ratios[stage - 1],
           window_size=self.window_size,
