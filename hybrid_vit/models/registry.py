@@ -14,6 +14,7 @@ import jax.numpy as jnp
 _FAMILIES = (
   "hybrid_vit.models.moat",
   "hybrid_vit.models.cvt",
+  "hybrid_vit.models.focalnet",
   "hybrid_vit.models.l2vit",
   "hybrid_vit.models.revcol",
   "hybrid_vit.models.mci",
