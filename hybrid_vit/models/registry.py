@@ -15,6 +15,7 @@ _FAMILIES = (
   "hybrid_vit.models.moat",
   "hybrid_vit.models.cvt",
   "hybrid_vit.models.focalnet",
+  "hybrid_vit.models.smt",
   "hybrid_vit.models.l2vit",
   "hybrid_vit.models.revcol",
   "hybrid_vit.models.mci",
