@@ -334,7 +334,7 @@ def describe(plan: Plan) -> str:
     )
   if plan.length is not None and plan.schedule is not None:
     steps = plan.length.total_steps
-    peak = max(float(plan.schedule(step)) for step in np.linspace(0, steps - 1, 200))
+    peak = max(float(plan.schedule(step)) for step in np.linspace(0, steps - 1, 200).round())
     lines.append(
       f"{steps:,} steps of {plan.config.data.batch_size:,} rows, peak learning rate {peak:.3g}"
     )
