@@ -60,7 +60,7 @@ def import_weights(
   )
   spec = run.ModelSpec(
     name=architecture,
-    arguments=dict(arguments or {}),
+    arguments=imported.arguments,
     num_classes=imported.num_classes,
     preprocessing=dataclasses.asdict(model_entry(architecture).preprocessing),
   )

@@ -6,7 +6,7 @@ A key map is a function from the path of one of our variables ("params/stem/conv
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,15 @@ class Layout:
       names at once before anything else.
     constants: from a network to the tensors that a strict loader of the authors' code asks for and
       that are no weights; written on export.
+    arguments: from a network and a checkpoint's names to the network's attributes that have to be
+      others for this checkpoint, such as a depth that published files do not agree in.
   """
 
   key_map: Callable[[Any], KeyMap]
   not_weights: str = r"(?!)"
   rename: Callable[[str], str] = str
   constants: Callable[[Any], dict[str, np.ndarray]] = lambda _: {}
+  arguments: Callable[[Any, Iterable[str]], dict[str, Any]] = lambda model, names: {}
 
 
 @dataclasses.dataclass

@@ -46,12 +46,14 @@ class Imported:
     variables: {"params", "batch_stats"}, NumPy arrays.
     layout: name of the layout that the checkpoint was read by.
     num_classes: of the network that was built.
+    arguments: of the network, where they replace the registry's.
     report: what became of each tensor.
   """
 
   variables: dict[str, Any]
   layout: str
   num_classes: int
+  arguments: dict[str, Any]
   report: ImportReport
 
 
@@ -92,7 +94,8 @@ def import_checkpoint(
     num_classes: None for that of the checkpoint's head (0 where it has none). Another number begins
       the head anew; 0 leaves it out.
     layout: None for the one whose names fit best.
-    arguments: attributes of the network that replace the registry's.
+    arguments: attributes of the network that replace the registry's and what the checkpoint's
+      names say of them.
 
   Raises:
     ValueError: the checkpoint is of another network; the message gives every difference, and says
@@ -100,6 +103,7 @@ def import_checkpoint(
   """
   arguments = dict(arguments or {})
   name, found = _detect(weights, architecture, layout, arguments)
+  arguments = layouts(architecture)[name].arguments(create_model(architecture), found) | arguments
   in_file = _classes_in(weights, architecture, layouts(architecture)[name], arguments)
   classes = in_file if num_classes is None else num_classes
   chosen, anew = layouts(architecture)[name], in_file != classes
@@ -126,7 +130,7 @@ def import_checkpoint(
   except ValueError as error:
     raise ValueError(f"{architecture}, layout {name!r}: {error}{_whose(weights)}") from error
   variables.setdefault("batch_stats", {})
-  return Imported(variables, name, classes, report)
+  return Imported(variables, name, classes, arguments, report)
 
 
 def export_checkpoint(
@@ -271,10 +275,12 @@ def _likeness(weights: Weights, architecture: str, layout: Layout) -> float:
 
 def _fits_whole(weights: Weights, architecture: str, layout: Layout) -> bool:
   named = _named(weights, layout)
-  classes = _classes_in(weights, architecture, layout, {})
-  keys = list(_keys(architecture, layout, classes))
-  named = _without_constants(named, layout, create_model(architecture, num_classes=classes))
-  shapes = _shapes(architecture, classes, ())
+  arguments = layout.arguments(create_model(architecture), named)
+  classes = _classes_in(weights, architecture, layout, arguments)
+  keys = list(_keys(architecture, layout, classes, arguments))
+  model = create_model(architecture, num_classes=classes, **arguments)
+  named = _without_constants(named, layout, model)
+  shapes = _shapes(architecture, classes, _frozen(arguments))
   return _names(keys) == set(named) and all(
     _shape_in(named, key) == shapes[path].shape for path, key in keys
   )

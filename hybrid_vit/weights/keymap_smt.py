@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import flax.linen as nn
+
 from hybrid_vit.weights import torch_keys
 from hybrid_vit.weights.convert import Layout, OfficialKey
 
@@ -64,20 +66,23 @@ def official_key(path: str) -> OfficialKey:
   raise torch_keys.no_such_variable("SMT", path)
 
 
-def depths_in(names: Iterable[str]) -> dict[str, Any]:
-  """The blocks of each stage by a checkpoint's names, as arguments of `SMT`.
+def arguments_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+  """The depth of the last stage by a checkpoint's names, where it is not the network's.
 
-  The released SMT-S may have one block in its last stage where its configuration says two.
+  The released SMT-S may have one block there, its configuration says two.
 
   Returns:
-    {"depths": ...}; {} where no name is of an SMT's block.
+    {"depths": ...}, or {} where nothing differs or other stages do too: then it is another network.
   """
   found: dict[int, int] = {}
   for name in names:
     if match := re.match(r"block(\d+)\.(\d+)\.", name):
       stage, block = int(match[1]), int(match[2])
       found[stage] = max(found.get(stage, 0), block + 1)
-  return {"depths": tuple(found[stage] for stage in sorted(found))} if found else {}
+  depths = tuple(found[stage] for stage in sorted(found))
+  expected = tuple(getattr(model, "depths", ()))
+  same = len(depths) == len(expected) and depths[:-1] == expected[:-1]
+  return {"depths": depths} if same and depths != expected else {}
 
 
 def _rename(name: str) -> str:
@@ -88,6 +93,9 @@ def _rename(name: str) -> str:
 
 LAYOUTS = {
   "official": Layout(
-    lambda model: official_key, not_weights=torch_keys.BATCH_NORM_COUNTER, rename=_rename
+    lambda model: official_key,
+    not_weights=torch_keys.BATCH_NORM_COUNTER,
+    rename=_rename,
+    arguments=arguments_of,
   )
 }

@@ -7,7 +7,7 @@ from flax import traverse_util
 from hybrid_vit.models import smt
 from hybrid_vit.models.registry import create_model, list_models, model_entry
 from hybrid_vit.tools import summarize
-from hybrid_vit.weights import convert, keymap_smt
+from hybrid_vit.weights import convert, families, keymap_smt
 from tests.models import contract
 
 SMALL = {
@@ -165,14 +165,26 @@ def test_both_spellings_of_the_values_convolution_and_prefixes():
   assert {OFFICIAL.rename(k) for k in official} == set(official)
 
 
-def test_depths_are_read_from_a_checkpoint():
-  model = create_model("smt_s", depths=(3, 4, 18, 1))
-  x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-  paths = traverse_util.flatten_dict(dict(shapes), sep="/")
-  names = [keymap_smt.official_key(path).name for path in paths]
-  assert keymap_smt.depths_in(names) == {"depths": (3, 4, 18, 1)}
-  assert keymap_smt.depths_in(["head.weight"]) == {}
+def test_the_last_depth_is_read_from_a_checkpoint():
+  def checkpoint(name, **arguments):
+    model = create_model(name, **arguments)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    # Zeros that share their memory: only names and shapes matter.
+    zeros = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes)
+    return convert.export_weights(zeros, OFFICIAL.key_map(model))
+
+  shorter = checkpoint("smt_s", depths=(3, 4, 18, 1))
+  found = families.import_checkpoint(shorter, "smt_s")
+  assert found.arguments == {"depths": (3, 4, 18, 1)} and not found.report.unused
+  assert families.identify(shorter)[0] == "smt_s"
+  assert families.import_checkpoint(checkpoint("smt_s"), "smt_s").arguments == {}
+  # Other depths are another network's, which is an error as ever.
+  with pytest.raises(ValueError, match="--arch=smt_t"):
+    families.import_checkpoint(checkpoint("smt_t"), "smt_s")
+
+
+def test_an_unknown_variable_has_no_name():
   with pytest.raises(ValueError, match="SMT has no variable"):
     keymap_smt.official_key("params/stage1_block0/attention/position_table")
 
