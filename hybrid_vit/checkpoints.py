@@ -8,12 +8,13 @@ A work directory holds
     export/               parameters and running statistics alone, for fine-tuning and evaluation
 
 Each checkpoint carries a fingerprint of every leaf: orbax notices a truncated file but not a
-flipped byte. The fingerprint is a sum modulo 2^32 of the leaf's words, each times an odd number of
-its own, so that it does not depend on how the leaf lies on devices and any single change shows.
+flipped byte. The fingerprint is a sum modulo 2^32 of the leaf's words, each hashed with its place,
+so that it does not depend on how the leaf lies on devices and any single change shows.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,12 @@ def fingerprint(leaf: jax.Array) -> jax.Array:
   place = jnp.zeros(words.shape, jnp.uint32)
   for axis, size in enumerate(words.shape):
     place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-  odd = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
-  return jnp.sum((words + jnp.uint32(0x9E3779B9)) * odd, dtype=jnp.uint32)
+  # Not a linear function of the words: in a plain weighted sum two flipped signs cancel. Each step
+  # (those of MurmurHash3's finalizer) can be undone, so that one changed word always shows.
+  mixed = words ^ (place * jnp.uint32(0x9E3779B1))
+  mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 @jax.jit
@@ -79,6 +84,14 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
     tree,
     shardings,
   )
+
+
+class Restored(NamedTuple):
+  """A state, the step it is of, and the configuration of the run that saved it."""
+
+  state: Any
+  step: int
+  run_config: dict[str, Any]
 
 
 class Checkpointer:
@@ -154,8 +167,8 @@ class Checkpointer:
     _save(self._best, step, state, {"config": self._run_config, "value": value})
     return True
 
-  def restore(self, target: Any) -> tuple[Any, int] | None:
-    """The newest whole state, on the shardings of `target`, and its step; None where there is none.
+  def restore(self, target: Any) -> Restored | None:
+    """The newest whole state, on the shardings of `target`; None where there is none.
 
     Walks from the newest to the oldest; one that cannot be read, or whose fingerprints differ, is
     passed over with a warning and left where it is, with ".broken" added to its name.
@@ -192,7 +205,8 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def _save(manager: ocp.CheckpointManager, step: int, state: Any, extra: dict[str, Any]) -> None:
-  metadata = {"step": step, "fingerprints": fingerprints(state), **extra}
+  shapes = {name: list(leaf.shape) for name, leaf in zip(leaf_names(state), jax.tree.leaves(state))}
+  metadata = {"step": step, "fingerprints": fingerprints(state), "shapes": shapes, **extra}
   manager.save(
     step,
     args=ocp.args.Composite(
@@ -223,27 +237,20 @@ def _steps(directory: Path) -> list[int]:
 
 def _restore_newest(
   directory: Path, target: Any, manager: ocp.CheckpointManager | None = None
-) -> tuple[Any, int] | None:
-  steps = _steps(directory)
+) -> Restored | None:
   failures = []
-  for step in steps:
+  for step in _steps(directory):
     checkpoint = directory / str(step)
-    try:
-      metadata = _read_metadata(checkpoint)
-      _check_same_leaves(metadata["fingerprints"], target, checkpoint)
-      # Its own reader: a manager that has saved is bound to its items' handlers.
-      with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        state = reader.restore(checkpoint / "state", args=ocp.args.StandardRestore(target))
-      _verify(state, metadata["fingerprints"], str(checkpoint))
-    except _OtherNetworkError:
-      raise
-    except Exception as error:
-      reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-      logging.warning("checkpoint %s is broken and passed over: %s", checkpoint, reason)
-      failures.append(f"{step}: {reason}")
-      _set_aside(checkpoint, manager)
-      continue
-    return state, step
+    metadata, state, reason = _read_state(checkpoint, target)
+    if state is not None:
+      try:
+        _verify(state, metadata["fingerprints"], str(checkpoint))
+        return Restored(state, step, metadata["config"])
+      except CheckpointError as error:
+        reason = str(error)
+    logging.warning("checkpoint %s is broken and passed over: %s", checkpoint, reason)
+    failures.append(f"{step}: {reason}")
+    _set_aside(checkpoint, manager)
   if failures:
     raise CheckpointError(
       f"no checkpoint in {directory} can be read ({'; '.join(failures)}): remove the directory to "
@@ -252,29 +259,58 @@ def _restore_newest(
   return None
 
 
+def _read_state(checkpoint: Path, target: Any) -> tuple[dict[str, Any], Any, str]:
+  """(metadata, state, ""), or (…, None, why not); alike on every process."""
+  metadata, state, reason = {}, None, ""
+  try:
+    metadata = _read_metadata(checkpoint)
+    _check_same_leaves(metadata["shapes"], target, checkpoint)
+    # Its own reader: a manager that has saved is bound to its items' handlers.
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      state = reader.restore(checkpoint / "state", args=ocp.args.StandardRestore(target))
+  except _OtherNetworkError:
+    raise
+  except Exception as error:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+  if jax.process_count() > 1:
+    # A process reads its own shards only: it may be the only one that saw the damage.
+    whole = multihost_utils.process_allgather(np.asarray(state is not None))
+    if not whole.all():
+      state, reason = None, reason or "another process cannot read its part"
+  return metadata, state, reason
+
+
 class _OtherNetworkError(CheckpointError):
   """The checkpoint is whole and is of something else: going back to an older one cannot help."""
 
 
-def _check_same_leaves(saved: Mapping[str, int], target: Any, checkpoint: Path) -> None:
-  wanted = leaf_names(target)
+def _check_same_leaves(saved: Mapping[str, list[int]], target: Any, checkpoint: Path) -> None:
+  wanted = {
+    name: list(leaf.shape) for name, leaf in zip(leaf_names(target), jax.tree.leaves(target))
+  }
   missing = [name for name in wanted if name not in saved]
-  surplus = [name for name in saved if name not in set(wanted)]
-  if missing or surplus:
-    example = f"it lacks {missing[0]!r}" if missing else f"it has {surplus[0]!r} besides"
-    raise _OtherNetworkError(
-      f"{checkpoint} is of another configuration: {example} ({len(missing)} missing, "
-      f"{len(surplus)} surplus leaves). Give another --workdir, or the configuration that wrote it "
-      "(config.json lies in the work directory)"
-    )
+  surplus = [name for name in saved if name not in wanted]
+  other = [name for name in wanted if name in saved and saved[name] != wanted[name]]
+  if not (missing or surplus or other):
+    return
+  if missing:
+    example = f"it lacks {missing[0]!r}"
+  elif surplus:
+    example = f"it has {surplus[0]!r} besides"
+  else:
+    example = f"{other[0]!r} has shape {saved[other[0]]} in it and {wanted[other[0]]} here"
+  raise _OtherNetworkError(
+    f"{checkpoint} is of another configuration: {example} ({len(missing)} leaves missing, "
+    f"{len(surplus)} surplus, {len(other)} of another shape). Give another --workdir, or the "
+    "configuration that wrote it (config.json lies in the work directory)"
+  )
 
 
 def _set_aside(checkpoint: Path, manager: ocp.CheckpointManager | None) -> None:
   """Renames a broken checkpoint, so that its step can be saved again; nothing is deleted."""
   if jax.process_index() == 0 and checkpoint.is_dir():
-    free = checkpoint.with_name(checkpoint.name + ".broken")
-    if not free.exists():
-      checkpoint.rename(free)
+    names = (f"{checkpoint.name}.broken{number or ''}" for number in itertools.count())
+    checkpoint.rename(next(p for p in map(checkpoint.with_name, names) if not p.exists()))
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f"set aside {checkpoint.name}")
   if manager is not None:

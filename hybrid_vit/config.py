@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,25 @@ def _leaves(values: Mapping[str, Any], path: str) -> Iterable[str]:
       yield from _leaves(value, full_name)
     elif value is not None and value != {}:
       yield full_name
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Fields that two resolved configurations do not have alike: "config.seed: 0, now 1"."""
+  # As JSON has them, in which old ones are kept: lists for tuples.
+  before, after = (json.loads(json.dumps(values, default=str)) for values in (old, new))
+  found = []
+  for full_name in dict.fromkeys((*_leaves(before, "config"), *_leaves(after, "config"))):
+    values = [_value(tree, full_name) for tree in (before, after)]
+    if values[0] != values[1]:
+      found.append(f"{full_name}: {values[0]!r}, now {values[1]!r}")
+  return found
+
+
+def _value(values: Mapping[str, Any], full_name: str) -> Any:
+  value: Any = values
+  for name in full_name.split(".")[1:]:
+    value = value.get(name) if isinstance(value, Mapping) else None
+  return value
 
 
 def parse_argument(

@@ -31,6 +31,8 @@ _DEVICES = flags.DEFINE_integer(
   "For --mode=dry_run: how many devices there will be; else the product of config.mesh, or 8.",
   lower_bound=1,
 )
+# Set to anything: errors come with their traceback.
+_TRACEBACK = "HYBRID_VIT_TRACEBACK"
 
 
 def use_compilation_cache() -> None:
@@ -63,17 +65,47 @@ def main(arguments: list[str]) -> int:
     raise app.UsageError(f"unexpected argument {arguments[1]!r}; options begin with --")
   if _CONFIG.value is None:
     raise app.UsageError("--config is needed, e.g. --config=configs/quickstart.py")
+  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+  if not path.is_file():
+    return _tell(f"no configuration file {str(path)!r}")
   config = Config(_CONFIG.value)
-  name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   # Orbax and JAX narrate at the level of information; warnings stay.
   logging.set_verbosity(logging.WARNING)
   try:
-    return _run(config, name)
+    return _run(config, path.stem)
   except _user_errors() as error:
-    if os.environ.get("HYBRID_VIT_TRACEBACK"):
+    if os.environ.get(_TRACEBACK):
       raise
-    print(f"\nerror: {error}", file=sys.stderr)
-    return 1
+    return _tell(f"{error}\n(with {_TRACEBACK}=1 the place in the code is shown)")
+
+
+def _tell(message: str) -> int:
+  print(f"\nerror: {message}", file=sys.stderr)
+  return 1
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+  """absl's parsing; mistakes in a configuration are told without the traces wrapped around them."""
+  try:
+    return flags.FLAGS(arguments)
+  except (flags.Error, AttributeError, KeyError) as error:
+    first: BaseException = error
+    while first.__context__ is not None:
+      first = first.__context__
+    if os.environ.get(_TRACEBACK):
+      raise
+    if "get_config() takes 0 positional arguments" in str(first):
+      message = "this configuration takes nothing after the colon of --config"
+    elif isinstance(first, ConfigError):
+      message = str(first)
+    elif isinstance(error, flags.Error):
+      message = str(error)
+    else:
+      text: Any = error
+      while isinstance(text, BaseException):
+        text = text.args[0]
+      message = f"the configuration has no field {' '.join(text.split())}"
+    sys.exit(_tell(message))
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:
@@ -101,7 +133,7 @@ def _run(config: Config, name: str) -> int:
 
 def entry_point() -> Any:
   """What the console script calls."""
-  return app.run(main)
+  return app.run(main, flags_parser=_parse_flags)
 
 
 def _restart_with_huge_pages() -> None:

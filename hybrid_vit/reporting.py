@@ -44,7 +44,8 @@ class Reporter:
     workdir: directory of the run; made where missing.
     total_steps: the step at which training ends.
     start_step: the step a restored run continues from. Lines of later steps are dropped from both
-      files, as is a last line that a kill left half written; 0 starts both files anew.
+      files, as are this step's evaluations, which come again, and a last line that a kill left half
+      written; 0 starts both files anew.
     tensorboard: whether to write TensorBoard event files.
     progress: whether to show a bar (on a terminal) or a line every ten seconds (elsewhere).
     run_config: the configuration, written to `config.json` and to TensorBoard's text page.
@@ -305,9 +306,12 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
   """Opens a file of lines for appending, without what a resumed run will write again."""
   kept: list[bytes] = []
   if start_step and path.exists():
-    kept = [
-      line for line in _whole_lines(path.read_bytes()) if json.loads(line)["step"] <= start_step
-    ]
+    for line in _whole_lines(path.read_bytes()):
+      fields = json.loads(line)
+      # What was evaluated at the restored step is evaluated again.
+      last = start_step - 1 if str(fields.get("kind")).startswith("eval/") else start_step
+      if fields["step"] <= last:
+        kept.append(line)
   # Beside the file first: a kill in here must not lose the history.
   fresh = path.with_name(path.name + ".new")
   fresh.write_bytes(b"".join(line + b"\n" for line in kept))

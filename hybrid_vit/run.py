@@ -248,12 +248,13 @@ class EvaluationSet:
     self.class_names: Sequence[str] = self._source.class_names
     self.num_classes = self._source.num_classes
     self._sharding = sharding.batch_sharding(mesh)
+    part, parts = sharding.batch_part(self._sharding)
     self._batches = eval_batches(
       self._source,
       data.transform,
       batch_size=data.batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=part,
+      process_count=parts,
       num_threads=data.num_threads,
       max_corrupt_fraction=data.max_corrupt_fraction,
       decoder=data.decoder,

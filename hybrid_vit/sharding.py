@@ -12,6 +12,7 @@ axis names. Every parameter must be covered, every rule must match something.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -40,18 +41,19 @@ def mesh_shape(axis_sizes: Mapping[str, int], num_devices: int) -> tuple[int, in
   if unknown:
     raise ValueError(f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}")
   sizes = [int(axis_sizes.get(axis, 1)) for axis in AXES]
+  asked = dict(zip(AXES, sizes))
   free = [i for i, size in enumerate(sizes) if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ValueError(f"mesh sizes {dict(zip(AXES, sizes))}: positive numbers and at most one -1")
+    raise ValueError(f"mesh sizes {asked}: positive numbers and at most one -1")
   fixed = math.prod(size for size in sizes if size != -1)
   if free:
     sizes[free[0]] = num_devices // fixed
   if math.prod(sizes) != num_devices:
     raise ValueError(
-      f"mesh {dict(zip(AXES, sizes))} needs a multiple of {fixed} devices, and {num_devices} are "
+      f"mesh {asked} needs a multiple of {fixed} devices, and {num_devices} are "
       "here: change config.mesh, or the number of devices"
       if free
-      else f"mesh {dict(zip(AXES, sizes))} needs {fixed} devices, and {num_devices} are here: "
+      else f"mesh {asked} needs {fixed} devices, and {num_devices} are here: "
       "change config.mesh, or write -1 for one axis"
     )
   return sizes[0], sizes[1], sizes[2]
@@ -168,12 +170,48 @@ def shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
   return int(math.prod(sharding.shard_shape(tuple(leaf.shape)))) * np.dtype(dtype).itemsize
 
 
+@functools.lru_cache(maxsize=8)
+def batch_part(sharding: NamedSharding) -> tuple[int, int]:
+  """(p, n): the devices of this process hold part p of the n equal parts of a batch's rows.
+
+  Not simply process p of n: processes whose devices differ in `tensor` only hold the same rows.
+
+  Raises:
+    ValueError: the processes' rows overlap in part.
+  """
+  shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+  held: dict[int, set[int]] = {}
+  indices: Mapping[Any, Any] = sharding.devices_indices_map((shards,))
+  for device, (rows,) in indices.items():
+    held.setdefault(device.process_index, set()).add(rows.start or 0)
+  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, parts)) != shards or len({len(part) for part in parts}) > 1:
+    raise ValueError(
+      f"mesh {dict(sharding.mesh.shape)} gives the processes parts of a batch that overlap: choose "
+      "a tensor axis that divides the devices of a process, or is a multiple of them"
+    )
+  return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """This process's rows of a batch → one global array per key."""
-  return {
-    key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-    for key, value in batch.items()
-  }
+  """This process's rows of a batch (those of `batch_part`) → one global array per key.
+
+  Raises:
+    ValueError: the devices do not divide the batch.
+  """
+  _, parts = batch_part(sharding)
+  shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+
+  def put(rows: np.ndarray) -> jax.Array:
+    shape = (len(rows) * parts, *rows.shape[1:])
+    if shape[0] % shards:
+      raise ValueError(
+        f"a batch of {shape[0]} cannot be split over {shards} devices (data x fsdp): change the "
+        "batch_size or config.mesh"
+      )
+    return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+  return {key: put(np.asarray(value)) for key, value in batch.items()}
 
 
 def initialize_distributed() -> None:

@@ -143,7 +143,7 @@ def make_train_step(
     loss, aux, gradients = loss_and_gradients(
       task, state.variables, batch, loss_rng, accumulation_steps
     )
-    gradient_norm = optax.global_norm(gradients)
+    gradient_norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     variables = {"params": params, "batch_stats": aux["batch_stats"]}

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,15 @@ from jax.sharding import Mesh
 
 from hybrid_vit import run, sharding
 from hybrid_vit.checkpoints import Checkpointer, abstract_like, export, load_weights
-from hybrid_vit.config import Config
+from hybrid_vit.config import Config, ConfigError, differences
+from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
 from hybrid_vit.reporting import Reporter, plot_curves
 from hybrid_vit.tasks.base import Evaluator, Task
-from hybrid_vit.train_state import TrainState, create_state, loss_and_gradients, make_train_step
+from hybrid_vit.train_state import TrainState, create_state, make_train_step
 from hybrid_vit.weights.transfer import transfer
 
 # How many steps the host runs ahead of the device before it looks at their results.
 _LAG = 3
-
-
-class NonFiniteError(FloatingPointError):
-  """Loss or gradient was NaN or infinite; the message says where it began."""
 
 
 class Preempted(SystemExit):
@@ -44,9 +41,13 @@ class _StopSignal:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> _StopSignal:
-    # Signals can be caught in the main thread only; under jax.distributed SIGTERM is JAX's own.
+    # Several processes must stop at one step: JAX's own handler of SIGTERM sees to that, and Ctrl-C
+    # just interrupts.
+    if jax.process_count() > 1:
+      return self
+    # Signals can be caught in the main thread only.
     with contextlib.suppress(ValueError):
-      for number in (signal.SIGTERM, signal.SIGINT)[jax.process_count() > 1 :]:
+      for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._note)
     return self
 
@@ -74,26 +75,11 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
   source = run.open_training_source(config)
   task, spec = run.build_task(config, source.num_classes)
   length = run.training_length(config, len(source))
-  seed = int(config.get("seed", 0))
-  checkpoint_fields = config.group("checkpoint")
+  settings = run.loop_settings(config, length.steps_per_epoch, task.primary_metric)
+  seed, ema_decay = settings.seed, settings.ema_decay
   run_config = config.resolved()
-  checkpointer = Checkpointer(
-    workdir,
-    keep=checkpoint_fields.get("keep", 2),
-    every_steps=checkpoint_fields.get("every_steps"),
-    every_minutes=checkpoint_fields.get("every_minutes", 15),
-    run_config=run_config,
-  )
-  log_every = int(config.get("log_every_steps", 50))
-  evaluate_every = int(
-    config.get("evaluate_every_steps")
-    or max(1, round(config.get("evaluate_every_epochs", 1) * length.steps_per_epoch))
-  )
-  ema_decay = config.get("ema_decay")
-  accumulation = int(config.get("accumulation_steps", 1))
-  init_from, new_head = config.get("init_from"), config.get("reinitialize_head", False)
 
-  first = next(iter(_host_batches(config, source, 0, seed)))
+  first = next(iter(_host_batches(config, source, 0, seed, mesh)))
   shapes = run.example_batch(config, first["image"].shape[1:3])
   shapes["image"] = jax.ShapeDtypeStruct(shapes["image"].shape, first["image"].dtype)
   abstract_params = jax.eval_shape(lambda key: task.init(key, shapes), jax.random.key(0))["params"]
@@ -105,15 +91,19 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
   abstract = jax.eval_shape(new_state, jax.random.key(seed))
   layout = sharding.state_shardings(abstract, run.sharding_rules(config), mesh)
   sets = run.evaluation_sets(config, mesh, spec.num_classes)
-  best_metric = checkpoint_fields.get(
-    "best_metric", f"{sets[0].name}/{task.primary_metric}" if sets else None
-  )
   config.assert_all_read()
 
+  checkpointer = Checkpointer(
+    workdir,
+    keep=settings.keep,
+    every_steps=settings.save_every_steps,
+    every_minutes=settings.save_every_minutes,
+    run_config=run_config,
+  )
   evaluators = task.evaluators(sets)
   restored = checkpointer.restore(abstract_like(abstract, layout))
   if restored is not None:
-    state, start_step = restored
+    state, start_step = restored.state, restored.step
   else:
     start_step = 0
     state = jax.jit(new_state, out_shardings=layout)(jax.random.key(seed))
@@ -125,32 +115,35 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     checkpointer=checkpointer,
     length=length,
     batch_size=int(config.data.batch_size),
-    log_every=log_every,
-    evaluate_every=evaluate_every,
-    accumulation=accumulation,
-    best_metric=best_metric,
+    log_every=settings.log_every,
+    evaluate_every=settings.evaluate_every,
+    accumulation=settings.accumulation,
+    best_metric=settings.best_metric,
   )
   try:
     if restored is not None:
       reporter.message(f"restored step {start_step} from {workdir / 'checkpoints'}")
-    elif init_from is not None:
-      state = _start_from(state, init_from, new_head, layout, reporter)
+      for change in differences(restored.run_config, run_config):
+        reporter.message(f"not as it was when that was saved: {change}")
+    elif settings.init_from is not None:
+      new_head = settings.reinitialize_head
+      state = _start_from(state, settings.init_from, new_head, layout, reporter)
     reporter.message(_summary(spec, abstract, length, mesh, config, schedule))
     step_function = jax.jit(
       make_train_step(
         task,
         optimizer,
         schedule,
-        accumulation_steps=accumulation,
+        accumulation_steps=settings.accumulation,
         ema_decay=ema_decay,
-        log_every_steps=log_every,
+        log_every_steps=settings.log_every,
       ),
       in_shardings=(layout, sharding.batch_sharding(mesh)),
       out_shardings=(layout, sharding.replicated(mesh)),
       donate_argnums=0,
     )
     with _StopSignal() as stop:
-      batches = _host_batches(config, source, start_step, seed)
+      batches = _host_batches(config, source, start_step, seed, mesh)
       state, results = loop.run(state, step_function, batches, mesh, start_step, stop)
     _finish(workdir, task, evaluators, state, spec, source.class_names, results, reporter)
   finally:
@@ -160,8 +153,8 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
 
 
 def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
-  """Evaluates the weights of `config.init_from` or `workdir`, by their own preprocessing."""
-  directory = config.get("init_from") or workdir
+  """Evaluates the weights of `workdir`, else of `config.init_from`, by their own preprocessing."""
+  directory = workdir or config.get("init_from")
   if directory is None:
     raise ValueError("--mode=evaluate needs weights: give --workdir or --config.init_from")
   mesh = sharding.make_mesh(run.mesh_axes(config))
@@ -170,6 +163,8 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
   preprocessing, said_by = run.weights_preprocessing(config, metadata)
   task, spec = run.build_task(config, None if head is None else int(head.shape[0]), preprocessing)
   sets = run.evaluation_sets(config, mesh, spec.num_classes, preprocessing)
+  if not sets:
+    raise ConfigError("`config.evaluation.sets` is empty: there is nothing to evaluate on")
   batch = {"image": next(iter(sets[0].batches()))["image"]}
   target = jax.eval_shape(lambda key: task.init(key, batch), jax.random.key(0))
   variables, report = transfer(weights, target)
@@ -215,6 +210,9 @@ class _Loop:
   ) -> tuple[TrainState, dict[str, float]]:
     """From `step` to the end; returns the last state and evaluation."""
     results: dict[str, float] = {}
+    if step and self._evaluates(step):
+      # The run may have been stopped between saving this step and the end of its evaluation.
+      results = self._evaluate(state, step)
     # (step, report, batch) of steps whose results the host has not looked at.
     pending: collections.deque[tuple[int, Any, Any]] = collections.deque()
     batch_layout = sharding.batch_sharding(mesh)
@@ -238,7 +236,7 @@ class _Loop:
         self._look(pending.popleft(), state, clock)
 
       last = step == self.length.total_steps
-      evaluating = last or step % self.evaluate_every == 0
+      evaluating = self._evaluates(step)
       logging_now = last or step % self.log_every == 0
       saving = last or self.checkpointer.should_save(step, ask_clock=logging_now)
       stopping = stop.number is not None or self.checkpointer.preempted(step)
@@ -255,11 +253,16 @@ class _Loop:
       clock.restart()
     return state, results
 
+  def _evaluates(self, step: int) -> bool:
+    return step == self.length.total_steps or step % self.evaluate_every == 0
+
   def _look(self, item: tuple[int, Any, Any], state: TrainState, clock: _Clock) -> None:
     """Reads one step's report: stops at a NaN, writes the line of the log."""
     step, report, batch = item
     if int(report["bad_step"]) >= 0:
-      raise NonFiniteError(self._diagnose(step, report, batch, state))
+      kept = self.checkpointer.steps()
+      where = first_bad_tensor(self.task, state, batch, self.accumulation)
+      raise NonFiniteError(int(report["bad_step"]), where, batch, kept[0] if kept else None)
     last = step == self.length.total_steps
     if step % self.log_every and not last:
       if step % 10 == 0:
@@ -309,48 +312,6 @@ class _Loop:
     )
     raise Preempted(128 + (number or signal.SIGTERM))
 
-  def _diagnose(self, step: int, report: Any, batch: Any, state: TrainState) -> str:
-    """Runs the bad step again, on the state that it left untouched, to find where it began."""
-    bad_step = int(report["bad_step"])
-    rng = jax.random.fold_in(state.rng, bad_step - 1)
-    augment_rng, loss_rng = jax.random.split(rng)
-    task = self.task
-
-    order: list[str] = []
-
-    @jax.jit
-    def finite(variables: Any, rows: Any) -> Any:
-      augmented = task.augment(rows, augment_rng)
-      tensors = task.activations(variables, augmented, loss_rng)
-      order.extend(tensors)  # jit returns a dict sorted by its keys; the forward order is this one
-      loss, _, gradients = loss_and_gradients(
-        task, variables, augmented, loss_rng, self.accumulation
-      )
-      named = {**tensors, "loss": loss, "gradients": gradients, "params": variables["params"]}
-      return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), named)
-
-    found = jax.device_get(finite(state.variables, batch))
-    where = "none when the step is run again (an optimizer's overflow, or faulty hardware)"
-    for name in ("params", *order, "loss", "gradients"):
-      bad = [leaf for leaf, good in _named_leaves({name: found[name]}) if not good]
-      if bad:
-        where = f"{bad[0]}" + (f" (and {len(bad) - 1} more of {name})" if len(bad) > 1 else "")
-        break
-    rows = batch.get("index")
-    ids = "unknown (they lie on other hosts)"
-    if rows is not None and rows.is_fully_addressable:
-      values = np.asarray(rows)
-      ids = ", ".join(map(str, values[:16])) + (" …" if len(values) > 16 else "")
-    kept = "nothing was saved yet"
-    steps = self.checkpointer.steps()
-    if steps:
-      kept = f"the last good checkpoint is that of step {steps[0]}"
-    return (
-      f"loss or gradient is not finite in step {bad_step}; first bad tensor: {where}; data "
-      f"positions of the batch: {ids}; {kept}. Lower the learning rate, clip the gradient "
-      "(config.optimizer.gradient_clip_norm) or train in float32 (config.precision)"
-    )
-
 
 class _Clock:
   """Pictures and waiting since the last restart; evaluation and compilation do not count."""
@@ -398,14 +359,10 @@ def _reporter(
   return Reporter(workdir, total_steps, start_step, run_config=run_config)
 
 
-def _host_batches(config: Config, source: Any, start_step: int, seed: int) -> Iterator[Any]:
+def _host_batches(config: Config, source: Any, start_step: int, seed: int, mesh: Mesh) -> Any:
+  part, parts = sharding.batch_part(sharding.batch_sharding(mesh))
   return run.training_batches(
-    config,
-    source,
-    start_step=start_step,
-    seed=seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    config, source, start_step=start_step, seed=seed, process_index=part, process_count=parts
   )
 
 
@@ -435,7 +392,7 @@ def _summary(
   schedule: Any,
 ) -> str:
   parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
-  peak = max(float(schedule(step)) for step in np.linspace(0, length.total_steps - 1, 200))
+  peak = max(float(schedule(s)) for s in np.linspace(0, length.total_steps - 1, 200).round())
   axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   return (
     f"{spec.name}: {parameters:,} parameters, {spec.num_classes} classes\n"
@@ -482,10 +439,6 @@ def _finish(
     f"  fine-tune them:   python -m hybrid_vit.main --config=configs/finetune.py "
     f"--config.init_from={workdir} --config.data.source=folder:/path/to/pictures"
   )
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-  return list(zip(sharding.leaf_names(tree), jax.tree.leaves(tree)))
 
 
 def _figures(values: Mapping[str, float]) -> str:

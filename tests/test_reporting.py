@@ -35,6 +35,8 @@ def test_resumed_file_equals_an_unbroken_one_byte_for_byte(tmp_path):
   with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
     file.write('{"step": 14, "kind": "tra')
   reporter = quiet(tmp_path / "killed", start_step=10)
+  # What was evaluated at the restored step is evaluated again.
+  reporter.scalars(10, {"top1": 0.1}, kind="eval/validation")
   write_steps(reporter, 11, 20)
   reporter.close()
 

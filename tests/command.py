@@ -1,0 +1,82 @@
+"""The real command in processes of its own, on a network that compiles in seconds."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# The quickstart with two blocks on 16 x 16 pictures; everything that a checkpoint holds is in use.
+TINY = """
+from ml_collections.config_dict import placeholder
+
+from hybrid_vit.config import load_config
+
+
+def get_config():
+  config = load_config("configs/quickstart.py")
+  config.model.arguments = dict(
+    stem_widths=(8, 8), depths=(1, 1), widths=(8, 16), block_types=("mbconv", "moat"),
+    strides=(2, 2), window_sizes=(None, None), position_sizes=(None, 2), head_size=8,
+    drop_path_rate=0.2, batch_norm_momentum=0.9,
+  )
+  config.data.batch_size = 96
+  config.data.transform = "decode|resize(18, 'bilinear')|random_crop(16)"
+  config.evaluation.sets.validation.transform = "decode|resize(16, 'bilinear')"
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
+  config.sharding_rules = ((".*", "fsdp"),)
+  config.total_epochs = 2
+  config.evaluate_every_epochs = 1
+  config.log_every_steps = 2
+  config.ema_decay = 0.9
+  config.accumulation_steps = 2
+  config.optimizer.schedule.warmup_epochs = 1
+  config.checkpoint.keep = 3
+  config.checkpoint.every_steps = 3
+  config.init_from = placeholder(str)
+  config.reinitialize_head = False
+  config.precision = "float32"
+  return config
+"""
+STEPS = 28  # two epochs of 1,437 // 96
+
+
+def environment(cache, devices=1, **more):
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    **more,
+  }
+
+
+def start(cache, *arguments, devices=1, **more):
+  """The command, begun; its output is in one stream."""
+  return subprocess.Popen(
+    [sys.executable, "-m", "hybrid_vit.main", *map(str, arguments)],
+    cwd=ROOT,
+    env=environment(cache, devices, **more),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process, code=0):
+  """What it printed; it must end with `code` within three minutes."""
+  try:
+    output, _ = process.communicate(timeout=180)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    raise AssertionError(f"not done in time; it printed\n{process.communicate()[0]}") from None
+  assert process.returncode == code, textwrap.indent(output, "  ")
+  return output
+
+
+def run(cache, *arguments, code=0, **options):
+  """The command from start to end."""
+  return finish(start(cache, *arguments, **options), code)

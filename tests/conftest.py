@@ -1,0 +1,31 @@
+"""Every test sees eight simulated devices; what does not name a mesh uses the first of them."""
+
+import jax
+import pytest
+
+from tests import command
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+  """A directory in which the commands that tests start share what they compile."""
+  return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory):
+  """A configuration file for the command."""
+  path = tmp_path_factory.mktemp("configs") / "tiny.py"
+  path.write_text(command.TINY)
+  return path
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, tiny_config, compilation_cache):
+  """(work directory, output) of a run of the command that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+  output = command.run(compilation_cache, f"--config={tiny_config}", f"--workdir={workdir}")
+  return workdir, output

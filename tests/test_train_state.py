@@ -1,0 +1,172 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_vit import run
+from hybrid_vit.config import Config, load_config
+from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
+from hybrid_vit.train_state import create_state, loss_and_gradients, make_train_step
+from tests import small
+
+close = functools.partial(
+  jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+)
+
+
+@functools.cache
+def setup(ema_decay=None, log_every=1, accumulation=1, **arguments):
+  """(task, state of step 0, compiled step that keeps its argument)."""
+  task = small.make_task(**arguments)
+  optimizer = small.adamw(task)
+  make = functools.partial(
+    create_state, task=task, optimizer=optimizer, batch=small.make_batch(), ema=bool(ema_decay)
+  )
+  step = make_train_step(
+    task,
+    optimizer,
+    small.schedule,
+    accumulation_steps=accumulation,
+    ema_decay=ema_decay,
+    log_every_steps=log_every,
+  )
+  return task, jax.jit(make)(jax.random.key(0)), jax.jit(step)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_are_those_of_the_big_batch(parts):
+  accumulated, batch = small.make_task(label_smoothing=0.1), small.make_batch(16)
+  variables = accumulated.init(jax.random.key(0), batch)
+  key = jax.random.key(1)
+  rows = accumulated.augment(batch, key)
+  found = jax.jit(functools.partial(loss_and_gradients, accumulated, accumulation_steps=parts))(
+    variables, rows, key
+  )
+  # Batch norm works in groups of neighbours; the parts take every so-manyth row.
+  whole = small.make_task(label_smoothing=0.1, groups=parts)
+  order = np.concatenate([np.arange(first, 16, parts) for first in range(parts)])
+  in_groups = jax.tree.map(lambda x: x[order], dict(rows))
+  expected = loss_and_gradients(whole, variables, in_groups, key, 1)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+def test_a_batch_that_does_not_fall_into_parts_is_refused():
+  task, batch = small.make_task(), small.make_batch(16)
+  variables = jax.eval_shape(lambda key: task.init(key, batch), jax.random.key(0))
+  rows = task.augment(batch, jax.random.key(0))
+  with pytest.raises(ValueError, match="batch of 16 does not fall into 3 equal parts"):
+    jax.eval_shape(lambda v: loss_and_gradients(task, v, rows, jax.random.key(0), 3), variables)
+
+
+def test_a_step_is_a_function_of_state_and_batch_alone():
+  _, state, step = setup(drop_path_rate=0.5)
+  one, again = (step(state, small.make_batch()) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(s[1]) for s in (one, again)))
+  for a, b in zip(jax.tree.leaves(one[0].params), jax.tree.leaves(again[0].params)):
+    np.testing.assert_array_equal(a, b)
+  later = step(state.replace(step=state.step + 1), small.make_batch())
+  assert float(later[1]["gradient_norm"]) != float(one[1]["gradient_norm"])  # another draw
+  assert int(one[0].step) == 1 and int(one[0].bad_step) == -1
+  np.testing.assert_array_equal(*(jax.random.key_data(s.rng) for s in (state, one[0])))
+
+
+def test_the_average_follows_parameters_and_statistics():
+  _, state, step = setup(ema_decay=0.75)
+  expected = state.ema
+  for seed in range(3):
+    state, _ = step(state, small.make_batch(seed=seed))
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, expected, state.variables)
+  close(state.ema, expected)
+  assert state.evaluation_variables is state.ema
+  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.ema, state.variables)
+  assert all(distance > 0 for distance in jax.tree.leaves(moved))
+
+
+def test_metrics_are_summed_since_the_last_line_of_the_log():
+  task, state, step = setup(log_every=3)
+  losses, weights = [], []
+  for seed in range(5):
+    batch = small.make_batch(seed=seed)
+    rows = task.augment(batch, jax.random.key(0))
+    losses.append(float(task.loss(state.variables, rows, jax.random.key(0))[0]) * 16)
+    state, report = step(state, batch)
+    total, weight = report["metrics"]["loss"]
+    weights.append(float(weight))
+    since = losses[:3] if seed < 3 else losses[3:]
+    np.testing.assert_allclose(total, sum(since[: seed + 1]), rtol=1e-4)
+  assert weights == [16, 32, 48, 16, 32]
+
+
+def test_the_state_stands_still_from_the_first_bad_step_on():
+  _, state, step = setup(ema_decay=0.75)
+  state, _ = step(state, small.make_batch())
+  bad = {**small.make_batch(), "image": np.full((16, 8, 8, 3), np.nan, np.float32)}
+  good = {**bad, "image": np.zeros_like(bad["image"])}
+  for batch in (bad, good, bad):
+    new, report = step(state, batch)
+    assert int(report["bad_step"]) == int(new.bad_step) == 2
+    without = lambda s: s.replace(rng=None, bad_step=None)  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, without(new), without(state))
+    state = new
+
+
+def test_the_first_bad_tensor_is_named():
+  task, state, step = setup()
+  images = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
+  batch = {key: jnp.asarray(value) for key, value in small.make_batch().items()}
+
+  def name(params, images):
+    poisoned = state.replace(params=params)
+    stopped, report = step(poisoned, {**batch, "image": images})
+    assert int(report["bad_step"]) == 1
+    return first_bad_tensor(task, stopped, {**batch, "image": images}, 1)
+
+  assert name(state.params, images * np.nan) == "image"
+  # Finite weights whose products are not: the hidden layer is where it begins.
+  huge = jax.tree.map(lambda x: x, state.params)
+  huge["hidden"]["kernel"] = jnp.full_like(huge["hidden"]["kernel"], 1e38)
+  assert name(huge, images) == "hidden"
+  huge["norm"]["bias"] = huge["norm"]["bias"] * np.nan
+  assert name(huge, images) == "params/norm/bias"
+
+  message = str(NonFiniteError(7, "hidden", batch, 5))
+  assert "step 7; first bad tensor: hidden; data positions of the batch: 0, 1, 2" in message
+  assert "last good checkpoint is that of step 5" in message
+  assert "nothing was saved" in str(NonFiniteError(7, "hidden", batch, None))
+
+
+def test_bfloat16_is_for_the_computation_alone():
+  _, state, step = setup(dtype="bfloat16", ema_decay=0.75)
+  _, exact, exact_step = setup(ema_decay=0.75)
+  new, report = step(state, small.make_batch())
+  _, exact_report = exact_step(exact, small.make_batch())
+  floats = [x for x in jax.tree.leaves(new.replace(rng=None)) if x.dtype != jnp.int32]
+  assert floats and all(x.dtype == jnp.float32 for x in floats)
+  total, weight = report["metrics"]["loss"]
+  assert total.dtype == jnp.float32
+  exact_loss = float(exact_report["metrics"]["loss"][0] / weight)
+  assert 0 < abs(float(total / weight) - exact_loss) < 0.02 * exact_loss
+  # The convolution itself is in bfloat16.
+  text = str(jax.make_jaxpr(step)(state, small.make_batch()))
+  convolutions = [line for line in text.splitlines() if "conv_general_dilated[" in line]
+  assert convolutions and all("bf16" in line for line in convolutions)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_recomputation_is_a_line_of_the_configuration(remat):
+  values = load_config("configs/quickstart.py")
+  values.remat = remat
+  task, _ = run.build_task(Config(values), 10)
+  shape = {
+    "image": jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32),
+    "target": jax.ShapeDtypeStruct((2, 10), np.float32),
+  }
+  variables = jax.eval_shape(lambda key: task.init(key, shape), jax.random.key(0))
+  step = functools.partial(loss_and_gradients, task, accumulation_steps=1)
+  traced = jax.make_jaxpr(lambda v, b: step(v, b, jax.random.key(0)))(variables, shape)
+  recomputed = [
+    e for e in traced.eqns if "remat" in e.primitive.name or "check" in e.primitive.name
+  ]
+  assert bool(recomputed) == remat
