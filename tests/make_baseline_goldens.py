@@ -116,7 +116,52 @@ def vit() -> Iterator[Run]:
   yield Run("small_clip_64", clip, arguments, (2, 64, 64, 3), answers, changes)
 
 
-FAMILIES: dict[str, Callable[[], Iterator[Run]]] = {"pvt": pvt, "vit": vit}
+def swin() -> Iterator[Run]:
+  """Swin. Every map but the last, which is one window, is larger than a window."""
+
+  def answers(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = {}
+
+    def keep(name: str, halves: bool = False) -> Callable[..., None]:
+      def hook(module: Any, args: Any, out: Any) -> None:
+        tokens, size = (out[0] if isinstance(out, tuple) else out), args[1]
+        size = [-(-n // 2) for n in size] if halves else size
+        found[name] = tokens.reshape(len(tokens), *size, -1)
+
+      return hook
+
+    hooks = []
+    for i, stage in enumerate(model.swin.encoder.layers, start=1):
+      for j, block in enumerate(stage.blocks):
+        hooks.append(block.register_forward_hook(keep(f"stage{i}_block{j}")))
+      if stage.downsample is not None:
+        hooks.append(stage.downsample.register_forward_hook(keep(f"stage{i + 1}_merging", True)))
+    found["logits"] = model(x).logits
+    for hook in hooks:
+      hook.remove()
+    return found
+
+  small = {
+    "image_size": 64,
+    "embed_dim": 16,
+    "depths": [2, 2, 2],
+    "num_heads": [1, 2, 4],
+    "window_size": 4,
+    "num_labels": 10,
+  }
+  tiny = {"image_size": 224, "embed_dim": 96, "depths": [2, 2, 6, 2], "num_labels": 1000}
+  tiny = {**tiny, "num_heads": [3, 6, 12, 24], "window_size": 7}
+  for name, shape, arguments in (
+    ("small_64", (2, 64, 64, 3), small),
+    ("small_odd_70x90", (2, 70, 90, 3), small),
+    ("small_window5_no_bias_97x84", (1, 97, 84, 3), {**small, "window_size": 5, "qkv_bias": False}),
+    ("swin_tiny_224", (1, 224, 224, 3), tiny),
+  ):
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**arguments))
+    yield Run(name, model, arguments, shape, answers)
+
+
+FAMILIES: dict[str, Callable[[], Iterator[Run]]] = {"pvt": pvt, "vit": vit, "swin": swin}
 
 
 def write(family: str, run: Run) -> None:

@@ -20,6 +20,7 @@ _FAMILIES = (
   "hybrid_vit.models.revcol",
   "hybrid_vit.models.mci",
   "hybrid_vit.models.vit",
+  "hybrid_vit.models.swin",
   "hybrid_vit.models.pvt",
   "hybrid_vit.models.cswin",
 )
