@@ -11,9 +11,12 @@ import jax
 
 from hybrid_vit.models.layers import resize_relative_table
 from hybrid_vit.models.swin import resize_bicubic_table
+from hybrid_vit.models.vit import resize_square_grid
+from hybrid_vit.weights.focal_levels import fit_focal_levels
 
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
 _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
+_POSITION_GRID = "position_embedding"
 _HEAD = "head"
 
 
@@ -58,14 +61,16 @@ def transfer(
     reinitialize_head: whether a head of another width keeps its new values; it is an error else.
 
   Returns:
-    Variables like `target`, and the report. Tables of relative positions are resized.
+    Variables like `target`, and the report. Tables of relative positions are resized, focal
+    modulations fitted to other kernels and more levels.
 
   Raises:
-    ValueError: a shape that differs elsewhere than in a position table, a head of another width
-      that was not announced, or leaves outside the head that `source` lacks.
+    ValueError: a shape that differs elsewhere than in a position table or a focal modulation, a
+      head of another width that was not announced, or leaves outside the head that `source` lacks.
   """
   found = flax.traverse_util.flatten_dict(dict(source), sep="/")
   wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
+  found, fitted = fit_focal_levels(found, wanted)
   loaded: list[str] = []
   initialised: list[str] = []
   missing: list[str] = []
@@ -84,9 +89,12 @@ def transfer(
     old = found[name]
     if tuple(old.shape) == tuple(new.shape):
       result[name] = jax.numpy.asarray(old, new.dtype)
-      loaded.append(name)
+      loaded.append(f"{name} ({fitted[name]})" if name in fitted else name)
     elif parts[-1] in _RESIZED and old.shape[0] == new.shape[0]:
       result[name] = _RESIZED[parts[-1]](jax.numpy.asarray(old), tuple(new.shape[1:]))
+      loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
+    elif parts[-1] == _POSITION_GRID and old.shape[1:] == new.shape[1:]:
+      result[name] = resize_square_grid(jax.numpy.asarray(old), new.shape[0])
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
     else:
       result[name] = new
