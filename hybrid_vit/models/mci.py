@@ -18,7 +18,6 @@ from hybrid_vit.models import layers, mobileone
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
 
 _HEAD_SIZE = 32
-_MLP_KERNEL_SIZE = (7, 7)
 
 
 class MCi(nn.Module):
@@ -43,6 +42,7 @@ class MCi(nn.Module):
       for none.
     down_kernel_size: of the step into a stage.
     mixer_kernel_size: of RepMixer.
+    mlp_kernel_size: of the depthwise convolution in each MLP.
     head_expansion: channels of the last convolution over the last stage's.
     head_bias: a classifier's head, with a bias; False for CLIP's projection.
     layer_scale: where the residual branches' scales begin; None for no scales.
@@ -65,6 +65,7 @@ class MCi(nn.Module):
   position_kernel_sizes: tuple[int | None, ...] = (None, None, None, 7)
   down_kernel_size: int = 7
   mixer_kernel_size: int = 3
+  mlp_kernel_size: int = 7
   head_expansion: float = 2.0
   head_bias: bool = False
   layer_scale: float | None = 1e-5
@@ -106,6 +107,7 @@ class MCi(nn.Module):
     def made(block: Any) -> Any:
       return nn.remat(block, static_argnums=(2,)) if self.remat else block
 
+    mlp_kernel_size = (self.mlp_kernel_size, self.mlp_kernel_size)
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
     for stage, (depth, width) in enumerate(zip(self.depths, self.widths)):
       if self.has_downsample(stage):
@@ -125,12 +127,14 @@ class MCi(nn.Module):
           block = made(mobileone.RepMixerBlock)(
             self.mlp_ratios[stage],
             (self.mixer_kernel_size, self.mixer_kernel_size),
-            _MLP_KERNEL_SIZE,
+            mlp_kernel_size,
             self.layer_scale,
             **common,
           )
         else:
-          block = made(AttentionBlock)(self.mlp_ratios[stage], self.layer_scale, **common)
+          block = made(AttentionBlock)(
+            self.mlp_ratios[stage], mlp_kernel_size, self.layer_scale, **common
+          )
         x = block(x, train)
         endpoints[name] = x
       endpoints[f"stage{stage + 1}"] = x
@@ -253,6 +257,7 @@ class AttentionBlock(nn.Module):
   """Batch norm and global attention, then the convolutional MLP, both residual and scaled."""
 
   mlp_ratio: float
+  mlp_kernel_size: mobileone.Size
   layer_scale: float | None
   drop_path_rate: float
   options: mobileone.Options
@@ -263,7 +268,7 @@ class AttentionBlock(nn.Module):
     y = self._scaled(Attention(self.options.dtype, name="token_mixer")(y), "layer_scale_1")
     x = x + layers.DropPath(self.drop_path_rate, name="drop_path_1")(y, train)
     hidden = int(self.mlp_ratio * x.shape[-1])
-    y = mobileone.ConvMlp(hidden, _MLP_KERNEL_SIZE, self.options, name="mlp")(x, train)
+    y = mobileone.ConvMlp(hidden, self.mlp_kernel_size, self.options, name="mlp")(x, train)
     y = self._scaled(y, "layer_scale_2")
     return x + layers.DropPath(self.drop_path_rate, name="drop_path_2")(y, train)
 

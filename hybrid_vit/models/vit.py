@@ -8,6 +8,7 @@ uniform of 0.021 at its width); the stem's bias begins at zero; DeiT's distillat
 out.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -316,6 +317,22 @@ def resize_grid(table: jax.Array, made: tuple[int, int], size: tuple[int, int]) 
   highest = jax.lax.Precision.HIGHEST
   grid = jnp.einsum("ih,jw,hwc->ijc", by_row, by_column, grid, precision=highest)
   return jnp.concatenate([table[:prefix], grid.reshape(-1, table.shape[-1])])
+
+
+def resize_square_grid(table: jax.Array, length: int) -> jax.Array:
+  """`resize_grid` of a table `[t + n*n, C]` to `[length, C]`, between squares, with t 0 or 1.
+
+  Raises:
+    ValueError: where a length is not a square's, or t is not the same.
+  """
+  sides = [math.isqrt(n) for n in (table.shape[0], length)]
+  prefixes = [n - side**2 for n, side in zip((table.shape[0], length), sides)]
+  if prefixes[0] != prefixes[1] or prefixes[0] > 1:
+    raise ValueError(
+      f"positions of {table.shape[0]} and {length} tokens are not those of two squares; make the "
+      "network with the position_size of its weights, it resizes by itself"
+    )
+  return resize_grid(table, (sides[0], sides[0]), (sides[1], sides[1]))
 
 
 def resize_sequence(table: jax.Array, length: int) -> jax.Array:
