@@ -160,8 +160,7 @@ def _read_torch(path: Path) -> Any:
     import torch
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-      f"{path} is a PyTorch checkpoint, and PyTorch is not installed: "
-      "pip install 'hybrid_vit[torch]'"
+      f"{path} is a PyTorch checkpoint, and PyTorch is not installed: pip install -e '.[torch]'"
     ) from error
   serialization = torch.serialization
   try:
@@ -287,7 +286,7 @@ def _read_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
       f"{prefix} is a TensorFlow checkpoint, and TensorFlow is not installed: "
-      "pip install 'hybrid_vit[tf]'"
+      "pip install -e '.[tf]'"
     ) from error
   try:
     reader = tf.train.load_checkpoint(str(prefix))

@@ -134,7 +134,7 @@ def test_without_pytorch_the_error_names_the_command(tmp_path, monkeypatch):
     archive.writestr("archive/data.pkl", pickle.dumps({}))
   old.write_bytes(pickle.dumps({}, protocol=2))
   for path in (new, old):
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hybrid_vit\[torch\]'") as caught:
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[torch\]'") as caught:
       readers.read_checkpoint(path)
     assert str(path) in str(caught.value)
 
@@ -144,7 +144,7 @@ def test_without_tensorflow_the_error_names_the_command(tmp_path, monkeypatch):
   (tmp_path / "model.ckpt-7.index").write_bytes(b"x")
   (tmp_path / "model.ckpt-7.data-00000-of-00001").write_bytes(b"x")
   for path in ("model.ckpt-7", "model.ckpt-7.index", "model.ckpt-7.data-00000-of-00001", "."):
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hybrid_vit\[tf\]'") as caught:
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[tf\]'") as caught:
       readers.read_checkpoint(tmp_path / path)
     assert "model.ckpt-7 is a TensorFlow checkpoint" in str(caught.value)
 

@@ -1,0 +1,120 @@
+"""Where the files of the authors' weights are, with licence and mirrors.
+
+python -m hybrid_vit.tools.list_weights 'cvt_*'
+
+Nothing is downloaded: get a file, then give it to `hybrid_vit.tools.import_weights`. With
+`--docs=docs/weights.md` the table of that page is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import fnmatch
+import importlib.resources
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+OBTAINABLE = ("linked", "doubtful", "withdrawn")
+_BEGIN = "<!-- begin: written by python -m hybrid_vit.tools.list_weights --docs=docs/weights.md -->"
+_END = "<!-- end -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialFile:
+  """A file of weights that the authors published.
+
+  Attributes:
+    family: file in `hybrid_vit/models/` of its network.
+    architecture: name in the registry.
+    file: its name; where the authors do not name it, what it is.
+    address: of the file, or of the folder or page that gives it.
+    sha256: its beginning, where the authors' name or tables give it; "" else.
+    licence: of the weights.
+    obtainable: "linked" (the authors' page links to it), "doubtful" (reports differ), "withdrawn".
+    source: who says so.
+    mirror: another place of the same numbers, perhaps under other names; "" for none known.
+    notes: what one should know before using it.
+  """
+
+  family: str
+  architecture: str
+  file: str
+  address: str
+  sha256: str
+  licence: str
+  obtainable: str
+  source: str
+  mirror: str
+  notes: str
+
+
+def official_files(pattern: str = "*") -> list[OfficialFile]:
+  """The files of all architectures that match a shell pattern."""
+  table = importlib.resources.files("hybrid_vit.weights") / "official_files.csv"
+  rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+  files = [OfficialFile(**row) for row in rows]
+  return [file for file in files if fnmatch.fnmatchcase(file.architecture, pattern)]
+
+
+def markdown(files: Sequence[OfficialFile]) -> str:
+  """The files as a Markdown table."""
+  lines = [
+    "| architecture | file | obtainable | licence | mirror | notes |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
+  for file in files:
+    notes = [file.notes] if file.notes else []
+    notes += [f"SHA-256 {file.sha256}"] if file.sha256 else []
+    # Plain links are one word each; the source is said where a reader would doubt.
+    said = "" if file.obtainable == "linked" else f" ({file.source})"
+    cells = (
+      file.architecture,
+      f"[{file.file}]({file.address})",
+      file.obtainable + said,
+      file.licence,
+      file.mirror,
+      "; ".join(notes),
+    )
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def with_table(page: str) -> str:
+  """The page with its table written anew.
+
+  Raises:
+    ValueError: the page has no place for it.
+  """
+  place = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+  if not place.search(page):
+    raise ValueError(f"the page has no lines {_BEGIN!r} and {_END!r}")
+  table = f"{_BEGIN}\n\n{markdown(official_files())}\n\n{_END}"
+  return place.sub(lambda _: table, page)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; 0, or 1 where no architecture matches."""
+  parser = argparse.ArgumentParser(prog="list_weights", description=__doc__.splitlines()[0])
+  parser.add_argument("pattern", nargs="?", default="*", help="name or pattern of architectures")
+  parser.add_argument("--docs", type=Path, help="page whose table is to be written anew")
+  args = parser.parse_args(argv)
+  if args.docs is not None:
+    args.docs.write_text(with_table(args.docs.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+  files = official_files(args.pattern)
+  for file in files:
+    print(f"{file.architecture}: {file.file}")
+    for field in ("address", "sha256", "licence", "obtainable", "source", "mirror", "notes"):
+      if value := getattr(file, field):
+        print(f"  {field}: {value}")
+  if not files:
+    print(f"error: no file is known for {args.pattern!r}", file=sys.stderr)
+  return 0 if files else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
