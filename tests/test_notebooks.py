@@ -1,0 +1,33 @@
+"""Every notebook's code, run cell by cell in an empty directory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import command
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_runs(path, tmp_path, compilation_cache):
+  cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+  assert not any(cell["outputs"] for cell in cells), "committed without outputs"
+  script = tmp_path / "notebook.py"
+  script.write_text("\n\n".join("".join(cell["source"]) for cell in cells))
+  found = subprocess.run(
+    [sys.executable, str(script)],
+    cwd=tmp_path,
+    env=command.environment(compilation_cache),
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )
+  assert found.returncode == 0, found.stdout + found.stderr
+  assert "done. In" in found.stdout and "predictions.png (" in found.stdout
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[-1])["top1"] > 0.5
