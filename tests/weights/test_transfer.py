@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from hybrid_vit.models.layers import resize_relative_table
+from hybrid_vit.weights.transfer import transfer
+
+
+def tree(classes=3, table=(3, 3), extra=None, seed=0):
+  draw = lambda *shape: np.random.default_rng(seed).normal(size=shape).astype(np.float32)  # noqa: E731
+  params = {
+    "stem": {"kernel": draw(2, 2)},
+    "attention": {"position_table": draw(2, *table)},
+    "head": {"kernel": draw(2, classes), "bias": draw(classes)},
+    **(extra or {}),
+  }
+  return {"params": params, "batch_stats": {"norm": {"mean": draw(4)}}}
+
+
+def test_alike_weights_are_loaded_whole():
+  source, target = tree(seed=1), tree(extra={}, seed=2)
+  source["params"]["old"] = {"bias": np.zeros(1)}
+  variables, report = transfer(source, target)
+  np.testing.assert_array_equal(
+    variables["params"]["stem"]["kernel"], source["params"]["stem"]["kernel"]
+  )
+  np.testing.assert_array_equal(
+    variables["batch_stats"]["norm"]["mean"], source["batch_stats"]["norm"]["mean"]
+  )
+  assert len(report.loaded) == 5 and report.initialised == ()
+  assert report.unused == ("params/old/bias",)
+  assert "loaded: 5, of which resized: 0" in str(report) and "unused: 1" in str(report)
+
+
+def test_a_head_of_another_width_begins_anew_only_when_asked():
+  source, target = tree(classes=3, seed=1), tree(classes=5, seed=2)
+  with pytest.raises(ValueError, match=r"another width: params/head/.*reinitialize_head=True"):
+    transfer(source, target)
+  variables, report = transfer(source, target, reinitialize_head=True)
+  np.testing.assert_array_equal(
+    variables["params"]["head"]["bias"], target["params"]["head"]["bias"]
+  )
+  assert sorted(report.initialised) == [
+    "params/head/bias ((3,) in the source, (5,) here)",
+    "params/head/kernel ((2, 3) in the source, (2, 5) here)",
+  ]
+
+
+def test_position_tables_are_resized():
+  source, target = tree(table=(3, 3), seed=1), tree(table=(5, 7), seed=2)
+  variables, report = transfer(source, target)
+  old = source["params"]["attention"]["position_table"]
+  np.testing.assert_array_equal(
+    variables["params"]["attention"]["position_table"], resize_relative_table(old, (5, 7))
+  )
+  assert "of which resized: 1" in str(report)
+
+
+def test_weights_of_another_network_are_refused():
+  target = tree(extra={"stage1": {"bias": np.zeros(2)}})
+  with pytest.raises(
+    ValueError, match=r"another network: 1 leaves are missing.*params/stage1/bias"
+  ):
+    transfer(tree(), target, reinitialize_head=True)
