@@ -1,0 +1,54 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import small
+
+
+def test_rows_without_mask_and_ties_count_for_nothing():
+  task = small.make_task()
+  logits = jnp.zeros((4, 10)).at[0, 3].set(2.0).at[1, 3].set(2.0).at[3].set(jnp.nan)
+  fake = types.SimpleNamespace(apply=lambda *_, **__: (logits, {}))
+  task = task.__class__(fake, 10, task.mean, task.std)
+  batch = {
+    "image": np.zeros((4, 8, 8, 3), np.float32),
+    "label": np.array([3, 4, 0, 0], np.int32),
+    "mask": np.array([1, 1, 1, 0], np.float32),
+  }
+  sums = jax.device_get(task.evaluate_batch({}, batch))
+  # Right; behind one class and tied with eight others; tied with all.
+  assert sums["top1"] == (1.0, 3.0)
+  assert sums["top5"] == (1.0, 3.0)
+  expected = [-2 + np.log(np.exp(2) + 9), np.log(np.exp(2) + 9), np.log(10)]
+  np.testing.assert_allclose(sums["loss"][0], sum(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_losses_by_their_definition(name):
+  base = small.make_task()
+  logits = np.random.default_rng(0).normal(size=(3, 4))
+  targets = np.array([[1, 0, 0, 0], [0, 0.5, 0.5, 0], [0.25] * 4])
+  fake = types.SimpleNamespace(apply=lambda *_, **__: ((jnp.asarray(logits), {}), {}))
+  task = base.__class__(fake, 4, base.mean, base.std, loss_name=name)
+  batch = {"image": np.zeros((3, 8, 8, 3)), "target": jnp.asarray(targets)}
+  loss, aux = task.loss({}, batch, jax.random.key(0))
+  if name == "softmax":
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -(targets * logs).sum(-1)
+  else:
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum(-1)
+  np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
+  np.testing.assert_allclose(aux["metrics"]["loss"][0], expected.sum(), rtol=1e-5)
+  assert loss.dtype == jnp.float32
+
+
+def test_pictures_are_normalised_once():
+  task, batch = small.make_task(), small.make_batch()
+  found = task.normalize(jnp.asarray(batch["image"]))
+  np.testing.assert_allclose(found, (batch["image"] / 255.0 - 0.5) / 0.25, atol=1e-5)
+  assert task.normalize(found) is found
+  np.testing.assert_allclose(task.displayable(np.asarray(found)), batch["image"], atol=1)
