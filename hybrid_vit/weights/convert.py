@@ -49,6 +49,8 @@ class OfficialKey:
 
   def write(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
     """The checkpoint's tensors from our leaf."""
+    if not self.further:
+      return {self.name: self.to_theirs(leaf)}
     return dict(zip(self.names, np.split(self.to_theirs(leaf), len(self.names))))
 
 

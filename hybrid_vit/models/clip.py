@@ -1,0 +1,60 @@
+"""CLIP: an image and a text tower whose unit-length embeddings meet in a dot product.
+
+Alec Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML
+2021, arXiv:2103.00020, section 2.3; apple/ml-mobileclip (`mobileclip/clip.py`) and open_clip
+(`CLIP`), which differ in `max_scale` alone.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class CLIP(nn.Module):
+  """Two towers and a trained scale.
+
+  A call takes images `[B, H, W, 3]` and token ids int `[T, L]`, either of which may be None, and
+  returns (image features `[B, D]`, text features `[T, D]`, scale), all float32; features have unit
+  length, and scale * image @ text.T are the logits of a contrastive loss.
+
+  Attributes:
+    image: a network of the registry whose `num_classes` is D, such as `create_model("mci2")`.
+    text: a tower of `text.create_text_tower` whose `embedding_size` is D.
+    max_scale: the scale is not above it: 100 in MobileCLIP; None in open_clip, whose training
+      clamps the parameter instead.
+  """
+
+  image: nn.Module
+  text: nn.Module
+  max_scale: float | None = 100.0
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array | None, tokens: jax.Array | None, train: bool = False
+  ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+    image_features = text_features = None
+    if images is not None:
+      image_features = _unit_length(self.image(images, train)[0], "image")
+    if tokens is not None:
+      text_features = _unit_length(self.text(tokens, train)[0], "text")
+    if image_features is not None and text_features is not None:
+      widths = image_features.shape[-1], text_features.shape[-1]
+      if widths[0] != widths[1]:
+        raise ValueError(
+          f"CLIP: the image's embedding has {widths[0]} numbers, the text's {widths[1]}"
+        )
+    start = nn.initializers.constant(math.log(1 / 0.07))
+    scale = jnp.exp(self.param("logit_scale", start, (), jnp.float32))
+    if self.max_scale is not None:
+      scale = jnp.minimum(scale, self.max_scale)
+    return image_features, text_features, scale
+
+
+def _unit_length(x: jax.Array | None, tower: str) -> jax.Array:
+  """Divides by the length, which is at least 1e-12, as torch does; its gradient is 0 at 0."""
+  if x is None:
+    raise ValueError(f"CLIP: the {tower} tower has no projection; give it the embedding's width")
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
