@@ -1,6 +1,8 @@
-"""Parameters and multiply-adds of named models, beside the published figures.
+"""Parameters, multiply-adds and activations of named models, beside the published figures.
 
 python -m hybrid_vit.tools.summarize 'tiny_moat*' --format markdown
+
+With `--docs=docs` every network is counted, and `networks.md` and `networks.csv` are written there.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +32,7 @@ class Summary:
     image_size: side of the square input.
     parameters: trainable ones, counted.
     multiply_adds: of a forward pass of one picture, counted.
+    activations: numbers that its convolutions and matrix products give, counted.
     published_parameters: as the authors give it.
     published_multiply_adds: as the authors give it, at the entry's own size; None at another size.
     published_top1: in percent.
@@ -38,6 +42,7 @@ class Summary:
   image_size: int
   parameters: int
   multiply_adds: int
+  activations: int
   published_parameters: float | None
   published_multiply_adds: float | None
   published_top1: float | None
@@ -55,13 +60,14 @@ def summarize(name: str, image_size: int | None = None) -> Summary:
   model = registry.create_model(name)
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  forward = functools.partial(model.apply, train=False)
+  program = jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images).jaxpr
   same_size = size == entry.preprocessing.image_size
   return Summary(
     name=name,
     image_size=size,
     parameters=count_parameters(variables["params"]),
-    multiply_adds=count_multiply_adds(forward, variables, images),
+    multiply_adds=_count(program, _multiply_adds_of),
+    activations=_count(program, _activations_of),
     published_parameters=entry.published.parameters,
     published_multiply_adds=entry.published.multiply_adds if same_size else None,
     published_top1=entry.published.top1,
@@ -87,7 +93,23 @@ def count_multiply_adds(fn: Callable[..., Any], *abstract_args: Any) -> int:
   Raises:
     ValueError: for a loop whose length is not known before it runs.
   """
-  return _count(jax.make_jaxpr(fn)(*abstract_args).jaxpr)
+  return _count(jax.make_jaxpr(fn)(*abstract_args).jaxpr, _multiply_adds_of)
+
+
+def count_activations(fn: Callable[..., Any], *abstract_args: Any) -> int:
+  """Counts the numbers that the convolutions and matrix products of `fn` give.
+
+  The field's measure of what a network writes to memory (Radosavovic et al., 2020, section 3.1, as
+  fvcore counts it): the products of queries and keys, and of their weights and values, count too.
+
+  Args:
+    fn: a function of arrays.
+    *abstract_args: trees of arrays or `jax.ShapeDtypeStruct`.
+
+  Raises:
+    ValueError: for a loop whose length is not known before it runs.
+  """
+  return _count(jax.make_jaxpr(fn)(*abstract_args).jaxpr, _activations_of)
 
 
 def parameters_by_module(params: Any, depth: int = 1) -> dict[str, int]:
@@ -116,7 +138,16 @@ def format_table(rows: Sequence[Summary], style: str) -> str:
   if style not in ("text", "markdown"):
     raise ValueError(f"style is text, csv or markdown, not {style!r}")
 
-  header = ["model", "size", "parameters", "mult-adds", "published", "published", "top-1 %"]
+  header = [
+    "model",
+    "size",
+    "parameters",
+    "published",
+    "mult-adds",
+    "published",
+    "activations",
+    "top-1 %",
+  ]
   table = [header]
   for r in rows:
     table.append(
@@ -124,9 +155,10 @@ def format_table(rows: Sequence[Summary], style: str) -> str:
         r.name,
         str(r.image_size),
         f"{r.parameters:,}",
-        f"{r.multiply_adds / 1e9:.2f} G",
         "" if r.published_parameters is None else f"{r.published_parameters:,.0f}",
+        f"{r.multiply_adds / 1e9:.2f} G",
         "" if r.published_multiply_adds is None else f"{r.published_multiply_adds / 1e9:.1f} G",
+        f"{r.activations / 1e6:.1f} M",
         "" if r.published_top1 is None else f"{r.published_top1:.1f}",
       ]
     )
@@ -143,6 +175,33 @@ def format_table(rows: Sequence[Summary], style: str) -> str:
   )
 
 
+def write_docs(rows: Sequence[Summary], directory: Path) -> None:
+  """Writes `networks.csv` (plain numbers) and `networks.md` (a table for each family)."""
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / "networks.csv").write_text(format_table(rows, "csv") + "\n", encoding="utf-8")
+  families: dict[str, list[Summary]] = {}
+  for row in rows:
+    module = registry.model_entry(row.name).module_class.__module__
+    families.setdefault(module.rsplit(".", 1)[1], []).append(row)
+  parts = [_PAGE_HEAD]
+  for family, members in families.items():
+    parts.append(f"## [{family}](../hybrid_vit/models/{family}.py)\n")
+    parts.append(format_table(members, "markdown") + "\n")
+  (directory / "networks.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+_PAGE_HEAD = """# Networks
+
+Every network that `hybrid_vit.list_models()` names. Parameters, multiply-adds and activations are
+counted here, at the size that stands beside them and with the network's own number of classes;
+"published" and top-1 (ImageNet-1K validation) are the authors' figures, not ours: nothing was
+trained to them here. Activations are the numbers that convolutions and matrix products give, those
+of attention included. The same as plain numbers: [networks.csv](networks.csv).
+
+Written by `python -m hybrid_vit.tools.summarize --docs=docs`.
+"""
+
+
 # How many multiply-adds the jitted pieces of fast forms stand for, from their operands' shapes.
 def _depthwise_conv(eqn: Any) -> int:
   return math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[1].aval.shape[:2])
@@ -157,11 +216,8 @@ _FAST_FORMS: dict[str, Callable[[Any], int]] = {
 }
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
-  return sum(_count_equation(eqn) for eqn in jaxpr.eqns)
-
-
-def _count_equation(eqn: Any) -> int:
+def _multiply_adds_of(eqn: Any) -> int | None:
+  """Of one equation; None where it is none of the counted operations."""
   primitive = eqn.primitive.name
   if primitive == "dot_general":
     (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -173,11 +229,31 @@ def _count_equation(eqn: Any) -> int:
     return math.prod(eqn.outvars[0].aval.shape) * (math.prod(kernel) // out_features)
   if eqn.params.get("name") in _FAST_FORMS:
     return _FAST_FORMS[eqn.params["name"]](eqn)
-  inner = [_count(j) for j in _inner_jaxprs(eqn.params.values())]
+  return None
+
+
+def _activations_of(eqn: Any) -> int | None:
+  """Of one equation; None where it is none of the counted operations."""
+  counted = eqn.primitive.name in ("dot_general", "conv_general_dilated")
+  if counted or eqn.params.get("name") in _FAST_FORMS:
+    return math.prod(eqn.outvars[0].aval.shape)
+  return None
+
+
+def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int | None]) -> int:
+  return sum(_count_equation(eqn, measure) for eqn in jaxpr.eqns)
+
+
+def _count_equation(eqn: Any, measure: Callable[[Any], int | None]) -> int:
+  found = measure(eqn)
+  if found is not None:
+    return found
+  inner = [_count(j, measure) for j in _inner_jaxprs(eqn.params.values())]
   if not any(inner):
     return 0
+  primitive = eqn.primitive.name
   if primitive == "while":
-    raise ValueError("multiply-adds cannot be counted in a loop of unknown length")
+    raise ValueError("products cannot be counted in a loop of unknown length")
   if primitive == "cond":
     return max(inner)
   return sum(inner) * eqn.params.get("length", 1) if primitive == "scan" else sum(inner)
@@ -199,7 +275,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("patterns", nargs="*", default=["*"], help="names or patterns of models")
   parser.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
   parser.add_argument("--image_size", type=int, help="input side; default: each model's own")
+  parser.add_argument("--docs", type=Path, help="directory to write networks.md and .csv into")
   args = parser.parse_args(argv)
+  if args.docs is not None:
+    write_docs([summarize(name) for name in registry.list_models()], args.docs)
+    return
   names: dict[str, None] = {}
   for pattern in args.patterns:
     found = registry.list_models(pattern)
