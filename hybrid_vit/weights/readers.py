@@ -338,7 +338,7 @@ def write_safetensors(
   texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in about.items()}
   with contextlib.ExitStack() as stack:
     stack.callback(partial.unlink, missing_ok=True)
-    save_file({name: np.ascontiguousarray(v) for name, v in weights.items()}, partial, texts)
+    save_file({name: np.array(v, order="C") for name, v in weights.items()}, partial, texts)
     partial.replace(path)
 
 

@@ -28,7 +28,7 @@ def arrays():
 def assert_same(found, expected):
   assert set(found) == set(expected)
   for name, value in expected.items():
-    assert found[name].dtype == value.dtype, name
+    assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
     np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
