@@ -161,7 +161,68 @@ def swin() -> Iterator[Run]:
     yield Run(name, model, arguments, shape, answers)
 
 
-FAMILIES: dict[str, Callable[[], Iterator[Run]]] = {"pvt": pvt, "vit": vit, "swin": swin}
+def convnext() -> Iterator[Run]:
+  """ConvNeXt. Its last norm has the authors' epsilon, 1e-6, which transformers' default is not."""
+
+  def answers(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return _maps(model, x, model.convnext.embeddings, model.convnext.encoder)
+
+  small = {"depths": [1, 2, 1, 1], "hidden_sizes": [12, 20, 28, 40], "num_labels": 10}
+  full = {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768], "num_labels": 1000}
+  for name, shape, arguments in (
+    ("small_64", (2, 64, 64, 3), small),
+    ("small_odd_71x93", (2, 71, 93, 3), small),
+    ("small_no_layer_scale_64x96", (1, 64, 96, 3), {**small, "layer_scale_init_value": 0.0}),
+    ("convnext_tiny_224", (1, 224, 224, 3), full),
+  ):
+    arguments = {"layer_norm_eps": 1e-6, **arguments}
+    config = transformers.ConvNextConfig(**arguments)
+    yield Run(name, transformers.ConvNextForImageClassification(config), arguments, shape, answers)
+
+
+def resnet() -> Iterator[Run]:
+  """ResNet with bottlenecks."""
+
+  def answers(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return _maps(model, x, model.resnet.embedder, model.resnet.encoder)
+
+  small = {"embedding_size": 12, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 2, 1, 1]}
+  for name, shape, arguments in (
+    ("small_64", (2, 64, 64, 3), {**small, "num_labels": 10}),
+    ("small_odd_71x93", (2, 71, 93, 3), {**small, "num_labels": 10}),
+    ("resnet50_224", (1, 224, 224, 3), {"num_labels": 1000}),
+  ):
+    config = transformers.ResNetConfig(**arguments)
+    yield Run(name, transformers.ResNetForImageClassification(config), arguments, shape, answers)
+
+
+def _maps(model: Any, x: torch.Tensor, stem: Any, encoder: Any) -> dict[str, torch.Tensor]:
+  """Of a convolutional network the stem's and each block's map, channels last, and the logits."""
+  found = {}
+  modules = {"stem": stem}
+  for i, stage in enumerate(encoder.stages, start=1):
+    modules |= {f"stage{i}_block{j}": block for j, block in enumerate(stage.layers)}
+
+  def keep(name: str) -> Callable[..., None]:
+    def hook(module: Any, args: Any, out: Any) -> None:
+      found[name] = out.permute(0, 2, 3, 1)
+
+    return hook
+
+  hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+  found["logits"] = model(x).logits
+  for hook in hooks:
+    hook.remove()
+  return found
+
+
+FAMILIES: dict[str, Callable[[], Iterator[Run]]] = {
+  "pvt": pvt,
+  "vit": vit,
+  "swin": swin,
+  "convnext": convnext,
+  "resnet": resnet,
+}
 
 
 def write(family: str, run: Run) -> None:

@@ -21,6 +21,8 @@ _FAMILIES = (
   "hybrid_vit.models.mci",
   "hybrid_vit.models.vit",
   "hybrid_vit.models.swin",
+  "hybrid_vit.models.convnext",
+  "hybrid_vit.models.resnet",
   "hybrid_vit.models.pvt",
   "hybrid_vit.models.cswin",
 )
