@@ -1,52 +1,59 @@
-"""FocalNet weights for larger kernels or more focal levels, as its dense tasks take them.
+"""FocalNet weights for dense tasks: larger kernels, more focal levels, norms of the outputs.
 
 Paper, section 4.3, and the authors' `mmcv_custom/checkpoint.py`: new cells of a kernel are zeros
 around the trained ones, so that the network answers as before until it is trained further.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-_KERNEL = "/kernel"
 _PROJECTION = "/modulation/projection_in/"
 _LEVEL = "/modulation/focal_conv_"
+_OUTPUT_NORM = re.compile(r"params/stage\d+_norm/")
 
 
 def fit_focal_levels(
   source: Mapping[str, Any], target: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
   """Changes the modulations of `source` to the kernel sizes and levels of `target`.
 
-  A smaller kernel is surrounded with zeros, a larger one loses its rim. Added levels keep the new
-  convolutions of `target` and get gates of zero; the gate of the mean over the map stays the last.
+  A smaller kernel is surrounded with zeros, a larger one loses its rim. Added levels get gates of
+  zero; the gate of the mean over the map stays the last.
 
   Args:
     source: path of a leaf to array; paths that belong to no focal modulation pass through.
     target: the same for the network that shall take the weights.
 
   Returns:
-    (`source` with those leaves changed, path of each of them to what was done). Levels cannot be
+    (`source` with those leaves changed, path of each of them to what was done, path to reason of
+    what `source` need not have: convolutions of added levels, norms of outputs). Levels cannot be
     taken away: then the shapes differ as before.
   """
-  fitted, changes = dict(source), {}
-  for path, new in target.items():
-    if _LEVEL in path and path.endswith(_KERNEL):
-      old = source.get(path)
-      if old is None and path.partition(_LEVEL)[0] + _PROJECTION + "kernel" in source:
-        fitted[path] = new
-        changes[path] = "new, behind a gate of zero"
-      elif old is not None and old.shape[:2] != new.shape[:2]:
-        fitted[path] = _resize_kernel(jnp.asarray(old), new.shape[:2])
-        kind = "zeros around" if old.shape[0] < new.shape[0] else "the middle of"
-        changes[path] = f"{kind} {old.shape[0]}x{old.shape[1]}"
-    elif _PROJECTION in path and path in source and source[path].shape[-1] < new.shape[-1]:
-      old = jnp.asarray(source[path])
-      zeros = jnp.zeros((*old.shape[:-1], new.shape[-1] - old.shape[-1]), old.dtype)
+  fitted = dict(source)
+  changes: dict[str, str] = {}
+  new: dict[str, str] = {}
+  if not any(_PROJECTION in path for path in source):
+    return fitted, changes, new
+  for path, wanted in target.items():
+    old = source.get(path)
+    if old is None:
+      if _LEVEL in path and path.partition(_LEVEL)[0] + _PROJECTION + "kernel" in source:
+        new[path] = "an added level, behind a gate of zero"
+      elif _OUTPUT_NORM.match(path):
+        new[path] = "a norm of the outputs"
+    elif _LEVEL in path and old.shape[:2] != wanted.shape[:2]:
+      fitted[path] = _resize_kernel(jnp.asarray(old), wanted.shape[:2])
+      kind = "zeros around" if old.shape[0] < wanted.shape[0] else "the middle of"
+      changes[path] = f"{kind} {old.shape[0]}x{old.shape[1]}"
+    elif _PROJECTION in path and old.shape[-1] < wanted.shape[-1]:
+      old = jnp.asarray(old)
+      zeros = jnp.zeros((*old.shape[:-1], wanted.shape[-1] - old.shape[-1]), old.dtype)
       fitted[path] = jnp.concatenate([old[..., :-1], zeros, old[..., -1:]], axis=-1)
       changes[path] = f"{zeros.shape[-1]} gates of zero added"
-  return fitted, changes
+  return fitted, changes, new
 
 
 def _resize_kernel(kernel: Any, size: tuple[int, int]) -> Any:

@@ -70,7 +70,7 @@ def transfer(
   """
   found = flax.traverse_util.flatten_dict(dict(source), sep="/")
   wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
-  found, fitted = fit_focal_levels(found, wanted)
+  found, fitted, begun = fit_focal_levels(found, wanted)
   loaded: list[str] = []
   initialised: list[str] = []
   missing: list[str] = []
@@ -83,6 +83,8 @@ def transfer(
       result[name] = new
       if is_head and reinitialize_head:
         initialised.append(f"{name} (the source has no head)")
+      elif name in begun:
+        initialised.append(f"{name} ({begun[name]})")
       else:
         missing.append(name)
       continue

@@ -53,7 +53,7 @@ def test_an_added_level_is_new_and_behind_a_gate_of_zero():
   new, old = flat(variables), flat(source)
   added = PREFIX + "focal_conv_2/kernel"
   np.testing.assert_array_equal(new[added], flat(target)[added])
-  assert f"{added} (new, behind a gate of zero)" in report.loaded
+  assert report.initialised == (f"{added} (an added level, behind a gate of zero)",)
   for leaf in ("kernel", "bias"):
     path = f"{PREFIX}projection_in/{leaf}"
     # Query and context of 8 channels each, then a gate for each level; the mean's stays last.
@@ -72,6 +72,24 @@ def test_levels_are_not_taken_away():
 
 def test_other_leaves_pass_through():
   leaf = np.zeros((3, 3, 1, 4), np.float32)
-  source = {"params/stem/conv/kernel": leaf}
-  fitted, changes = fit_focal_levels(source, {"params/stem/conv/kernel": np.zeros((5, 5, 1, 4))})
-  assert fitted == source and not changes
+  source = {"params/stem/conv/kernel": leaf, PREFIX + "projection_in/kernel": leaf}
+  fitted, changes, new = fit_focal_levels(
+    source, {"params/stem/conv/kernel": np.zeros((5, 5, 1, 4))}
+  )
+  assert fitted == source and not changes and not new
+  # The same name is a trunk's norm elsewhere, and that has to be there.
+  assert not fit_focal_levels({"params/head/bias": leaf}, {"params/stage1_norm/scale": leaf})[2]
+
+
+def test_norms_of_the_outputs_begin_anew():
+  source, dense = contract.drawn_variables(SMALL), SMALL.clone(num_classes=0, output_norms=(2,))
+  variables, report = transfer(source, contract.drawn_variables(dense))
+  assert set(report.initialised) == {
+    f"params/stage2_norm/{leaf} (a norm of the outputs)" for leaf in ("scale", "bias")
+  }
+  assert {name.split("/")[1] for name in report.unused} == {"head", "head_norm"}
+  x = contract.images(1, 32, 32)
+  before, after = (
+    contract.run(model, v, x)[1]["stage2"] for model, v in ((SMALL, source), (dense, variables))
+  )
+  np.testing.assert_allclose(after, before, rtol=1e-6, atol=1e-6)
