@@ -6,7 +6,9 @@ differences:
 
 * The gain alpha of each column is clamped where it is used; there, every forward pass writes the
   clamped value into the parameter, which the optimizer then sees.
-* Sides that 32 does not divide are refused with a message; there, the addition of two maps fails.
+* Any sides from 32 pixels on work, as in the authors' copies for segmentation, which stretch a
+  deeper map to the size of the one it is added to; in the others that addition fails. With
+  intermediate supervision, whose pictures have the size of whole cells, 32 has to divide them.
 * Intermediate supervision takes 4, 8, 12, … columns; there, other numbers fail inside.
 * A map is kept in `dtype`; there, under mixed precision, it is float32.
 """
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
 
 # The authors cut the draw at +-2, a hundred deviations: plain normal.
 _INIT = nn.initializers.normal(0.02)
@@ -41,8 +43,8 @@ Maps = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 class RevCol(nn.Module):
   """The RevCol network with its classifier (paper, section 3).
 
-  A call takes images `[B, H, W, 3]`, both sides multiples of 32, and returns logits
-  `[B, num_classes]` in float32 (None when `num_classes` is 0) and the endpoints: "stem";
+  A call takes images `[B, H, W, 3]`, both sides at least 32, and returns logits `[B, num_classes]`
+  in float32 (None when `num_classes` is 0) and the endpoints: "stem";
   "column0_level0" and so on, the map of every level of every column; "stage1" to "stage4", the maps
   of the last column; "pre_logits" `[B, C]` (the mean over the deepest map; with a classifier,
   after its layer norm). With intermediate supervision also, in float32, "auxiliary_logits0" to
@@ -65,8 +67,11 @@ class RevCol(nn.Module):
     remat: recompute each level in the backward pass instead of storing its inside.
     dtype: of the computation; parameters, norm statistics and gains are float32.
 
+  Every level's sides are those of the level above, halved and rounded down; the first has H // 4.
+
   Raises (in a call):
-    ValueError: sides that 32 does not divide, or attributes that do not fit together.
+    ValueError: sides below 32, or with intermediate supervision such that 32 does not divide, or
+      attributes that do not fit together.
   """
 
   widths: tuple[int, ...]
@@ -152,10 +157,14 @@ class RevCol(nn.Module):
       )
     if self.intermediate_supervision and not self.num_classes:
       raise ValueError("RevCol: intermediate_supervision needs num_classes; it is 0")
-    if shape[1] % _STRIDE or shape[2] % _STRIDE:
+    if min(shape[1:3]) < _STRIDE:
       raise ValueError(
-        f"RevCol: the image is {shape[1]} x {shape[2]}; both sides must be multiples of {_STRIDE}, "
-        "so that maps of neighbouring levels meet"
+        f"RevCol: the image is {shape[1]} x {shape[2]}; both sides must be at least {_STRIDE}"
+      )
+    if self.intermediate_supervision and (shape[1] % _STRIDE or shape[2] % _STRIDE):
+      raise ValueError(
+        f"RevCol: the image is {shape[1]} x {shape[2]}; with intermediate_supervision both sides "
+        f"must be multiples of {_STRIDE}, so that the pictures reconstructed are as large"
       )
 
 
@@ -190,8 +199,8 @@ class Column(nn.Module):
 
     Args:
       stem: `[B, H / 4, W / 4, C0]`.
-      maps: of levels 0 to 3, each half the sides of the one before; None for the first column,
-        which has gains too, though nothing to apply them to.
+      maps: of levels 0 to 3, each half the sides of the one before, rounded down; None for the
+        first column, which has gains too, though nothing to apply them to.
       train: whether drop path is on.
     """
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
@@ -247,8 +256,8 @@ class Level(nn.Module):
 
     Args:
       above: this column's map of the level above, or the stem's.
-      below: the previous column's map of the level below, `[B, h / 2, w / 2, C]`, or None.
-      deepest: the previous column's last map, `[B, h / 8, w / 8, C]`, or None.
+      below: the previous column's map of the level below, `[B, h // 2, w // 2, C]`, or None.
+      deepest: the previous column's last map, `[B, h // 8, w // 8, C]`, or None.
       train: whether drop path is on.
     """
     x = above
@@ -263,10 +272,11 @@ class Level(nn.Module):
         name="down_conv",
       )(x)
       x = layers.layer_norm(_LAYER_NORM_EPSILON, self.dtype, "down_norm")(x)
+    size = (x.shape[1], x.shape[2])
     if below is not None:
-      x = x + Up(self.width, 2, self.dtype, name="up")(below)
+      x = x + Up(self.width, size, self.dtype, name="up")(below)
     if deepest is not None:
-      x = x + Up(self.width, 8, self.dtype, name="deepest_up")(deepest)
+      x = x + Up(self.width, size, self.dtype, name="deepest_up")(deepest)
     for i, rate in enumerate(self.drop_path_rates):
       x = layers.ConvNeXtBlock(
         kernel_size=self.kernel_size,
@@ -282,20 +292,17 @@ class Level(nn.Module):
 
 
 class Up(nn.Module):
-  """A dense layer and a layer norm, then each cell repeated `factor` times both ways."""
+  """A dense layer and a layer norm, then the map stretched to `size`, see `stretch_nearest`."""
 
   width: int
-  factor: int
+  size: tuple[int, int]
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     x = layers.PointwiseConv(self.width, kernel_init=_INIT, dtype=self.dtype, name="dense")(x)
     x = layers.layer_norm(_LAYER_NORM_EPSILON, self.dtype, "norm")(x)
-    batch, height, width, channels = x.shape
-    n = self.factor
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, n, width, n, channels))
-    return x.reshape(batch, height * n, width * n, channels)
+    return stretch_nearest(x, self.size)
 
 
 class Stem(nn.Module):
@@ -367,6 +374,23 @@ class ProjectionDecoder(nn.Module):
     return _to_picture(x, self.stride, self.dtype)
 
 
+def stretch_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """`[B, h, w, C]` to `[B, H, W, C]`: cell i of a side takes the cell floor(i h / H).
+
+  That is torch's `interpolate` with `mode="nearest"`; if h divides H, each cell comes H / h times.
+  """
+  for axis, n in zip((1, 2), size):
+    old = x.shape[axis]
+    if n % old == 0:
+      # A broadcast: its gradient is a sum, that of a gather scatters.
+      shape = (*x.shape[: axis + 1], n // old, *x.shape[axis + 1 :])
+      x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+      x = x.reshape(*shape[:axis], n, *shape[axis + 2 :])
+    else:
+      x = x.take(np.arange(n) * old // n, axis)
+  return x
+
+
 def upsample_to_corners(x: jax.Array) -> jax.Array:
   """Doubles both sides of `[B, H, W, C]`, bilinear, the corner cells' centres staying in place.
 
@@ -426,23 +450,16 @@ def _register_family() -> None:
     ("base_22k", 21841, 0.3, 224, 150641665, None, None, "ImageNet-22K"),
     ("large_22k", 21841, 0.3, 224, 294457425, None, None, "ImageNet-22K"),
     ("xlarge_22k", 21841, 0.4, 224, 871175313, None, None, "ImageNet-22K"),
-    ("base_22k_1k", 1000, 0.2, 224, 138616408, 16.6, 85.6, "ImageNet-22K, then 1K"),
-    ("base_22k_1k_384", 1000, 0.2, 384, 138616408, 48.9, 86.7, "ImageNet-22K, then 1K"),
-    ("large_22k_1k_384", 1000, 0.3, 384, 273095400, 116.0, 87.6, "ImageNet-22K, then 1K"),
+    ("base_22kto1k", 1000, 0.2, 224, 138616408, 16.6, 85.6, "ImageNet-22K, then 1K"),
+    ("base_384_22kto1k", 1000, 0.2, 384, 138616408, 48.9, 86.7, "ImageNet-22K, then 1K"),
+    ("large_384_22kto1k", 1000, 0.3, 384, 273095400, 116.0, 87.6, "ImageNet-22K, then 1K"),
   )
   for name, classes, drop_path, image_size, parameters, giga, top1, trained_on in table:
     register(
       f"revcol_{name}",
       RevCol,
       {**sizes[name.split("_")[0]], "num_classes": classes, "drop_path_rate": drop_path},
-      preprocessing=Preprocessing(
-        image_size=image_size,
-        crop_ratio=0.875 if image_size <= 224 else 1.0,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        resize="crop" if image_size <= 224 else "squash",
-      ),
+      preprocessing=imagenet_preprocessing(image_size),
       published=Published(
         parameters=parameters,
         multiply_adds=None if giga is None else round(giga * 1e9),

@@ -33,7 +33,7 @@ def test_entries(name):
 
 def test_no_published_variant_is_missing():
   sizes = {"tiny", "small", "base", "large", "xlarge", "huge"}
-  fine_tuned = {"base_22k_1k", "base_22k_1k_384", "large_22k_1k_384"}
+  fine_tuned = {"base_22kto1k", "base_384_22kto1k", "large_384_22kto1k"}
   pretrained = {"base_22k", "large_22k", "xlarge_22k"}
   assert set(list_models("revcol_*")) == {f"revcol_{n}" for n in sizes | fine_tuned | pretrained}
 
@@ -80,6 +80,24 @@ def test_the_structure():
   contract.check_bfloat16(still)
   contract.check_drop_path(still)
   contract.check_sizes(still(), [(32, 96), (64, 32)])
+
+
+def test_sides_that_32_does_not_divide():
+  model = still(bottom_to_top=True)
+  variables = contract.drawn_variables(model)
+  logits, endpoints = contract.run(model, variables, contract.images(1, 70, 127))
+  assert bool(jnp.isfinite(logits).all())
+  for i, size in enumerate([(17, 31), (8, 15), (4, 7), (2, 3)], start=1):
+    assert endpoints[f"stage{i}"].shape[1:3] == size
+
+
+def test_stretching_takes_the_nearest_cell():
+  x = jnp.arange(6.0).reshape(1, 2, 3, 1)
+  rows, columns = [0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 2, 2]
+  expected = np.asarray(x)[:, rows][:, :, columns]
+  np.testing.assert_array_equal(revcol.stretch_nearest(x, (5, 7)), expected)
+  twice = revcol.stretch_nearest(x, (4, 6))
+  np.testing.assert_array_equal(twice, np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
 
 
 def test_remat():
@@ -164,7 +182,12 @@ def test_no_classifier():
 @pytest.mark.parametrize(
   ("overrides", "size", "message"),
   [
-    ({}, (64, 72), "image is 64 x 72; both sides must be multiples of 32"),
+    ({}, (64, 31), "image is 64 x 31; both sides must be at least 32"),
+    (
+      {"num_columns": 4, "intermediate_supervision": True},
+      (64, 72),
+      "image is 64 x 72; with intermediate_supervision both sides must be multiples of 32",
+    ),
     ({"widths": (8, 16)}, (32, 32), "a column has 4 levels, but widths has (8, 16)"),
     ({"kernel_size": 4}, (32, 32), "kernel_size is 4; it must be odd"),
     ({"num_columns": 0}, (32, 32), "num_columns is 0"),

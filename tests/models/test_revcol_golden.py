@@ -28,6 +28,8 @@ def network(description) -> revcol.RevCol:
   """Our network for the authors' arguments."""
   a = description["arguments"]
   r = {**a, **description.get("resolved", {})}
+  if "/backbones/" in description["source"]:  # of dense tasks: no classifier
+    r |= {"num_classes": 0, "inter_supv": False}
   return revcol.RevCol(
     widths=tuple(r["channels"]),
     depths=tuple(r["layers"]),
