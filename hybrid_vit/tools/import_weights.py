@@ -12,7 +12,7 @@ import argparse
 import ast
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,15 @@ def import_weights(
     arguments: attributes of the network that replace the registry's.
 
   Raises:
-    ValueError: the file cannot be read, is of another network, or `directory` holds something else.
+    ValueError: the file cannot be read, is of another network, or of several where `architecture`
+      is None; or `directory` holds something else.
     ModuleNotFoundError: the library that reads such files is not installed.
   """
   directory = Path(directory).expanduser()
   if directory.exists() and not (directory / "metadata.json").is_file() and _any_in(directory):
     raise ValueError(f"{directory} holds something that is no weights; give another --to")
   file = readers.read_checkpoint(source, average=average)
-  if architecture is None:
-    architecture, family = families.identify(file.weights)
-    if architecture is None:
-      near = f"; its names are of {family}, in no registered size" if family else ""
-      raise ValueError(f"{source} is of no registered architecture{near}")
+  architecture = architecture or _only_architecture(file.weights, source)
   imported = families.import_checkpoint(
     file.weights, architecture, num_classes=num_classes, layout=layout, arguments=arguments
   )
@@ -77,6 +74,19 @@ def import_weights(
   }
   checkpoints.export(directory, imported.variables, metadata)
   return imported
+
+
+def _only_architecture(weights: Mapping[str, Any], source: str | Path) -> str:
+  found, family = families.identify(weights)
+  if len(found) == 1:
+    return found[0]
+  if found:
+    raise ValueError(
+      f"{source} fits several networks, which prepare pictures differently: say --arch="
+      f"{' or --arch='.join(found)}"
+    )
+  near = f"; its names are of {family}, in no registered size" if family else ""
+  raise ValueError(f"{source} is of no registered architecture{near}")
 
 
 def _any_in(directory: Path) -> bool:

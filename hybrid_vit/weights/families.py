@@ -163,12 +163,13 @@ def export_checkpoint(
   return {**exported, **known[layout].constants(model)}
 
 
-def identify(weights: Weights) -> tuple[str | None, str]:
-  """Which registered architecture a checkpoint is of, by its names and shapes.
+def identify(weights: Weights) -> tuple[list[str], str]:
+  """Which registered architectures a checkpoint is of, by its names and shapes.
 
   Returns:
-    (architecture, family): the first is None where no variant of the likeliest family fits every
-    shape; the second is "" where no family's names cover half of the checkpoint's.
+    (architectures, family): several where entries differ in nothing that a checkpoint shows, such
+    as the input size; none where no variant of the likeliest family fits every shape. The family is
+    "" where no family's names cover half of the checkpoint's.
   """
   best: tuple[float, str, str] = (0.0, "", "")
   for family, names in families().items():
@@ -180,17 +181,20 @@ def identify(weights: Weights) -> tuple[str | None, str]:
         best = (likeness, family, layout_name)
   likeness, family, layout_name = best
   if likeness < _LEAST_LIKENESS:
-    return None, ""
+    return [], ""
   for architecture in _by_size(families()[family], weights)[:_MOST_VARIANTS]:
-    if _fits_whole(weights, architecture, layouts(architecture)[layout_name]):
-      return architecture, family
-  return None, family
+    layout = layouts(architecture)[layout_name]
+    if _fits_whole(weights, architecture, layout):
+      size = model_entry(architecture).published.parameters
+      alike = [n for n in families()[family] if model_entry(n).published.parameters == size]
+      return [n for n in alike if _fits_whole(weights, n, layout)], family
+  return [], family
 
 
 def _whose(weights: Weights) -> str:
-  architecture, family = identify(weights)
-  if architecture:
-    return f"\nThese names and shapes are those of {architecture}: --arch={architecture}"
+  found, family = identify(weights)
+  if found:
+    return f"\nThese names and shapes are those of {' or '.join(found)}: --arch={found[0]}"
   if family:
     return f"\nThese names are of the family {family.rsplit('.', 1)[1]}, in no registered size"
   return "\nThese names are of no registered architecture"

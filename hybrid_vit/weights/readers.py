@@ -290,10 +290,12 @@ def _read_tensorflow(prefix: Path) -> dict[str, np.ndarray]:
     ) from error
   try:
     reader = tf.train.load_checkpoint(str(prefix))
-    values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-  except tf.errors.OpError as error:
+    names = reader.get_variable_to_shape_map()
+    values = {name: np.asarray(reader.get_tensor(name)) for name in names}
+  except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
     raise CheckpointFileError(f"{prefix} is a TensorFlow checkpoint, broken: {error}") from error
-  return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+  # Texts are the checkpoint's own bookkeeping.
+  return {name: value for name, value in values.items() if value.dtype.kind not in "OSU"}
 
 
 def _pick_tensorflow(

@@ -105,6 +105,12 @@ def test_the_architecture_may_be_left_to_the_file(file, tmp_path, monkeypatch):
   assert stored.load_network(tmp_path / "out").name == MOAT
 
 
+def test_a_file_that_fits_several_networks_asks_which(file, tmp_path, monkeypatch):
+  monkeypatch.setattr(families, "identify", lambda weights: ([MOAT, "moat_0"], "moat"))
+  with pytest.raises(ValueError, match=r"several networks.*--arch=tiny_moat_0 or --arch=moat_0"):
+    import_weights.import_weights(file, tmp_path / "out")
+
+
 def test_own_arguments_of_the_network_are_kept(tmp_path):
   arguments = {"position_bias": False, "num_classes": 5}
   model = create_model(MOAT, **arguments)
