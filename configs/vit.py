@@ -30,7 +30,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     return recipes.run_locally(
       from_scratch("deit_tiny_patch16_224", 1024),
-      dict(width=64, depth=4, num_heads=4, patch_size=4, position_size=8, drop_path_rate=0.0),
+      dict(width=64, depth=3, num_heads=2, patch_size=8, position_size=4, drop_path_rate=0.0),
+      epochs=6,
     )
   if variant == "deit_base_patch16_384":
     return fine_tuning(variant, keys["batch_size"] or 512)

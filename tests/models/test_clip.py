@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from hybrid_vit.models import clip, mci, text, vit
+from hybrid_vit.models import clip, mci, mobileone, text, vit
 from hybrid_vit.models.registry import create_model
 from hybrid_vit.weights import convert, keymap_clip
 from tests import golden
@@ -158,3 +158,12 @@ def test_errors_say_what_is_wrong():
   with pytest.raises(ValueError, match="the image tower has no projection"):
     wrong = model.clone(image=model.image.clone(num_classes=0))
     jax.eval_shape(wrong.init, jax.random.key(0), x, TOKENS)
+
+
+def test_merging_reaches_both_towers():
+  words = text.TextTransformer(False, 11, 4, 12, 1, 2, 6, mixer_blocks=True)
+  model = small("mci").clone(text=words)
+  merged = mobileone.reparameterize(variables_of(model, 32))
+  image, words = (tower.clone(reparameterized=True) for tower in (model.image, model.text))
+  template = variables_of(model.clone(image=image, text=words), 32)
+  jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), merged, template)
