@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
 
 # The authors cut the draw at +-2, a hundred deviations: plain normal.
 _INIT = nn.initializers.normal(0.02)
@@ -105,11 +105,7 @@ class ConvNeXt(nn.Module):
     return logits, endpoints
 
   def _check(self, shape: tuple[int, ...]) -> None:
-    if len(self.depths) != len(self.widths):
-      raise ValueError(
-        f"ConvNeXt: depths names {len(self.depths)} stages but widths has {len(self.widths)} "
-        f"values: {self.widths}"
-      )
+    layers.check_stages(self, "widths")
     stride = self.features[-1].stride
     if min(shape[1:3]) < stride:
       raise ValueError(
@@ -187,14 +183,7 @@ def _register_family() -> None:
         "num_classes": 21841 if trained_on == k22 else 1000,
         "drop_path_rate": drop_path,
       },
-      preprocessing=Preprocessing(
-        image_size=image_size,
-        crop_ratio=0.875 if image_size < 384 else 1.0,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        resize="crop" if image_size < 384 else "squash",
-      ),
+      preprocessing=imagenet_preprocessing(image_size),
       published=Published(
         parameters=with_22k if trained_on == k22 else with_1k,
         multiply_adds=None if giga is None else round(giga * 1e9),

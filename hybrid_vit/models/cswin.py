@@ -99,12 +99,7 @@ class CSWin(nn.Module):
 
   def _check(self) -> None:
     stages = len(self.depths)
-    for name in ("num_heads", "stripe_widths"):
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"CSWin: depths names {stages} stages but {name} has {len(getattr(self, name))} values: "
-          f"{getattr(self, name)}"
-        )
+    layers.check_stages(self, "num_heads", "stripe_widths")
     for i, heads in enumerate(self.num_heads):
       width = self.width * 2**i
       if width % heads or (heads % 2 and i < stages - 1):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
 
 _INIT = nn.initializers.normal(0.02)
 _NORM_EPSILON = 1e-5  # of layer norms and batch norms
@@ -186,12 +186,7 @@ class CvT(nn.Module):
   def _check(self, size: tuple[int, int]) -> None:
     stages = len(self.depths)
     names = _PER_STAGE + (("drop_path_rate",) if isinstance(self.drop_path_rate, tuple) else ())
-    for name in names:
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"CvT: depths names {stages} stages but {name} has {len(getattr(self, name))} values: "
-          f"{getattr(self, name)}"
-        )
+    layers.check_stages(self, *names)
     rows, columns = size
     for i in range(stages):
       kernel, padding, step = self.patch_sizes[i], self.paddings[i], self.strides[i]
@@ -416,14 +411,7 @@ def _register_family() -> None:
       name,
       CvT,
       arguments,
-      preprocessing=Preprocessing(
-        image_size=size,
-        crop_ratio=0.875 if size == 224 else 1.0,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        resize="crop" if size == 224 else "squash",
-      ),
+      preprocessing=imagenet_preprocessing(size),
       published=Published(
         parameters=parameters,
         multiply_adds=round(giga * 1e9),

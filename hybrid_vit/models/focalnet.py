@@ -155,12 +155,7 @@ class FocalNet(nn.Module):
 
   def _check(self) -> None:
     stages = len(self.depths)
-    for name in ("focal_levels", "focal_windows"):
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"FocalNet: depths names {stages} stages but {name} has {len(getattr(self, name))} "
-          f"values: {getattr(self, name)}"
-        )
+    layers.check_stages(self, "focal_levels", "focal_windows")
     even = [window for window in self.focal_windows if window % 2 == 0]
     if even:
       raise ValueError(

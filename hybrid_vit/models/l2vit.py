@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
 from hybrid_vit.ops import windows as windows_op
 
 # The author's truncation lies at a hundred standard deviations: a plain normal.
@@ -151,12 +151,7 @@ class L2ViT(nn.Module):
 
   def _check(self) -> None:
     stages = len(self.depths)
-    for name in ("widths", "num_heads", "mlp_ratios"):
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"L2ViT: depths names {stages} stages but {name} has {len(getattr(self, name))} values: "
-          f"{getattr(self, name)}"
-        )
+    layers.check_stages(self, "widths", "num_heads", "mlp_ratios")
     for name, known in (("block_types", _BLOCK_TYPES), ("stem", _STEMS)):
       if getattr(self, name) not in known:
         raise ValueError(
@@ -432,14 +427,7 @@ def _register_family() -> None:
       name,
       L2ViT,
       arguments | {"drop_path_rate": drop_path},
-      preprocessing=Preprocessing(
-        image_size=size,
-        crop_ratio=0.875 if size == 224 else 1.0,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        resize="crop" if size == 224 else "squash",
-      ),
+      preprocessing=imagenet_preprocessing(size),
       published=Published(
         parameters=parameters,
         multiply_adds=giga and round(giga * 1e9),

@@ -210,6 +210,22 @@ def torch_bias_init(fan_in: int) -> Initializer:
   return init
 
 
+def check_stages(network: Any, *names: str) -> None:
+  """Each attribute of `names` has one value for each stage that `network.depths` names.
+
+  Raises:
+    ValueError: for the first one that has not.
+  """
+  stages = len(network.depths)
+  for name in names:
+    values = getattr(network, name)
+    if len(values) != stages:
+      raise ValueError(
+        f"{type(network).__name__}: depths names {stages} stages but {name} has {len(values)} "
+        f"values: {values}"
+      )
+
+
 def linear_drop_path_rates(rate: float, depths: Sequence[int]) -> tuple[tuple[float, ...], ...]:
   """For each stage its blocks' rates: from 0 in the first block to `rate` in the last, evenly."""
   rates = np.linspace(0.0, rate, sum(depths))

@@ -160,20 +160,15 @@ class MCi(nn.Module):
     return logits, endpoints
 
   def _check(self) -> None:
-    stages = len(self.depths)
-    for name in (
+    layers.check_stages(
+      self,
       "widths",
       "mlp_ratios",
       "token_mixers",
       "downsamples",
       "se_downsamples",
       "position_kernel_sizes",
-    ):
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"MCi: depths names {stages} stages but {name} has {len(getattr(self, name))} values: "
-          f"{getattr(self, name)}"
-        )
+    )
     for i, (mixer, width) in enumerate(zip(self.token_mixers, self.widths)):
       if mixer not in ("repmixer", "attention"):
         raise ValueError(f"MCi: token_mixers has {mixer!r}; a stage's is 'repmixer' or 'attention'")

@@ -152,13 +152,7 @@ class MOAT(nn.Module):
     return logits, endpoints
 
   def _check(self) -> None:
-    stages = len(self.depths)
-    for name in ("widths", "block_types", "strides", "window_sizes", "position_sizes"):
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"MOAT: depths names {stages} stages but {name} has {len(getattr(self, name))} values: "
-          f"{getattr(self, name)}"
-        )
+    layers.check_stages(self, "widths", "block_types", "strides", "window_sizes", "position_sizes")
     for i, block_type in enumerate(self.block_types):
       if block_type not in ("mbconv", "moat"):
         raise ValueError(f"MOAT: block_types has {block_type!r}; a stage is 'mbconv' or 'moat'")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
 
 # The authors' draw, a plain normal (their cut lies at a hundred deviations); convolutions keep
 # torch's default.
@@ -125,13 +125,9 @@ class PVT(nn.Module):
     return head(x), endpoints
 
   def _check(self, height: int, width: int) -> None:
-    stages = len(self.depths)
-    for name in ("widths", "num_heads", "mlp_ratios", "reduction_ratios", "patch_sizes"):
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"PVT: depths names {stages} stages but {name} has {len(getattr(self, name))} values: "
-          f"{getattr(self, name)}"
-        )
+    layers.check_stages(
+      self, "widths", "num_heads", "mlp_ratios", "reduction_ratios", "patch_sizes"
+    )
     stride = 1
     for i, (patch, ratio) in enumerate(zip(self.patch_sizes, self.reduction_ratios), start=1):
       stride *= patch
@@ -265,13 +261,7 @@ def _register_family() -> None:
       name,
       PVT,
       {"depths": depths, "drop_path_rate": drop_path},
-      preprocessing=Preprocessing(
-        image_size=224,
-        crop_ratio=0.875,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-      ),
+      preprocessing=imagenet_preprocessing(224),
       published=Published(
         parameters=parameters,
         multiply_adds=round(giga * 1e9),

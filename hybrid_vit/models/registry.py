@@ -52,6 +52,19 @@ class Preprocessing:
   resize: str = "crop"
 
 
+def imagenet_preprocessing(image_size: int) -> Preprocessing:
+  """The usual one: bicubic, ImageNet's statistics, a crop of 0.875; above 224 the whole picture."""
+  whole = image_size > 224
+  return Preprocessing(
+    image_size=image_size,
+    crop_ratio=1.0 if whole else 0.875,
+    interpolation="bicubic",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    resize="squash" if whole else "crop",
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Published:
   """The authors' figures, at the entry's own input size and number of classes.

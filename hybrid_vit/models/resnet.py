@@ -100,11 +100,7 @@ class ResNet(nn.Module):
     return logits, endpoints
 
   def _check(self) -> None:
-    if len(self.depths) != len(self.widths):
-      raise ValueError(
-        f"ResNet: depths names {len(self.depths)} stages but widths has {len(self.widths)} "
-        f"values: {self.widths}"
-      )
+    layers.check_stages(self, "widths")
     if any(width % _EXPANSION for width in self.widths):
       raise ValueError(f"ResNet: widths must be multiples of {_EXPANSION}, not {self.widths}")
 

@@ -139,14 +139,8 @@ class SMT(nn.Module):
     return kind == "attention" or (kind == "hybrid" and block % 2 == 1)
 
   def _check(self) -> None:
-    stages = len(self.depths)
     names = ("widths", "block_types", "modulation_heads", "attention_heads", "mlp_ratios")
-    for name in names:
-      if len(getattr(self, name)) != stages:
-        raise ValueError(
-          f"SMT: depths names {stages} stages but {name} has {len(getattr(self, name))} values: "
-          f"{getattr(self, name)}"
-        )
+    layers.check_stages(self, *names)
     if self.stem_kernel not in (3, 7):
       raise ValueError(f"SMT: stem_kernel is 3 or 7, not {self.stem_kernel}")
     for stage, kind in enumerate(self.block_types):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
 from hybrid_vit.models.vit import resize_grid
 from hybrid_vit.ops import windows as windows_op
 
@@ -119,11 +119,7 @@ class Swin(nn.Module):
     return logits, endpoints
 
   def _check(self) -> None:
-    if len(self.num_heads) != len(self.depths):
-      raise ValueError(
-        f"Swin: depths names {len(self.depths)} stages but num_heads has {len(self.num_heads)} "
-        f"values: {self.num_heads}"
-      )
+    layers.check_stages(self, "num_heads")
     for i, heads in enumerate(self.num_heads):
       if (self.width * 2**i) % heads:
         raise ValueError(
@@ -320,14 +316,7 @@ def _register_family() -> None:
       name,
       Swin,
       arguments,
-      preprocessing=Preprocessing(
-        image_size=size,
-        crop_ratio=0.875 if size == 224 else 1.0,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        resize="crop" if size == 224 else "squash",
-      ),
+      preprocessing=imagenet_preprocessing(size),
       published=Published(
         parameters=parameters,
         multiply_adds=giga and round(giga * 1e9),
