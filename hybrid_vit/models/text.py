@@ -57,11 +57,13 @@ class TextTransformer(nn.Module):
     context_length: for which the position table is made; another length takes it resized.
     width: channels of a token.
     depth: blocks of attention.
-    num_heads: of attention.
+    num_heads: of attention; one number, or one for each of the `depth` blocks.
     embedding_size: width of the projection; 0 for none.
+    positions: add the position table.
     mixer_blocks: a convolutional block before and one after the others (MobileCLIP-S0).
     mixer_kernel_size: of those, along the tokens.
-    mlp_ratio: hidden width of the MLPs over the width, rounded up to a multiple of 16.
+    mlp_ratio: hidden width of the MLPs over the width, rounded up to a multiple of 16; one number,
+      or one for each of the `depth` blocks.
     activation: "gelu" (exact) or "quick_gelu" (OpenAI's CLIP weights).
     layer_norm_epsilon: of every layer norm.
     layer_scale: where the convolutional blocks' scales begin; None for no scales.
@@ -77,11 +79,12 @@ class TextTransformer(nn.Module):
   context_length: int = 77
   width: int = 512
   depth: int = 12
-  num_heads: int = 8
+  num_heads: int | tuple[int, ...] = 8
   embedding_size: int = 512
+  positions: bool = True
   mixer_blocks: bool = False
   mixer_kernel_size: int = 11
-  mlp_ratio: float = 4.0
+  mlp_ratio: float | tuple[float, ...] = 4.0
   activation: str = "gelu"
   layer_norm_epsilon: float = 1e-5
   layer_scale: float | None = 1e-5
@@ -95,23 +98,28 @@ class TextTransformer(nn.Module):
   def __call__(
     self, tokens: jax.Array, train: bool = False
   ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-    if self.width % self.num_heads:
-      raise ValueError(
-        f"TextTransformer: {self.num_heads} heads do not divide the width {self.width}"
-      )
+    heads, ratios = self._per_block("num_heads"), self._per_block("mlp_ratio")
+    for number in heads:
+      if self.width % number:
+        raise ValueError(f"TextTransformer: {number} heads do not divide the width {self.width}")
     normal = nn.initializers.normal
     shape = (self.vocabulary_size, self.width)
     embedding = self.param("token_embedding", normal(0.02), shape, jnp.float32)
-    shape = (self.context_length, self.width)
-    positions = self.param("position_sequence", normal(0.01), shape, jnp.float32)
-    positions = resize_sequence(positions, tokens.shape[1])
-    x = embedding[tokens].astype(self.dtype) + positions.astype(self.dtype)
+    x = embedding[tokens].astype(self.dtype)
+    if self.positions:
+      shape = (self.context_length, self.width)
+      positions = self.param("position_sequence", normal(0.01), shape, jnp.float32)
+      x = x + resize_sequence(positions, tokens.shape[1]).astype(self.dtype)
 
     endpoints, total = {}, self.depth + 2 * self.mixer_blocks
     for i in range(total):
       mixes = self.mixer_blocks and i in (0, total - 1)
       name = f"block{i}"
-      x = self._mixer(x, name, train) if mixes else self._encoder(name)(x, train)
+      if mixes:
+        x = self._mixer(x, name, train)
+      else:
+        number = i - self.mixer_blocks
+        x = self._encoder(heads[number], ratios[number], name)(x, train)
       endpoints[name] = x
     x = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "final_norm")(x)
     endpoints["final_norm"] = x
@@ -123,12 +131,21 @@ class TextTransformer(nn.Module):
     head = nn.Dense(self.embedding_size, False, jnp.float32, kernel_init=init, name="head")
     return head(x), endpoints
 
-  def _encoder(self, name: str) -> Any:
+  def _per_block(self, name: str) -> tuple[Any, ...]:
+    value = getattr(self, name)
+    values = value if isinstance(value, tuple) else (value,) * self.depth
+    if len(values) != self.depth:
+      raise ValueError(
+        f"TextTransformer: depth is {self.depth} but {name} has {len(values)} values: {values}"
+      )
+    return values
+
+  def _encoder(self, num_heads: int, mlp_ratio: float, name: str) -> Any:
     # Without a fresh key for the recomputation both passes would draw the same.
     block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
     return block(
-      num_heads=self.num_heads,
-      hidden=math.ceil(self.width * self.mlp_ratio / 16) * 16,
+      num_heads=num_heads,
+      hidden=math.ceil(self.width * mlp_ratio / 16) * 16,
       activation=self.activation,
       layer_norm_epsilon=self.layer_norm_epsilon,
       drop_path_rate=0.0,

@@ -119,3 +119,5 @@ def test_errors_say_what_is_wrong():
     text.create_text_tower("b")
   with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
     jax.eval_shape(small(num_heads=3).init, jax.random.key(0), TOKENS)
+  with pytest.raises(ValueError, match=r"depth is 1 but mlp_ratio has 2 values: \(2.0, 4.0\)"):
+    jax.eval_shape(small(mlp_ratio=(2.0, 4.0)).init, jax.random.key(0), TOKENS)

@@ -36,7 +36,10 @@ def check(model, variables, tokens, expected, block, last):
 @pytest.mark.parametrize("merged", [False, True])
 def test_small(name, merged):
   description, expected = golden.load("mobileclip", name)
-  cfg, tokens = description["arguments"]["cfg"], expected.pop("tokens")
+  tokens = expected.pop("tokens")
+  cfg = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in description["arguments"]["cfg"].items()
+  }
   model = text.TextTransformer(
     causal=cfg["causal_masking"],
     vocabulary_size=cfg["vocab_size"],
@@ -47,6 +50,7 @@ def test_small(name, merged):
     embedding_size=description["arguments"]["projection_dim"],
     mixer_blocks=cfg["model_name"] == "mct",
     mlp_ratio=cfg["ffn_multiplier_per_layer"],
+    positions=not cfg.get("no_pos_embedding", False),
   )
   variables = load(model, "official", golden.weights(description), tokens)
   count = sum(p.size for p in jax.tree.leaves(variables["params"]))
