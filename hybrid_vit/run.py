@@ -25,8 +25,9 @@ from hybrid_vit.models.registry import (
 from hybrid_vit.optimizers import Schedule, make_optimizer, schedule_from_config
 from hybrid_vit.tasks.base import Task
 from hybrid_vit.tasks.classification import LOSSES, Classification, Mixing
+from hybrid_vit.tasks.intermediate_supervision import IntermediateSupervision
 
-TASKS = ("classification",)
+TASKS = ("classification", "intermediate_supervision")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -132,17 +133,26 @@ def build_task(
     raise ConfigError(f"`config.batch_norm_groups` is {groups}, and {name} has no batch norm")
   model = create_model(name, num_classes=classes, **own_arguments, **run_arguments)
   fields = config.group("task")
-  fields.choice("name", TASKS, "classification")
+  task_name = fields.choice("name", TASKS, "classification")
   mixing = fields.get("mixing")
-  task = Classification(
-    model=model,
-    num_classes=classes,
-    mean=preprocessing.mean,
-    std=preprocessing.std,
-    loss_name=fields.choice("loss", LOSSES, "softmax"),
-    label_smoothing=float(fields.get("label_smoothing", 0.0)),
-    mixing=Mixing(**mixing.as_dict()) if mixing is not None else None,
-  )
+  task_arguments: dict[str, Any] = {
+    "model": model,
+    "num_classes": classes,
+    "mean": preprocessing.mean,
+    "std": preprocessing.std,
+    "loss_name": fields.choice("loss", LOSSES, "softmax"),
+    "label_smoothing": float(fields.get("label_smoothing", 0.0)),
+    "mixing": Mixing(**mixing.as_dict()) if mixing is not None else None,
+  }
+  task: Task
+  if task_name == "intermediate_supervision":
+    task = IntermediateSupervision(
+      **task_arguments,
+      reconstruction_weight=float(fields.get("reconstruction_weight", 3.0)),
+      auxiliary_weight=float(fields.get("auxiliary_weight", 0.7)),
+    )
+  else:
+    task = Classification(**task_arguments)
   return task, ModelSpec(name, own_arguments, classes, dataclasses.asdict(preprocessing))
 
 

@@ -96,11 +96,12 @@ def _key(names: _Names, path: str) -> convert.OfficialKey:
   return (torch_keys.conv if module == "depthwise_conv" else torch_keys.dense)(name, leaf)
 
 
+def _layout(names: _Names) -> convert.Layout:
+  return convert.Layout(lambda _: functools.partial(_key, names))
+
+
 LAYOUTS = {
-  name: convert.Layout(lambda _, names=names: functools.partial(_key, names))
-  for name, names in (
-    ("official", _OFFICIAL),
-    ("timm", _TIMM),
-    ("transformers", _TRANSFORMERS),
-  )
+  "official": _layout(_OFFICIAL),
+  "timm": _layout(_TIMM),
+  "transformers": _layout(_TRANSFORMERS),
 }
