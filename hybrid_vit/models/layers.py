@@ -97,6 +97,7 @@ class DepthwiseConv(nn.Module):
   use_bias: bool
   kernel_init: Initializer
   dtype: Any = jnp.float32
+  bias_init: Initializer = nn.initializers.zeros
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -106,7 +107,7 @@ class DepthwiseConv(nn.Module):
       x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding
     )
     if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+      bias = self.param("bias", self.bias_init, (x.shape[-1],), jnp.float32)
       x = x + bias.astype(self.dtype)
     return x
 

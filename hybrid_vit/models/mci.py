@@ -3,9 +3,8 @@
 Pavan Kumar Anasosalu Vasu et al., "MobileCLIP: Fast Image-Text Models through Multi-Modal
 Reinforced Training", CVPR 2024, arXiv:2311.17049; the network is FastViT, ICCV 2023,
 arXiv:2303.14189. Follows the authors' code (apple/ml-mobileclip, `mobileclip/models/mci.py`), with
-these differences: biases of convolutions begin at zero (there at torch's default, uniform); with
-`head_bias` the head is a classifier (the authors' own linear head is applied to a map, which cannot
-work; MobileCLIP replaces it).
+one difference: with `head_bias` the head is a classifier (the authors' own linear head is applied
+to a map, which cannot work; MobileCLIP replaces it).
 """
 
 from typing import Any

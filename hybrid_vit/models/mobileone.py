@@ -3,11 +3,11 @@
 Pavan Kumar Anasosalu Vasu et al., "MobileOne", CVPR 2023, arXiv:2206.04040, and "FastViT", ICCV
 2023, arXiv:2303.14189, as the authors' ml-mobileclip has them (`modules/common/mobileone.py`,
 `models/mci.py`, `modules/text/repmixer.py`). MobileCLIP's image encoders (`mci.py`) and its mixed
-text tower (`text.py`) are made of them. One difference: biases of convolutions begin at zero (there
-at torch's default, uniform).
+text tower (`text.py`) are made of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +92,12 @@ class Convolution(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[B, H, W, C]` to `[B, ceil(H / stride), ceil(W / stride), features]`."""
     channels, stride = x.shape[-1], self.stride
-    common = {"use_bias": self.use_bias, "kernel_init": self.kernel_init, "dtype": self.dtype}
+    common = {
+      "use_bias": self.use_bias,
+      "kernel_init": self.kernel_init,
+      "bias_init": layers.torch_bias_init(math.prod(self.kernel_size) * channels // self.groups),
+      "dtype": self.dtype,
+    }
     pads = [(k // 2, k // 2) for k in self.kernel_size]
     conv: nn.Module
     if self.groups == channels:
@@ -196,13 +201,17 @@ class SqueezeExcitation(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.mean((1, 2), keepdims=True, dtype=np.float32).astype(self.dtype)
-    y = nn.relu(
-      nn.Dense(self.hidden, kernel_init=layers.torch_conv_init, dtype=self.dtype, name="reduce")(y)
-    )
-    y = nn.Dense(x.shape[-1], kernel_init=layers.torch_conv_init, dtype=self.dtype, name="expand")(
-      y
-    )
-    return x * nn.sigmoid(y)
+    y = nn.relu(self._dense(y, self.hidden, "reduce"))
+    return x * nn.sigmoid(self._dense(y, x.shape[-1], "expand"))
+
+  def _dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
+    return nn.Dense(
+      features,
+      kernel_init=layers.torch_conv_init,
+      bias_init=layers.torch_bias_init(x.shape[-1]),
+      dtype=self.dtype,
+      name=name,
+    )(x)
 
 
 class RepMixer(nn.Module):

@@ -4,8 +4,7 @@ Alexey Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv:201
 Touvron et al., "Training data-efficient image transformers", ICML 2021, arXiv:2012.12877. The CLIP
 forms follow open_clip (`ViT-B-16`) and apple/ml-mobileclip (`mobileclip/models/vit.py`).
 Differences: all linear layers begin normal with 0.02, as DeiT's (MobileCLIP's at torch's default,
-uniform of 0.021 at its width); the stem's bias begins at zero; DeiT's distillation token is left
-out.
+uniform of 0.021 at its width); DeiT's distillation token is left out.
 """
 
 import math
@@ -163,6 +162,7 @@ class VisionTransformer(nn.Module):
       padding="VALID",
       use_bias=self.stem_bias,
       kernel_init=layers.torch_conv_init,
+      bias_init=layers.torch_bias_init(self.patch_size**2 * x.shape[-1]),
       dtype=self.dtype,
       name="stem",
     )(x)
@@ -238,6 +238,7 @@ class ConvStem(nn.Module):
         padding=((pad, pad), (pad, pad)),
         use_bias=i == 2,
         kernel_init=layers.torch_conv_init,
+        bias_init=layers.torch_bias_init(size**2 * x.shape[-1]),
         dtype=self.dtype,
         name=f"conv_{i}",
       )(x)

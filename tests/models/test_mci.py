@@ -1,11 +1,14 @@
 """MCi: exact counts, the structure's promises, merging, and both layouts of its weights."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from hybrid_vit.models import mobileone
 from hybrid_vit.models.registry import create_model, list_models, model_entry
@@ -71,6 +74,26 @@ def test_the_structure():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_trains(dtype):
   contract.check_trains(small(dtype=dtype, head_bias=True, drop_path_rate=0.1), rate=2e-2)
+
+
+def test_initial_biases():
+  """Torch's own where the authors leave them, zero in the MLPs and the attention."""
+  params = contract.initialize(small(), contract.images(1, 32, 32))["params"]
+  kinds = set()
+  for path, bias in traverse_util.flatten_dict(jax.device_get(params), sep="/").items():
+    kind = re.search(r"(position_conv|reduce|expand|fc1|fc2|proj)/bias$", path)
+    if not kind:
+      continue
+    kinds.add(kind[1])
+    if kind[1] in ("fc1", "fc2", "proj"):
+      assert not bias.any(), path
+      continue
+    owner = params
+    for name in path.split("/")[:-1]:
+      owner = owner[name]
+    bound = math.prod(owner["kernel"].shape[:-1]) ** -0.5
+    assert 0.5 * bound < abs(bias).max() <= bound, (path, bound)
+  assert kinds == {"position_conv", "reduce", "expand", "fc1", "fc2", "proj"}
 
 
 @pytest.mark.parametrize("layout", keymap_mci.LAYOUTS)
