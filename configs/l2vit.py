@@ -67,22 +67,16 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
   """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
-  config = recipes.imagenet(
-    name,
-    *recipes.DEIT_AUGMENTATION,
-    batch_size=batch_size,
-    source="folder:data/imagenet22k",
-    num_classes=21841,
-  )
-  recipe = recipes.deit(
+  config = recipes.deit(
     name,
     batch_size=batch_size,
     learning_rate=1e-3,
     learning_rate_batch_size=1024,  # ours: linear in the batch
     warmup_epochs=5,  # from 1e-6 to the peak, down to 1e-5
+    epochs=90,
+    source="folder:data/imagenet22k",
+    num_classes=21841,
   )
-  config.task, config.optimizer = recipe.task, recipe.optimizer
-  config.total_epochs = 90
   config.precision = "float32"
   return config
 

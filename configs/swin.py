@@ -67,23 +67,17 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
   """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
-  config = recipes.imagenet(
-    name,
-    *recipes.DEIT_AUGMENTATION,
-    batch_size=batch_size,
-    source="folder:data/imagenet22k",
-    num_classes=21841,
-  )
-  recipe = recipes.deit(
+  config = recipes.deit(
     name,
     batch_size=batch_size,
     learning_rate=1.25e-4,
     learning_rate_batch_size=512,
     warmup_epochs=5,
     gradient_clip_norm=5.0,
+    epochs=90,
+    source="folder:data/imagenet22k",
+    num_classes=21841,
   )
-  config.task, config.optimizer = recipe.task, recipe.optimizer
-  config.total_epochs = 90
   return config
 
 

@@ -18,7 +18,8 @@ from hybrid_vit.models.registry import Preprocessing
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# timm's "rand-m9-mstd0.5-inc1", and erasing in pixels.
+# timm's "rand-m9-mstd0.5-inc1", and erasing in pixels. The noise lies in the range of the pictures;
+# timm's, drawn after normalising, goes beyond it ("…|normalize(…)|random_erasing(0.25)" does, too).
 DEIT_AUGMENTATION = (
   "randaugment(2, 9, magnitude_std=0.5, increasing=True)",
   "random_erasing(0.25)",
@@ -125,6 +126,8 @@ def deit(
   end_learning_rate: float = 1e-5,
   ema_decay: float | None = None,
   epochs: int = 300,
+  source: str = "tfds:imagenet2012",
+  num_classes: int = 1000,
 ) -> ConfigDict:
   """The recipe of DeiT on ImageNet-1K, which most systems took over with few figures changed.
 
@@ -143,8 +146,12 @@ def deit(
     end_learning_rate: where the cosine ends.
     ema_decay: of the averaged weights; None for none.
     epochs: all of them.
+    source: see `imagenet`.
+    num_classes: see `imagenet`.
   """
-  config = imagenet(model, *DEIT_AUGMENTATION, batch_size=batch_size)
+  config = imagenet(
+    model, *DEIT_AUGMENTATION, batch_size=batch_size, source=source, num_classes=num_classes
+  )
   config.total_epochs = epochs
   config.task = dict(
     name="classification",
