@@ -4,7 +4,7 @@
     --config=configs/swin.py:swin_base_384 --config.init_from=WORKDIR           from 1K weights
     --config=configs/swin.py:swin_large_22k               22K (tiny, small, base too), then
     --config=configs/swin.py:swin_large_384_22kto1k --config.init_from=WORKDIR
-    --config=configs/swin.py:runlocal                     two minutes on a laptop
+    --config=configs/swin.py:runlocal                     a minute on a laptop
 
 The rates there are for a batch of 512 and follow the batch. A larger window takes the tables of
 relative positions resized. A head of 22K begins anew on 1K; the authors pick its rows by a list.

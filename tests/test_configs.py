@@ -77,7 +77,8 @@ def test_local_tries_run_on_the_embedded_digits_in_about_a_minute():
     config = load(path, variant)
     assert config.data.source == "digits", path
     length = run.training_length(config, 1437)
-    assert length.total_steps * config.data.batch_size < 10_000, path
+    # Swin learns slowest: its 16,896 pictures took 30 s on two cores.
+    assert length.total_steps * config.data.batch_size < 17_000, path
 
 
 def test_the_recipe_of_moat_follows_its_arguments():
