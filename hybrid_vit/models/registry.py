@@ -177,7 +177,10 @@ def _arguments(module_class: type[nn.Module]) -> tuple[str, ...]:
 def _entries() -> dict[str, ModelEntry]:
   for module in _FAMILIES:
     importlib.import_module(module)
-  return _ENTRIES
+  # A module that somebody imported by itself has registered its models before the others.
+  order = {module: i for i, module in enumerate(_FAMILIES)}
+  place = {name: order.get(e.module_class.__module__, len(order)) for name, e in _ENTRIES.items()}
+  return {name: _ENTRIES[name] for name in sorted(_ENTRIES, key=place.__getitem__)}
 
 
 def _check_arguments(name, module_class, arguments) -> None:

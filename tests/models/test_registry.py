@@ -14,6 +14,16 @@ def test_names_are_listed_by_pattern():
   assert len(hybrid_vit.list_models("*moat*")) == 18
 
 
+def test_the_order_of_the_list_does_not_depend_on_what_was_imported_first():
+  listing = "import hybrid_vit; print(hybrid_vit.list_models())"
+  first = "import hybrid_vit.models.cswin, hybrid_vit.models.revcol; "
+  run = [
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    for code in (listing, first + listing)
+  ]
+  assert run[0] == run[1] and "cswin_tiny" in run[0]
+
+
 def test_overrides_and_the_head():
   model = hybrid_vit.create_model(
     "moat_0", num_classes=7, widths=[32, 64, 96, 128], dtype="bfloat16"
