@@ -7,7 +7,10 @@ import pytest
 from flax import traverse_util
 
 from hybrid_vit.models import layers, moat
-from hybrid_vit.models.registry import create_model, list_models, model_entry
+from hybrid_vit.models.registry import create_model, list_models
+from hybrid_vit.weights import keymap_moat
+from tests.models import contract
+from tests.models.contract import images, run
 
 SMALL = {
   "stem_widths": (8, 8),
@@ -22,52 +25,18 @@ def small(**overrides):
   return create_model("tiny_moat_0", 10, **{**SMALL, **overrides})
 
 
-def images(*shape):
-  return np.random.default_rng(0).normal(size=(*shape, 3)).astype(np.float32)
-
-
-@functools.cache
-def initial_variables():
-  return jax.device_get(jax.jit(small().init)(jax.random.key(0), images(1, 32, 32)))
-
-
-@functools.cache
 def small_variables():
-  """Variables whose every number is drawn, so that nothing hides behind zeros and ones."""
-  leaves, tree = jax.tree.flatten(initial_variables())
-  rng = np.random.default_rng(1)
-
-  def drawn(x):
-    # Kernels of variance 1 / fan_in keep the activations' scale.
-    noise = rng.normal(size=x.shape).astype(np.float32)
-    return noise / np.sqrt(np.prod(x.shape[:-1])) if x.ndim > 1 else x + 0.2 * np.abs(noise)
-
-  return jax.tree.unflatten(tree, [drawn(x) for x in leaves])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def run(model, variables, x, train=False, key=None):
-  rngs = None if key is None else {"dropout": key}
-  if train:
-    return model.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])
-  return model.apply(variables, x, train=False)
+  return contract.drawn_variables(small())
 
 
 @pytest.mark.parametrize("name", list_models("*moat*"))
-def test_parameters_and_features_of_every_entry(name):
-  model, published = create_model(name), model_entry(name).published
-  x = jax.ShapeDtypeStruct((2, 70, 96, 3), jnp.float32)
-  (logits, endpoints), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
-  assert sum(p.size for p in jax.tree.leaves(variables["params"])) == published.parameters
-  assert logits.shape == (2, 1000)
-  assert [f.name for f in model.features] == ["stage1", "stage2", "stage3", "stage4"]
-  assert [f.stride for f in model.features] == [4, 8, 16, 32]
-  for f in model.features:
-    assert endpoints[f.name].shape == (2, -(-70 // f.stride), -(-96 // f.stride), f.channels)
+def test_entries(name):
+  contract.check_entry(name, (70, 96))
+  model = create_model(name)
+  x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  (_, endpoints), _ = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
   blocks = {f"stage{s + 1}_block{b}" for s, n in enumerate(model.depths) for b in range(n)}
-  stages = {f.name for f in model.features}
-  assert set(endpoints) == {"stem", "pre_logits"} | blocks | stages
-  assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
+  assert set(endpoints) == {"stem", "pre_logits"} | blocks | {f.name for f in model.features}
 
 
 def test_the_table_of_variants_is_complete():
@@ -76,7 +45,8 @@ def test_the_table_of_variants_is_complete():
 
 
 def test_initial_values():
-  for path, value in traverse_util.flatten_dict(initial_variables()["params"], sep="/").items():
+  variables = jax.device_get(contract.initialize(small(), images(1, 32, 32)))
+  for path, value in traverse_util.flatten_dict(variables["params"], sep="/").items():
     leaf = path.rsplit("/", 1)[1]
     if leaf in ("kernel", "position_table"):
       # Four standard errors of a standard deviation.
@@ -85,65 +55,24 @@ def test_initial_values():
       np.testing.assert_array_equal(value, 1.0 if leaf == "scale" else 0.0, err_msg=path)
 
 
-def test_every_parameter_gets_a_gradient():
-  model, variables, x = small(), small_variables(), images(2, 48, 64)
-
-  @jax.jit
-  def gradient(params):
-    def loss(params):
-      logits, _ = model.apply({**variables, "params": params}, x, train=False)
-      return jnp.sum(logits * jnp.cos(jnp.arange(20.0)).reshape(2, 10))
-
-    return jax.grad(loss)(params)
-
-  for path, g in traverse_util.flatten_dict(gradient(variables["params"]), sep="/").items():
-    largest = float(jnp.abs(g).max())
-    assert np.isfinite(largest), path
-    if path.endswith("attention/key/bias"):
-      # It adds the same number to all logits of a query, which the softmax takes away again.
-      assert largest < 1e-4, path
-    else:
-      assert largest > 1e-4, path
+@pytest.mark.slow
+def test_the_structure():
+  # A key's bias adds the same to all logits of a query, which the softmax takes away again.
+  contract.check_gradients(small(), dead=("attention/key/bias",))
+  contract.check_bfloat16(small)
+  contract.check_remat(small)
+  contract.check_drop_path(small)
+  contract.check_sizes(small(), [(37, 51), (33, 64)])
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_recomputing_blocks_changes_nothing(train):
-  x, key = images(2, 32, 32), jax.random.key(3)
-  answers = []
-  for remat in (False, True):
-    model = small(remat=remat, drop_path_rate=0.5)
-    shapes = jax.eval_shape(model.init, key, x)
-    assert jax.tree.structure(shapes) == jax.tree.structure(small_variables())
-    answers.append(run(model, small_variables(), x, train, key))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *answers)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_trains(dtype):
+  contract.check_trains(small(dtype=dtype, batch_norm_momentum=0.9))
 
 
-def test_recomputing_blocks_stores_less():
-  x = images(2, 32, 32)
-
-  def stored(remat):
-    model = small(remat=remat)
-    _, pull = jax.eval_shape(
-      lambda p: jax.vjp(lambda p: model.apply({**small_variables(), "params": p}, x)[0], p),
-      small_variables()["params"],
-    )
-    return sum(leaf.size for leaf in jax.tree.leaves(pull))
-
-  assert stored(True) < 0.5 * stored(False)
-
-
-def test_bfloat16_keeps_parameters_and_logits_in_float32():
-  x = images(2, 48, 40)
-  model = small(dtype="bfloat16")
-  (logits, endpoints), new = run(model, small_variables(), x, True, jax.random.key(0))
-  assert logits.dtype == jnp.float32
-  assert all(v.dtype == jnp.bfloat16 for k, v in endpoints.items() if k != "pre_logits")
-  assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(new))
-  assert all(bool(jnp.isfinite(v.astype(jnp.float32)).all()) for v in endpoints.values())
-  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-  assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(shapes))
-  (exact, _), _ = run(small(), small_variables(), x, True, jax.random.key(0))
-  assert float(jnp.abs(logits - exact).max()) < 0.1 * float(jnp.abs(exact).max())
+def test_weights_go_out_and_back():
+  contract.check_round_trip(small(), keymap_moat.LAYOUTS["official"])
 
 
 def test_softmax_is_float32_in_bfloat16():
@@ -164,26 +93,14 @@ def test_grouped_batch_norm_is_each_group_alone():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), new, average)
 
 
-def test_drop_path_is_a_function_of_the_key_and_ramps_from_zero():
-  x = images(4, 32, 32)
-  model = small(drop_path_rate=0.9)
-  one, again, other = (
-    run(model, small_variables(), x, True, jax.random.key(k))[0][1] for k in (0, 0, 1)
+def test_drop_path_ramps_from_zero():
+  one, other = (
+    run(small(drop_path_rate=0.9), small_variables(), images(4, 32, 32), True, jax.random.key(k))
+    for k in (0, 1)
   )
-  jax.tree.map(np.testing.assert_array_equal, one, again)
+  one, other = one[0][1], other[0][1]
   np.testing.assert_array_equal(one["stage1"], other["stage1"])  # the first block's rate is 0
   assert float(jnp.abs(one["stage4"] - other["stage4"]).max()) > 0.01
-  with pytest.raises(Exception, match="dropout"):
-    model.apply(small_variables(), x, train=True, mutable=["batch_stats"])
-
-
-@pytest.mark.parametrize("size", [(37, 51), (33, 64)])
-def test_odd_and_non_square_inputs(size):
-  logits, endpoints = run(small(), small_variables(), images(1, *size))
-  assert logits.shape == (1, 10) and bool(jnp.isfinite(logits).all())
-  for f in small().features:
-    expected = (1, -(-size[0] // f.stride), -(-size[1] // f.stride), f.channels)
-    assert endpoints[f.name].shape == expected
 
 
 def test_a_small_network_without_strides():
