@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from hybrid_vit import run, sharding
 from hybrid_vit.collectives import Collective, collectives_of
 from hybrid_vit.config import Config, ConfigError
-from hybrid_vit.data.sources import MissingDataError
+from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.models.registry import model_entry
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters, parameters_by_module

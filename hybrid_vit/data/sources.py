@@ -26,6 +26,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.tfds_source import TfdsSource
+
 SPLITS = ("train", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 _SPLIT_FOLDERS = {
@@ -35,10 +38,6 @@ _SPLIT_FOLDERS = {
 }
 # Every tenth picture of a class, in the order of names, where nothing is set apart.
 _HELD_OUT = 10
-
-
-class MissingDataError(FileNotFoundError):
-  """Data that is not there: what was looked for, where, and the command that prepares it."""
 
 
 class Source(Protocol):
@@ -72,8 +71,6 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
   """
   kind, _, rest = spec.partition(":")
   if kind == "tfds":
-    from hybrid_vit.data.tfds_source import TfdsSource
-
     return TfdsSource(rest, split, data_dir)
   name, part = parse_split(split)
   source: Source

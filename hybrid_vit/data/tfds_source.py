@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hybrid_vit.data.sources import MissingDataError
+from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.tfrecord import TfRecordShards
 
 

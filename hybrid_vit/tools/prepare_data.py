@@ -28,7 +28,8 @@ from typing import Any
 
 import tqdm
 
-from hybrid_vit.data.sources import SPLITS, MissingDataError, create_source
+from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.sources import SPLITS, create_source
 from hybrid_vit.data.tfds_source import shard_format
 from hybrid_vit.data.tfrecord import check_count, read_records
 

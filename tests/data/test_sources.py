@@ -6,7 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from hybrid_vit.data.sources import MissingDataError, create_source, parse_split, part_slice
+from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.sources import create_source, parse_split, part_slice
 from tests.data.pictures import write_folder, write_zip
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hybrid_vit.data import tfrecord as tfrecord_module
-from hybrid_vit.data.sources import MissingDataError, create_source
+from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.sources import create_source
 from hybrid_vit.data.tfrecord import (
   TfRecordError,
   TfRecordShards,
