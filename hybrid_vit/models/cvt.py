@@ -22,7 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Published,
+  feature_pyramid,
+  imagenet_preprocessing,
+  register,
+)
 
 _INIT = nn.initializers.normal(0.02)
 _NORM_EPSILON = 1e-5  # of layer norms and batch norms
@@ -102,11 +108,7 @@ class CvT(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    specs, stride = [], 1
-    for i, (step, width) in enumerate(zip(self.strides, self.widths), start=1):
-      stride *= step
-      specs.append(FeatureSpec(f"stage{i}", stride, width))
-    return tuple(specs)
+    return feature_pyramid(self.widths, self.strides)
 
   @nn.compact
   def __call__(
@@ -345,13 +347,8 @@ class Attention(nn.Module):
       dtype=self.dtype,
       name=f"{name}_conv",
     )(image)
-    return layers.BatchNorm(
-      epsilon=_NORM_EPSILON,
-      momentum=self.batch_norm_momentum,
-      num_groups=self.batch_norm_groups,
-      unbiased_variance=True,
-      dtype=self.dtype,
-      name=f"{name}_norm",
+    return layers.batch_norm(
+      self, epsilon=_NORM_EPSILON, unbiased_variance=True, name=f"{name}_norm"
     )(image, train)
 
 

@@ -389,14 +389,7 @@ def _dense(features: int, dtype: Any, name: str) -> layers.PointwiseConv:
 
 
 def _batch_norm(module: Any, name: str) -> layers.BatchNorm:
-  return layers.BatchNorm(
-    epsilon=_NORM_EPSILON,
-    momentum=module.batch_norm_momentum,
-    num_groups=module.batch_norm_groups,
-    unbiased_variance=True,
-    dtype=module.dtype,
-    name=name,
-  )
+  return layers.batch_norm(module, epsilon=_NORM_EPSILON, unbiased_variance=True, name=name)
 
 
 def _register_family() -> None:

@@ -140,6 +140,18 @@ def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerN
   return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def batch_norm(module: Any, *, epsilon: float, unbiased_variance: bool, name: str) -> BatchNorm:
+  """Batch norm as a module's `batch_norm_momentum`, `batch_norm_groups` and `dtype` say."""
+  return BatchNorm(
+    epsilon=epsilon,
+    momentum=module.batch_norm_momentum,
+    num_groups=module.batch_norm_groups,
+    unbiased_variance=unbiased_variance,
+    dtype=module.dtype,
+    name=name,
+  )
+
+
 class LayerScale(nn.Module):
   """Multiplies each channel of `[..., C]` by a parameter `gamma` that begins at `initial_value`."""
 

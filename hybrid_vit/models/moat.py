@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Preprocessing,
+  Published,
+  feature_pyramid,
+  register,
+)
 from hybrid_vit.ops import windows as windows_op
 
 # The authors' figures, written out for the reader: plain normal kernels, not truncated.
@@ -85,11 +91,7 @@ class MOAT(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    specs, stride = [], self.stem_stride
-    for i, (step, width) in enumerate(zip(self.strides, self.widths), start=1):
-      stride *= step
-      specs.append(FeatureSpec(f"stage{i}", stride, width))
-    return tuple(specs)
+    return feature_pyramid(self.widths, self.strides, first=self.stem_stride)
 
   @nn.compact
   def __call__(
@@ -334,13 +336,7 @@ def _pair(size: Size | None) -> tuple[int, int] | None:
 
 
 def _batch_norm(module: Any, name: str) -> layers.BatchNorm:
-  return layers.BatchNorm(
-    epsilon=_BATCH_NORM_EPSILON,
-    momentum=module.batch_norm_momentum,
-    num_groups=module.batch_norm_groups,
-    dtype=module.dtype,
-    name=name,
-  )
+  return layers.batch_norm(module, epsilon=_BATCH_NORM_EPSILON, unbiased_variance=False, name=name)
 
 
 def _register_family() -> None:

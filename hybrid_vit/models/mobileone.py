@@ -62,14 +62,7 @@ def reparameterize(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def batch_norm(options: Options, name: str) -> layers.BatchNorm:
   """Torch's batch norm."""
-  return layers.BatchNorm(
-    epsilon=BATCH_NORM_EPSILON,
-    momentum=options.batch_norm_momentum,
-    num_groups=options.batch_norm_groups,
-    unbiased_variance=True,
-    dtype=options.dtype,
-    name=name,
-  )
+  return layers.batch_norm(options, epsilon=BATCH_NORM_EPSILON, unbiased_variance=True, name=name)
 
 
 class Convolution(nn.Module):

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Published,
+  feature_pyramid,
+  imagenet_preprocessing,
+  register,
+)
 
 # The authors' draw, a plain normal (their cut lies at a hundred deviations); convolutions keep
 # torch's default.
@@ -65,11 +71,7 @@ class PVT(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    specs, stride = [], 1
-    for i, (patch, width) in enumerate(zip(self.patch_sizes, self.widths), start=1):
-      stride *= patch
-      specs.append(FeatureSpec(f"stage{i}", stride, width))
-    return tuple(specs)
+    return feature_pyramid(self.widths, self.patch_sizes)
 
   @nn.compact
   def __call__(

@@ -4,7 +4,9 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Mapping
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -88,6 +90,18 @@ class FeatureSpec(NamedTuple):
   name: str
   stride: int
   channels: int
+
+
+def feature_pyramid(
+  widths: Sequence[int], steps: Sequence[int], first: int = 1
+) -> tuple[FeatureSpec, ...]:
+  """Levels "stage1" … of channels `widths`; a stage's stride is `first` times the steps so far."""
+  strides = itertools.accumulate(steps, operator.mul, initial=first)
+  next(strides)
+  return tuple(
+    FeatureSpec(f"stage{i}", stride, width)
+    for i, (stride, width) in enumerate(zip(strides, widths), start=1)
+  )
 
 
 @dataclasses.dataclass(frozen=True)

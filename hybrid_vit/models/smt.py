@@ -384,14 +384,7 @@ def _depthwise(module: Any, size: int, name: str) -> layers.DepthwiseConv:
 
 
 def _batch_norm(module: Any, name: str) -> layers.BatchNorm:
-  return layers.BatchNorm(
-    epsilon=_BATCH_NORM_EPSILON,
-    momentum=module.batch_norm_momentum,
-    num_groups=module.batch_norm_groups,
-    unbiased_variance=True,
-    dtype=module.dtype,
-    name=name,
-  )
+  return layers.batch_norm(module, epsilon=_BATCH_NORM_EPSILON, unbiased_variance=True, name=name)
 
 
 def _register_family() -> None:

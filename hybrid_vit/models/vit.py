@@ -243,13 +243,8 @@ class ConvStem(nn.Module):
         name=f"conv_{i}",
       )(x)
       if i < 2:
-        x = layers.BatchNorm(
-          epsilon=_BATCH_NORM_EPSILON,
-          momentum=self.batch_norm_momentum,
-          num_groups=self.batch_norm_groups,
-          unbiased_variance=True,
-          dtype=self.dtype,
-          name=f"norm_{i}",
+        x = layers.batch_norm(
+          self, epsilon=_BATCH_NORM_EPSILON, unbiased_variance=True, name=f"norm_{i}"
         )(x, train)
         x = layers.gelu(x)
     return x
