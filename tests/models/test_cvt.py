@@ -1,13 +1,11 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hybrid_vit.models import cvt
-from hybrid_vit.models.registry import create_model, list_models, model_entry
-from hybrid_vit.tools.summarize import count_multiply_adds
+from hybrid_vit.models.registry import create_model, list_models
+from hybrid_vit.tools.summarize import summarize
 from hybrid_vit.weights import keymap_cvt
 from tests.models import contract
 
@@ -54,10 +52,7 @@ def test_entry(name):
 
 @pytest.mark.parametrize("name", [n for n in MULTIPLY_ADDS if "_22k" not in n or "w24" in n])
 def test_multiply_adds(name):
-  model, size = create_model(name), model_entry(name).preprocessing.image_size
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  counted = count_multiply_adds(functools.partial(model.apply, train=False), variables, images)
+  counted = summarize(name).multiply_adds
   assert round(counted / 1e9, 3) == MULTIPLY_ADDS[name]
 
 
