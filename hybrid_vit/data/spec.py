@@ -1,0 +1,202 @@
+"""What a batch is made of: each key of an example, its kind, its type and its shape.
+
+A task declares the fields of a training and of an evaluation example. A field's kind tells the
+transforms how an operation on the picture's plane moves the key, and the loader how to make one row
+of a batch of it. Dimensions that the transform decides stand as None until `resolve` has asked it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+# How a key follows when the picture is resized, cropped, flipped or padded:
+#   image    [H, W, C], resampled by the operation's filter
+#   map      [H, W], whole numbers (classes, identities), nearest; filled with the field's pad value
+#   depth    [H, W], float32 metres, nearest; filled with 0, "not measured"
+#   boxes    [N, 4], float32 (x0, y0, x1, y1) in pixels, moved and cut at the border
+#   points   [N, 2], float32 (x, y) in pixels, moved
+#   masks    [N, H, W], uint8, nearest; filled with 0
+#   text     a string, or the tokens made of it; stays
+#   value    numbers of the example as a whole, such as its class; stays
+#   host     anything else (a name, an original size); kept aside and never sent to devices
+KINDS = ("image", "map", "depth", "boxes", "points", "masks", "text", "value", "host")
+
+# Made by the loader for every batch: the position in the source, and for evaluation 1 for rows that
+# count, 0 for padding. For training 1 where the drawn picture could not be read and another came.
+INDEX, MASK, REPLACED = "index", "mask", "replaced"
+
+# Two sizes of the noise on which a transform is tried.
+_NOISE_SIZES = ((500, 640), (768, 576))
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One key of an example.
+
+  Attributes:
+    kind: one of `KINDS`.
+    dtype: NumPy's name of the type in the batch; None for what the transform gives.
+    shape: of one example; a None is decided by the transform.
+    ragged: the first dimension is the most there may be: fewer are padded with `pad`, of more the
+      first ones are kept.
+    pad: fills ragged rows, and the whole of a row that does not count.
+    minimum: the smallest value allowed, e.g. 0 for a class; None for no limit.
+    maximum: the largest value allowed; None for no limit.
+  """
+
+  kind: str
+  dtype: str | None = None
+  shape: tuple[int | None, ...] = ()
+  ragged: bool = False
+  pad: float = 0
+  minimum: float | None = None
+  maximum: float | None = None
+
+  def __post_init__(self) -> None:
+    if self.kind not in KINDS:
+      raise ValueError(f"field kind {self.kind!r} is not one of {', '.join(KINDS)}")
+    if self.ragged and not self.shape:
+      raise ValueError("a ragged field needs a shape: its first dimension is the most there may be")
+
+  @property
+  def resolved(self) -> bool:
+    """Whether type and shape are known."""
+    return self.kind == "host" or (self.dtype is not None and None not in self.shape)
+
+
+Fields = Mapping[str, Field]
+
+
+def kinds(fields: Fields) -> dict[str, str]:
+  """Kind of each key, for the transforms."""
+  return {name: field.kind for name, field in fields.items()}
+
+
+def on_device(fields: Fields) -> dict[str, Field]:
+  """The fields that go into a batch's arrays."""
+  return {name: field for name, field in fields.items() if field.kind != "host"}
+
+
+def resolve(
+  fields: Fields,
+  transform: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
+  example: Callable[[], Mapping[str, Any]] | None = None,
+) -> dict[str, Field]:
+  """Fields with every type and shape known.
+
+  The transform is tried on noise of two sizes. Where it does not give both the same shape, or needs
+  a real example, `example` is asked for one.
+
+  Args:
+    fields: as a task declares them.
+    transform: `(example, generator) → example`.
+    example: gives a readable example of the data; None where no data is at hand.
+
+  Raises:
+    ValueError: a key is missing or its shape is not fixed, naming the key and what was found.
+  """
+  if all(field.resolved for field in fields.values()):
+    return dict(fields)
+  found, error = [], None
+  try:
+    for size in _NOISE_SIZES:
+      found.append(transform(_noise(fields, size), np.random.default_rng(0)))
+  except (ValueError, TypeError, KeyError) as caught:
+    error = caught
+  varying = [] if error else [n for n, f in fields.items() if not _same(f, n, *found)]
+  if (error or varying) and example is not None:
+    found, error = [transform(dict(example()), np.random.default_rng(0))], None
+  elif error:
+    raise error
+  elif varying:
+    shapes = [np.shape(item[varying[0]]) for item in found]
+    raise ValueError(
+      f"the transform gives {varying[0]!r} of shape {list(shapes[0])} or {list(shapes[1])}, "
+      "depending on the picture: end it with a resize or a crop to one size"
+    )
+  return {name: _filled(field, name, found[0]) for name, field in fields.items()}
+
+
+def _same(field: Field, name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+  if field.resolved:
+    return True
+  return name in first and (
+    field.ragged or np.shape(first[name]) == np.shape(second.get(name))
+  )  # fmt: skip
+
+
+def _filled(field: Field, name: str, example: Mapping[str, Any]) -> Field:
+  if field.resolved:
+    return field
+  if name not in example:
+    raise ValueError(f"the examples have no {name!r}, which the task needs; they have: "
+                     f"{', '.join(sorted(example))}")  # fmt: skip
+  value = np.asarray(example[name])
+  shape = field.shape[:1] + value.shape[1:] if field.ragged else value.shape
+  if len(shape) != len(field.shape) or any(
+    want is not None and want != size for want, size in zip(field.shape, shape)
+  ):
+    raise ValueError(
+      f"{name!r} has shape {list(value.shape)} behind the transform; {list(field.shape)} was "
+      "expected (None: any size)"
+    )
+  return dataclasses.replace(field, dtype=field.dtype or value.dtype.name, shape=tuple(shape))
+
+
+def _noise(fields: Fields, size: tuple[int, int]) -> dict[str, Any]:
+  height, width = size
+  made: dict[str, Any] = {}
+  for name, field in fields.items():
+    few = [1 if n is None else n for n in field.shape]
+    if field.kind == "image":
+      made[name] = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    elif field.kind == "map":
+      made[name] = np.zeros((height, width), np.int32)
+    elif field.kind == "depth":
+      made[name] = np.ones((height, width), np.float32)
+    elif field.kind == "boxes":
+      made[name] = np.array([[0, 0, width, height]], np.float32)
+    elif field.kind == "points":
+      made[name] = np.array([[width / 2, height / 2]], np.float32)
+    elif field.kind == "masks":
+      made[name] = np.ones((1, height, width), np.uint8)
+    elif field.kind == "text":
+      made[name] = "a picture"
+    elif field.kind == "value":
+      made[name] = np.zeros(few[1:] if field.ragged else few, field.dtype or "int32")
+      if field.ragged:
+        made[name] = made[name][None]
+  return made
+
+
+def blank(field: Field) -> np.ndarray:
+  """One row that does not count, of a resolved field."""
+  return np.full([n or 0 for n in field.shape], field.pad, field.dtype)
+
+
+def row(field: Field, name: str, value: Any) -> np.ndarray:
+  """One row of a batch: the type and shape that the field declares, padded where it is ragged.
+
+  Raises:
+    ValueError: another shape, or a value out of range; the caller knows the example's name.
+  """
+  array = np.asarray(value).astype(field.dtype, copy=False)
+  if field.ragged and len(array) != field.shape[0]:
+    padded = blank(field)
+    kept = min(len(array), len(padded))
+    if kept:
+      padded[:kept] = array[:kept]
+    array, checked = padded, array[:kept]
+  else:
+    checked = array
+  if array.shape != tuple(field.shape):
+    raise ValueError(f"{name!r} has shape {list(array.shape)}; {list(field.shape)} was expected")
+  if field.minimum is not None and checked.size and checked.min() < field.minimum:
+    raise ValueError(f"{name!r} is {checked.min()}, below the smallest allowed, {field.minimum:g}")
+  if field.maximum is not None and checked.size and checked.max() > field.maximum:
+    raise ValueError(f"{name!r} is {checked.max()}, above the largest allowed, {field.maximum:g}")
+  return array
