@@ -113,7 +113,7 @@ def resolve(
   elif error:
     raise error
   elif varying:
-    shapes = [np.shape(item[varying[0]]) for item in found]
+    shapes = [np.asarray(item[varying[0]]).shape for item in found]
     raise ValueError(
       f"the transform gives {varying[0]!r} of shape {list(shapes[0])} or {list(shapes[1])}, "
       "depending on the picture: end it with a resize or a crop to one size"
