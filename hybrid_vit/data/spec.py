@@ -108,11 +108,12 @@ def resolve(
   except (ValueError, TypeError, KeyError) as caught:
     error = caught
   varying = [] if error else [n for n, f in fields.items() if not _same(f, n, *found)]
+  missing = [name for name in varying if name not in found[0]]
   if (error or varying) and example is not None:
     found, error = [transform(dict(example()), np.random.default_rng(0))], None
   elif error:
     raise error
-  elif varying:
+  elif varying and not missing:
     shapes = [np.asarray(item[varying[0]]).shape for item in found]
     raise ValueError(
       f"the transform gives {varying[0]!r} of shape {list(shapes[0])} or {list(shapes[1])}, "
@@ -124,17 +125,18 @@ def resolve(
 def _same(field: Field, name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
   if field.resolved:
     return True
-  return name in first and (
-    field.ragged or np.shape(first[name]) == np.shape(second.get(name))
-  )  # fmt: skip
+  if name not in first or name not in second:
+    return False
+  return field.ragged or np.asarray(first[name]).shape == np.asarray(second[name]).shape
 
 
 def _filled(field: Field, name: str, example: Mapping[str, Any]) -> Field:
   if field.resolved:
     return field
   if name not in example:
-    raise ValueError(f"the examples have no {name!r}, which the task needs; they have: "
-                     f"{', '.join(sorted(example))}")  # fmt: skip
+    raise ValueError(
+      f"the examples have no {name!r}, which the task needs; they have: {', '.join(sorted(example))}"
+    )
   value = np.asarray(example[name])
   shape = field.shape[:1] + value.shape[1:] if field.ragged else value.shape
   if len(shape) != len(field.shape) or any(
