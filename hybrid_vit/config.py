@@ -9,16 +9,21 @@ forgotten field is an error that names its neighbour instead of a silent default
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import json
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
-_REQUIRED = object()
+_REQUIRED: Any = object()
+
+_T = TypeVar("_T")
 
 
 class ConfigError(ValueError):
@@ -85,6 +90,23 @@ class Config:
       )
     return found
 
+  def groups(self, name: str) -> list[Config]:
+    """A field that is a list of groups; [] where it is absent.
+
+    Each keeps a record of its own: call `assert_all_read` of it when it has been read.
+    """
+    found = self.get(name, ())
+    if not isinstance(found, tuple) or not all(isinstance(item, Mapping) for item in found):
+      raise ConfigError(
+        f"`{self._path}.{name}` is {found!r}; a list of groups was expected, e.g. "
+        "(dict(...), dict(...))"
+      )
+    return [Config(item, f"{self._path}.{name}[{k}]") for k, item in enumerate(found)]
+
+  def nothing(self, name: str) -> Config:
+    """A group without fields, for what may be given and was not."""
+    return Config({}, f"{self._path}.{name}")
+
   def choice(self, name: str, choices: Iterable[str], default: Any = _REQUIRED) -> str:
     """A field that must be one of `choices`."""
     value = self.get(name, default)
@@ -96,6 +118,75 @@ class Config:
         f"`{self._path}.{name}` is {value!r}, which is not one of {', '.join(choices)}{hint}"
       )
     return value
+
+  def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int | None = None) -> Any:
+    """A whole number (None where the default is None and nothing was given).
+
+    Raises:
+      ConfigError: another type, or below `minimum`.
+    """
+    return self._bounded(name, self.typed(name, int, default), minimum, None)
+
+  def number(
+    self,
+    name: str,
+    default: Any = _REQUIRED,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+  ) -> Any:
+    """A number as float (None where the default is None and nothing was given).
+
+    Raises:
+      ConfigError: another type, below `minimum`, or not above `above`.
+    """
+    return self._bounded(name, self.typed(name, float, default), minimum, above)
+
+  def flag(self, name: str, default: Any = _REQUIRED) -> bool:
+    """True or False."""
+    return self.typed(name, bool, default)
+
+  def text(self, name: str, default: Any = _REQUIRED) -> Any:
+    """A string (None where the default is None and nothing was given)."""
+    return self.typed(name, str, default)
+
+  def typed(self, name: str, kind: Any, default: Any = _REQUIRED) -> Any:
+    """The field as a value of `kind`: a type, or what a dataclass's annotation says.
+
+    Raises:
+      ConfigError: it is of another type; the message names the field and both types.
+    """
+    value = self.get(name, default)
+    return value if value is default else _converted(value, kind, f"{self._path}.{name}")
+
+  def _bounded(self, name: str, value: Any, minimum: Any, above: Any) -> Any:
+    if value is not None:
+      if minimum is not None and not value >= minimum:
+        raise ConfigError(f"`{self._path}.{name}` is {value}; at least {minimum} was expected")
+      if above is not None and not value > above:
+        raise ConfigError(f"`{self._path}.{name}` is {value}; more than {above} was expected")
+    return value
+
+  def as_dataclass(self, cls: type[_T], **given: Any) -> _T:
+    """The group as an instance of a dataclass, whose fields are those of the group.
+
+    Args:
+      cls: a dataclass; fields without a default are needed.
+      **given: fields that come from elsewhere and are not read here.
+
+    Raises:
+      ConfigError: a field is missing or of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    values = dict(given)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+      if field.name in given:
+        continue
+      needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+      value = self.typed(field.name, hints[field.name], _REQUIRED if needed else None)
+      if value is not None:
+        values[field.name] = value
+    return cls(**values)
 
   def names(self) -> tuple[str, ...]:
     """The names in this group, in the order of the file; none of them counts as read."""
@@ -134,6 +225,97 @@ class Config:
       else:
         hint = f"this run reads nothing in `{parent}`"
       raise ConfigError(f"`{full_name}` is not read by anything in this run; {hint}")
+
+
+def _converted(value: Any, kind: Any, path: str) -> Any:
+  """`value` as `kind`; whole numbers serve as floats, and floats without a fraction as integers."""
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    if value is None and type(None) in inner:
+      return None
+    options = [option for option in inner if option is not type(None)]
+    for option in options:
+      try:
+        return _converted(value, option, path)
+      except ConfigError:
+        if option is options[-1]:
+          raise
+  kind = origin or kind
+  if kind in (Any, object):
+    return value.as_dict() if isinstance(value, Config) else value
+  if dataclasses.is_dataclass(kind):
+    if isinstance(value, Config):
+      return value.as_dataclass(kind)  # type: ignore[arg-type]
+  elif isinstance(value, Config):
+    if issubclass(kind, Mapping) or kind is dict:
+      return value.as_dict()
+  elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    return float(value)
+  elif kind is int and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if value == int(value):
+      return int(value)
+  elif kind is tuple and isinstance(value, (tuple, list)):
+    return tuple(value)
+  elif isinstance(kind, type) and isinstance(value, kind):
+    return value
+  expected = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    tuple: "a tuple",
+  }.get(kind, "a group of fields, e.g. dict(...)")
+  shown = value.resolved() if isinstance(value, Config) else value
+  raise ConfigError(f"`{path}` is {shown!r}; {expected} was expected")
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+  """`--config.data.batch_size=64` → the field, whether the file spells it or not.
+
+  A field that nothing reads is found later, by `Config.assert_all_read`.
+
+  Args:
+    config: changed in place.
+    name: the field's path, "data.batch_size".
+    text: a Python literal; a text where it is none, or where the file has a text.
+
+  Raises:
+    ConfigError: the file has a value of another kind there, or no group where one is needed.
+  """
+  *groups, last = name.split(".")
+  group: Any = config
+  for position, part in enumerate(groups):
+    if part not in group or group[part] is None:
+      with group.unlocked():
+        group[part] = ml_collections.ConfigDict()
+    group = group[part]
+    if not isinstance(group, ml_collections.ConfigDict):
+      path = ".".join(("config", *groups[: position + 1]))
+      raise ConfigError(f"`{path}` is {group!r}, which has no field {last!r}")
+  old = group.get(last) if last in group else None
+  is_text = last in group and group.get_type(last) is str
+  value = text if is_text and text.lower() != "none" else _literal(text)
+  if isinstance(old, ml_collections.ConfigDict) and not isinstance(value, Mapping):
+    raise ConfigError(f"`config.{name}` is a group of fields; give one of them, or a dict")
+  if old is not None and value is not None:
+    kind: Any = type(old)
+    # A whole number in the file may stand for any number; the reader knows which it wants.
+    if isinstance(old, int) and not isinstance(old, bool):
+      kind = float | int
+    if not isinstance(old, ml_collections.ConfigDict):
+      value = _converted(value, kind, f"config.{name}")
+      if isinstance(value, float) and isinstance(old, int) and value == int(value):
+        value = int(value)
+  with group.unlocked(), group.ignore_type():
+    group[last] = value
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    # As absl's own flags take them.
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
 def _leaves(values: Mapping[str, Any], path: str) -> Iterable[str]:
@@ -197,10 +379,7 @@ def parse_argument(
       near = closest(key, fields)
       hint = f"did you mean {near!r}?" if near else f"one of: {', '.join(fields) or 'none'}"
       raise ConfigError(f"unknown key {key!r} after the colon of --config; {hint}")
-    try:
-      values[key] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      values[key] = text
+    values[key] = _literal(text)
   return variant, values
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,14 +19,17 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from hybrid_vit import run, sharding
+from hybrid_vit import build, programs, sharding
+from hybrid_vit.build import DataFacts, Run
 from hybrid_vit.collectives import Collective, collectives_of
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.errors import MissingDataError
-from hybrid_vit.data.transforms import parse_transform
+from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example
+from hybrid_vit.data.spec import batch_shapes
 from hybrid_vit.models.registry import model_entry
+from hybrid_vit.paths import as_path
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters, parameters_by_module
-from hybrid_vit.train_state import TrainState, create_state, make_train_step
+from hybrid_vit.train_state import TrainState
 
 DEFAULT_DEVICES = 8
 # More simulated devices than that make compilation slow and show nothing new.
@@ -51,19 +53,15 @@ class Plan:
     problems: everything wrong, in the order in which a run would meet it.
     notes: what was taken instead of something that is not at hand.
     mesh: sizes by axis.
-    task: the task.
-    optimizer: the transformation.
-    schedule: learning rate by step.
-    settings: of the loop.
-    length: of the training.
-    batch: shapes of a training batch.
+    run: the training, whose parts may be None, too.
     state: shapes of the training state.
     layout: its shardings, on an abstract mesh.
     state_bytes: of one device, by branch of the state.
     multiply_adds: of one picture's forward pass, at the size of evaluation.
-    evaluation_size: of the pictures it was counted for, (height, width).
-    activation_bytes: of what one device keeps for the backward pass of its rows.
-    rows: of one device in one forward pass.
+    evaluation_shapes: of the example that it was counted for, by key.
+    activation_bytes: of what one device keeps for the backward pass of its rows, in the phase that
+      keeps most.
+    rows: of one device in one forward pass of that phase.
   """
 
   config: Config
@@ -71,17 +69,12 @@ class Plan:
   problems: list[str] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
   mesh: Any = None
-  task: Any = None
-  optimizer: Any = None
-  schedule: Any = None
-  settings: run.Settings | None = None
-  length: run.Length | None = None
-  batch: dict[str, jax.ShapeDtypeStruct] | None = None
+  run: Run | None = None
   state: TrainState | None = None
   layout: Any = None
   state_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
   multiply_adds: int | None = None
-  evaluation_size: tuple[int, int] | None = None
+  evaluation_shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   activation_bytes: int | None = None
   rows: int | None = None
 
@@ -122,18 +115,20 @@ def main(config: Config, devices: int | None = None) -> int:
 
 def examine(config: Config, devices: int | None = None) -> Plan:
   """Everything that needs no compilation: shapes are traced and rules are matched."""
-  axes = run.mesh_axes(config)
-  fixed = math.prod(size for size in axes.values() if size != -1)
-  default = fixed if -1 not in axes.values() else fixed * math.ceil(DEFAULT_DEVICES / fixed)
-  plan = Plan(config, devices or default)
+  plan = Plan(config, devices or 0)
   with plan.checking("config.mesh"):
+    axes = build.mesh_axes(config)
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    default = fixed if -1 not in axes.values() else fixed * math.ceil(DEFAULT_DEVICES / fixed)
+    plan.devices = devices or default
     plan.mesh = _abstract_mesh(sharding.mesh_shape(axes, plan.devices))
-  examples, classes = _data(plan)
-  with plan.checking("network and task"):
-    plan.task, _ = run.build_task(config, classes)
-  if plan.task is not None:
-    _examine_training(plan, examples)
-    _examine_evaluation(plan)
+  with plan.checking("config"):
+    facts = _data(plan)
+    plan.run = build.build(config, facts, checking=plan.checking)
+  if plan.run is not None and plan.run.curriculum is not None:
+    _examine_batches(plan, plan.run)
+    _examine_state(plan, plan.run)
+    _examine_evaluation(plan, plan.run)
   if not plan.problems:
     # A part that could not be built has not read its fields.
     with plan.checking("config"):
@@ -145,132 +140,97 @@ def _abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
   return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 
-def _data(plan: Plan) -> tuple[int | None, int | None]:
-  """Examples and classes of the training data, as far as they are known without reading it."""
+def _data(plan: Plan) -> DataFacts:
+  """What is known of the training data without reading much of it."""
   config = plan.config
   said = config.model.get("num_classes")
   examples, classes = _KNOWN_DATA.get(str(config.data.get("source")), (None, None))
   with plan.checking("config.data"):
-    data = run.data_settings(config)
+    data = config.data.as_dataclass(TrainingSettings)
     if said is None or data.source.partition(":")[0] in _QUICK_SOURCES:
       try:
-        source = run.open_training_source(config)
-        return len(source), source.num_classes
+        source = open_source(data)
+        return DataFacts(source.info, len(source), example=lambda: readable_example(source))
       except MissingDataError:
         plan.notes.append(f"the data ({data.source}) is not here; a dry run does without")
   if said is None and classes is None:
     with plan.checking("config.model.name"):
       classes = int(dict(model_entry(config.model.name).arguments).get("num_classes", 1000))
       plan.notes.append(f"number of classes: {classes} stand in, the data would tell")
-  return examples, classes if said is None else None
+  if examples is None and config.get("total_steps") is None:
+    plan.notes.append(
+      f"number of examples unknown: {build.STAND_IN_STEPS:,} steps an epoch stand in"
+    )
+  return DataFacts({}, examples, classes)
 
 
-def _examine_training(plan: Plan, examples: int | None) -> None:
-  config, task = plan.config, plan.task
-  with plan.checking("config.data.transform"):
-    data = run.data_settings(config)
-    size, dtype = _picture_after(plan, data, "training")
-    plan.batch = run.example_batch(config, size)
-    plan.batch["image"] = jax.ShapeDtypeStruct(plan.batch["image"].shape, dtype)
-  with plan.checking("length of the training"):
-    if examples is None and config.get("total_steps") is None:
-      plan.notes.append("number of examples unknown: 1,000 steps an epoch stand in")
-      examples = 1000 * config.data.batch_size
-    # With a fixed number of steps the size of an epoch decides nothing that is shown here.
-    plan.length = run.training_length(config, examples or config.data.batch_size)
-    steps = plan.length.steps_per_epoch
-    plan.settings = run.loop_settings(config, steps, task.primary_metric)
-    if plan.settings.init_from and not Path(plan.settings.init_from).expanduser().exists():
-      plan.notes.append(f"config.init_from {plan.settings.init_from} is not on this machine")
-  _check_batch(plan)
-  if plan.batch is None or plan.length is None or plan.settings is None:
-    return
-  batch, settings = plan.batch, plan.settings
-  params = None
-  with plan.checking(f"the network on pictures of {'x'.join(map(str, batch['image'].shape[1:3]))}"):
-    params = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
-  if params is None:
-    return
-  with plan.checking("config.optimizer"):
-    plan.optimizer, plan.schedule = run.build_optimizer(config, params, plan.length)
-  if plan.optimizer is None:
+def _examine_batches(plan: Plan, run: Run) -> None:
+  """Whether each phase's batch falls on the devices and into the parts of accumulation."""
+  parts = run.settings.accumulation if run.settings is not None else 1
+  sizes = {phase.batch_size for phase in run.curriculum.phases}
+  if run.settings is not None:
+    for name in (run.settings.init_from, run.settings.resume_from):
+      if name is not None and not as_path(name).exists():
+        plan.notes.append(f"{name} is not on this machine")
+  for size in sorted(sizes):
+    if size % parts:
+      plan.problems.append(
+        f"config.data.batch_size {size} does not fall into config.accumulation_steps {parts} parts"
+      )
+    if plan.mesh is None:
+      continue
+    ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+    if size % ways:
+      plan.problems.append(
+        f"config.data.batch_size {size} does not fall on the {ways} devices of the mesh's axes "
+        f"data and fsdp: choose a multiple of {ways}, e.g. {max(1, round(size / ways)) * ways}"
+      )
+
+
+def _examine_state(plan: Plan, run: Run) -> None:
+  """The state's shapes and shardings, and what the backward pass keeps."""
+  if run.optimizer is None or run.settings is None:
     return
   with plan.checking("a training step"):
-    plan.state = jax.eval_shape(
-      lambda key: create_state(
-        key, task, plan.optimizer, batch, ema=settings.ema_decay is not None
-      ),
-      jax.random.key(0),
-    )
+    plan.state = jax.eval_shape(lambda key: programs.new_state(run, key), jax.random.key(0))
   if plan.state is None or plan.mesh is None:
     return
   with plan.checking("config.sharding_rules"):
-    plan.layout = sharding.state_shardings(plan.state, run.sharding_rules(config), plan.mesh)
+    plan.layout = sharding.state_shardings(plan.state, run.sharding_rules, plan.mesh)
     plan.state_bytes = state_bytes(plan.state, plan.layout)
-  with plan.checking("activations"):
-    ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
-    size = batch["image"].shape[0]
-    plan.rows = max(1, size // (ways * settings.accumulation))
-    rows = {k: jax.ShapeDtypeStruct((plan.rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
-    plan.activation_bytes = activation_bytes(_with_groups(task, size), plan.state.variables, rows)
-
-
-def _check_batch(plan: Plan) -> None:
-  size = plan.config.data.batch_size
-  parts = plan.settings.accumulation if plan.settings is not None else 1
-  if size % parts:
-    plan.problems.append(
-      f"config.data.batch_size {size} does not fall into config.accumulation_steps {parts} parts"
-    )
-  if plan.mesh is None:
-    return
   ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
-  if size % ways:
-    plan.problems.append(
-      f"config.data.batch_size {size} does not fall on the {ways} devices of the mesh's axes data "
-      f"and fsdp: choose a multiple of {ways}, e.g. {max(1, round(size / ways)) * ways}"
-    )
+  for phase, (task, batch) in enumerate(zip(run.tasks, run.batches)):
+    if (task, batch) in list(zip(run.tasks, run.batches))[:phase]:
+      continue
+    with plan.checking("activations"):
+      size = run.curriculum.phases[phase].batch_size
+      rows = max(1, size // (ways * run.settings.accumulation))
+      part = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+      kept = activation_bytes(_with_groups(task, size), plan.state.variables, part)
+      if plan.activation_bytes is None or kept > plan.activation_bytes:
+        plan.activation_bytes, plan.rows = kept, rows
 
 
-def _examine_evaluation(plan: Plan) -> None:
-  config, task = plan.config, plan.task
-  expected = run.preprocessing_of(config)
-  measures = ("loss", "top1", "top5", "examples")
-  names = config.evaluation.sets.names()
-  for name in names:
-    with plan.checking(f"evaluation set {name!r}"):
-      data, _ = run.evaluation_settings(name, config, expected)
-      size, dtype = _picture_after(plan, data, name)
+def _examine_evaluation(plan: Plan, run: Run) -> None:
+  task = run.task if run.tasks is not None else None
+  if task is None or run.evaluation is None:
+    return
+  example = None
+  if run.data is not None and run.data.source.partition(":")[0] in _QUICK_SOURCES:
+    example = lambda: readable_example(open_source(run.data))  # noqa: E731
+  for item in run.evaluation:
+    with plan.checking(f"evaluation set {item.name!r}"):
+      reading = build.read_transform(item.transform, item.decoder, task.spec.evaluation, example)
       ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] if plan.mesh is not None else 1
-      if data.batch_size % ways and data.batch_size != config.data.batch_size:
-        raise ConfigError(f"batch_size {data.batch_size} does not fall on {ways} devices")
-      images = jax.ShapeDtypeStruct((1, *size, 3), dtype)
-      variables = jax.eval_shape(task.init, jax.random.key(0), {"image": images})
+      if item.batch_size % ways and item.batch_size != plan.config.data.batch_size:
+        raise ConfigError(f"batch_size {item.batch_size} does not fall on {ways} devices")
+      batch = batch_shapes(reading.fields, 1, train=False)
+      variables = jax.eval_shape(task.init, jax.random.key(0), batch)
       if plan.multiply_adds is None:
-        plan.multiply_adds = count_multiply_adds(task.predict, variables, images)
-        plan.evaluation_size = size
+        plan.multiply_adds = count_multiply_adds(task.predict, variables, batch)
+        plan.evaluation_shapes = {k: v.shape[1:] for k, v in batch.items() if len(v.shape) > 1}
       else:
-        jax.eval_shape(task.predict, variables, images)
-  best = plan.settings.best_metric if plan.settings is not None else None
-  known = [f"{name}/{measure}" for name in names for measure in measures]
-  if best is not None and best not in known:
-    plan.problems.append(
-      f"config.checkpoint.best_metric is {best!r}; there are: {', '.join(known) or 'none'}"
-    )
-
-
-def _picture_after(plan: Plan, data: run.DataSettings, what: str) -> tuple[tuple[int, int], Any]:
-  """Size and type of a picture behind a transform, found by running it on noise."""
-  apply = parse_transform(data.transform, data.decoder)
-  found = []
-  for shape in ((500, 640, 3), (768, 576, 3)):
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    found.append(apply({"image": noise, "label": 0}, np.random.default_rng(0))["image"])
-  if found[0].shape == found[1].shape:
-    return found[0].shape[:2], found[0].dtype
-  size = run.preprocessing_of(plan.config).image_size
-  plan.notes.append(f"{what}: the transform keeps the size of each picture; {size} x {size} taken")
-  return (size, size), found[0].dtype
+        jax.eval_shape(task.predict, variables, batch)
 
 
 def _with_groups(task: Any, times_fewer: int) -> Any:
@@ -299,7 +259,7 @@ def activation_bytes(task: Any, variables: Mapping[str, Any], batch: Mapping[str
   """
 
   def residuals(variables: Any, batch: Any, key: jax.Array) -> Any:
-    augmented = task.augment(batch, key)
+    augmented = task.augment(batch, key, jax.numpy.zeros((), np.int32))
 
     def loss_of(params: Any) -> Any:
       return task.loss({**variables, "params": params}, augmented, key)[0]
@@ -327,17 +287,16 @@ def describe(plan: Plan) -> str:
     width = max(map(len, modules))
     lines += [f"  {name:<{width}}  {count:>13,}" for name, count in modules.items()]
     lines.append(f"  {'total':<{width}}  {count_parameters(plan.state.params):>13,}")
-  if plan.multiply_adds is not None and plan.evaluation_size is not None:
-    height, width = plan.evaluation_size
-    lines.append(
-      f"\nforward pass of one picture of {height} x {width}: {plan.multiply_adds:,} multiply-adds"
+  if plan.multiply_adds is not None:
+    shapes = ", ".join(
+      f"{name} {' x '.join(map(str, shape))}" for name, shape in plan.evaluation_shapes.items()
     )
-  if plan.length is not None and plan.schedule is not None:
-    steps = plan.length.total_steps
-    peak = max(float(plan.schedule(step)) for step in np.linspace(0, steps - 1, 200).round())
-    lines.append(
-      f"{steps:,} steps of {plan.config.data.batch_size:,} rows, peak learning rate {peak:.3g}"
-    )
+    lines.append(f"\nforward pass of one example ({shapes}): {plan.multiply_adds:,} multiply-adds")
+  run = plan.run
+  if run is not None and run.curriculum is not None and run.schedule is not None:
+    steps = run.curriculum.total_steps
+    peak = max(float(run.schedule(step)) for step in np.linspace(0, steps - 1, 200).round())
+    lines.append(f"{steps:,} steps, peak learning rate {peak:.3g}\n{run.curriculum}")
   if plan.mesh is not None and plan.state_bytes:
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
     lines.append(f"\nmemory of each of {plan.devices} devices ({axes})")
@@ -382,7 +341,7 @@ def reduced_mesh(shape: tuple[int, int, int], limit: int) -> tuple[int, int, int
 
 def _communication(plan: Plan) -> str:
   """Compiles one step for simulated devices and lists its collectives."""
-  assert plan.mesh is not None and plan.batch is not None and plan.rows is not None
+  assert plan.mesh is not None and plan.run is not None
   wanted = tuple(plan.mesh.shape[axis] for axis in sharding.AXES)
   devices = jax.devices("cpu")
   shape = reduced_mesh((wanted[0], wanted[1], wanted[2]), min(MAX_SIMULATED, len(devices)))
@@ -391,7 +350,8 @@ def _communication(plan: Plan) -> str:
       "" if plan.devices == 1 else " here to compile for"
     )
   mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)), devices[: math.prod(shape)])
-  task, cut = _compilable_task(_with_groups(plan.task, math.prod(wanted) // math.prod(shape)))
+  first = plan.run.tasks[0]
+  task, cut = _compilable_task(_with_groups(first, math.prod(wanted) // math.prod(shape)))
   begin = time.monotonic()
   try:
     found = compiled_collectives(plan, task, mesh)
@@ -429,34 +389,27 @@ def _compilable_task(task: Any) -> tuple[Any, str]:
 
 def compiled_collectives(plan: Plan, task: Any, mesh: Mesh) -> list[Collective]:
   """The collectives of the very step that is trained, of `task` on `mesh`, at the planned rows."""
-  assert plan.batch is not None and plan.settings is not None and plan.length is not None
-  assert plan.rows is not None
-  settings = plan.settings
-  size = plan.rows * settings.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
-  batch = {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in plan.batch.items()}
-  params = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
-  optimizer, schedule = run.build_optimizer(plan.config, params, plan.length)
-  state = jax.eval_shape(
-    lambda key: create_state(key, task, optimizer, batch, ema=settings.ema_decay is not None),
-    jax.random.key(0),
+  assert plan.run is not None and plan.mesh is not None
+  settings, batch = plan.run.settings, plan.run.batches[0]
+  planned = plan.run.curriculum.phases[0].batch_size
+  ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+  rows = max(1, planned // (ways * settings.accumulation))
+  size = rows * settings.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+  smaller = {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+  params = jax.eval_shape(task.init, jax.random.key(0), smaller)["params"]
+  optimizer = build.build_optimizer(
+    plan.config,
+    params,
+    plan.run.curriculum,
+    plan.run.curriculum,
+    plan.run.examples_per_epoch,
   )
-  layout = sharding.state_shardings(state, run.sharding_rules(plan.config), mesh)
-  step = jax.jit(
-    make_train_step(
-      task,
-      optimizer,
-      schedule,
-      accumulation_steps=settings.accumulation,
-      ema_decay=settings.ema_decay,
-      log_every_steps=settings.log_every,
-    ),
-    in_shardings=(layout, sharding.batch_sharding(mesh)),
-    out_shardings=(layout, sharding.replicated(mesh)),
-    donate_argnums=0,
+  stand_in = dataclasses.replace(
+    plan.run, tasks=(task,), batches=(smaller,), params=params, **optimizer
   )
   # Communication is decided before the code of each operation is made, which takes the time.
   options: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
   }
-  return collectives_of(step.lower(state, batch).compile(compiler_options=options).as_text() or "")
+  return collectives_of(programs.compile_step(stand_in, 0, mesh, options=options).as_text() or "")

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from hybrid_vit import sharding
-from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.config import Config, ConfigError, load_config, set_field
+from hybrid_vit.config_files import find_config
+from hybrid_vit.paths import as_path
+from hybrid_vit.timing import parse_steps
+from hybrid_vit.workdir import explain, lock, new_workdir
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file, with variant and keys: FILE.py[:variant,key=value,…]."
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "Configuration file, or the name of a shipped one, with variant and keys: "
+  "FILE.py[:variant,key=value,…]. Fields are set by --config.NAME=value.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; one that holds a checkpoint is gone on with."
@@ -31,52 +38,95 @@ _DEVICES = flags.DEFINE_integer(
   "For --mode=dry_run: how many devices there will be; else the product of config.mesh, or 8.",
   lower_bound=1,
 )
+_BEGIN_ANEW = flags.DEFINE_bool(
+  "begin_anew", False, "Begin at step 0 in a --workdir whose checkpoints were set aside as damaged."
+)
+_PROFILE = flags.DEFINE_string(
+  "profile", None, "FIRST:LAST: write a trace of these steps to the work directory's profile/."
+)
+_SMOKE = flags.DEFINE_integer(
+  "smoke", None, "Shorten every phase to so many steps and every evaluation to so many batches.",
+  lower_bound=1,
+)  # fmt: skip
 # Set to anything: errors come with their traceback.
 _TRACEBACK = "HYBRID_VIT_TRACEBACK"
+
+# The configuration's flags, taken out of the command line before absl reads it: its fields are
+# those that a run reads, whether the file spells them or not.
+_overrides: list[tuple[str, str]] = []
 
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR where that is set."""
-  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
+  try:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(base / "hybrid_vit" / "xla"))
+    directory = base / "hybrid_vit" / "xla"
+    directory.mkdir(parents=True, exist_ok=True)
+  except (OSError, RuntimeError) as error:
+    print(f"note: compiled programs are not kept: {error}", file=sys.stderr)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
-def _workdir(config_name: str) -> Path:
-  """The directory given, or a new one: a run never goes on with an older one unasked.
+def train(
+  config: ConfigDict | Config,
+  workdir: Any,
+  *,
+  begin_anew: bool = False,
+  profile: tuple[int, int] | None = None,
+) -> dict[str, float]:
+  """Trains as a configuration says; what the command does, for notebooks and programs.
 
-  Raises:
-    ConfigError: several processes must be told, since their clocks may differ.
+  Args:
+    config: of the run.
+    workdir: its directory, gone on with where it holds a checkpoint.
+    begin_anew: see `trainer.train`.
+    profile: see `trainer.train`.
+
+  Returns:
+    The last evaluation's measures, "<set>/<measure>".
   """
-  if _WORKDIR.value:
-    return Path(_WORKDIR.value).expanduser().absolute()
-  if jax.process_count() > 1:
-    raise ConfigError(
-      "with several processes give --workdir, on a file system that all of them see"
-    )
-  path = Path("runs", f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-  print(f"work directory {path} (give --workdir={path} to go on with it later)", flush=True)
-  return path
+  from hybrid_vit import trainer
+  from hybrid_vit.build import DataFacts, build
+  from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example
+
+  config = config if isinstance(config, Config) else Config(config)
+  source = open_source(config.data.as_dataclass(TrainingSettings))
+  run = build(config, DataFacts(source.info, len(source), lambda: readable_example(source)))
+  config.assert_all_read()
+  with lock(workdir, process=jax.process_index()):
+    return trainer.train(run, source, workdir, begin_anew=begin_anew, profile=profile)
 
 
 def main(arguments: list[str]) -> int:
   """Runs one mode; errors a user can mend are one paragraph, without a traceback."""
-  if len(arguments) > 1:
-    raise app.UsageError(f"unexpected argument {arguments[1]!r}; options begin with --")
-  if _CONFIG.value is None:
-    raise app.UsageError("--config is needed, e.g. --config=configs/quickstart.py")
-  path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
-  if not path.is_file():
-    return _tell(f"no configuration file {str(path)!r}")
-  config = Config(_CONFIG.value)
   # Orbax and JAX narrate at the level of information; warnings stay.
   logging.set_verbosity(logging.WARNING)
   try:
-    return _run(config, path.stem)
+    if len(arguments) > 1:
+      raise app.UsageError(f"unexpected argument {arguments[1]!r}; options begin with --")
+    if _CONFIG.value is None:
+      raise app.UsageError("--config is needed, e.g. --config=configs/quickstart.py")
+    path, config = _read_config(_CONFIG.value)
+    return _run(Config(config), path.stem)
   except _user_errors() as error:
     if os.environ.get(_TRACEBACK):
       raise
-    return _tell(f"{error}\n(with {_TRACEBACK}=1 the place in the code is shown)")
+    message = explain(error) if isinstance(error, OSError) else str(error)
+    return _tell(f"{message}\n(with {_TRACEBACK}=1 the place in the code is shown)")
+
+
+def _read_config(text: str) -> tuple[Path, ConfigDict]:
+  name, _, argument = text.partition(":")
+  path = find_config(name)
+  config = load_config(path, argument or None)
+  for field, value in _overrides:
+    set_field(config, field, value)
+  if _SMOKE.value is not None:
+    set_field(config, "smoke_steps", str(_SMOKE.value))
+  return path, config
 
 
 def _tell(message: str) -> int:
@@ -85,27 +135,25 @@ def _tell(message: str) -> int:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
-  """absl's parsing; mistakes in a configuration are told without the traces wrapped around them."""
+  """absl's parsing of all but the configuration's fields."""
+  left, rest = arguments[:1], list(arguments[1:])
+  while rest:
+    argument = rest.pop(0)
+    field = re.fullmatch(r"--?config\.([A-Za-z_][\w.]*)(?:=(.*))?", argument, re.S)
+    if not field:
+      left.append(argument)
+    elif field[2] is not None:
+      _overrides.append((field[1], field[2]))
+    elif rest and not rest[0].startswith("--"):
+      _overrides.append((field[1], rest.pop(0)))
+    else:
+      sys.exit(_tell(f"{argument} needs a value: {argument}=VALUE"))
   try:
-    return flags.FLAGS(arguments)
-  except (flags.Error, AttributeError, KeyError) as error:
-    first: BaseException = error
-    while first.__context__ is not None:
-      first = first.__context__
+    return flags.FLAGS(left)
+  except flags.Error as error:
     if os.environ.get(_TRACEBACK):
       raise
-    if "get_config() takes 0 positional arguments" in str(first):
-      message = "this configuration takes nothing after the colon of --config"
-    elif isinstance(first, ConfigError):
-      message = str(first)
-    elif isinstance(error, flags.Error):
-      message = str(error)
-    else:
-      text: Any = error
-      while isinstance(text, BaseException):
-        text = text.args[0]
-      message = f"the configuration has no field {' '.join(text.split())}"
-    sys.exit(_tell(message))
+    sys.exit(_tell(str(error)))
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:
@@ -115,20 +163,39 @@ def _user_errors() -> tuple[type[BaseException], ...]:
 
 
 def _run(config: Config, name: str) -> int:
+  profile = parse_steps(_PROFILE.value) if _PROFILE.value else None
   if _MODE.value == "dry_run":
     from hybrid_vit import dry_run
 
     return dry_run.main(config, _DEVICES.value)
-  from hybrid_vit import trainer
-
   use_compilation_cache()
   if _DISTRIBUTED.value:
     sharding.initialize_distributed()
+  workdir = as_path(_WORKDIR.value) if _WORKDIR.value else None
   if _MODE.value == "evaluate":
-    trainer.evaluate(config, Path(_WORKDIR.value).absolute() if _WORKDIR.value else None)
+    from hybrid_vit import evaluate
+
+    evaluate.evaluate(config, workdir)
     return 0
-  trainer.train(config, _workdir(name))
+  if workdir is None:
+    workdir = _new_workdir(name)
+  train(config, workdir, begin_anew=_BEGIN_ANEW.value, profile=profile)
   return 0
+
+
+def _new_workdir(name: str) -> Any:
+  """A new directory: a run never goes on with an older one unasked.
+
+  Raises:
+    ConfigError: several processes must be told, since their clocks may differ.
+  """
+  if jax.process_count() > 1:
+    raise ConfigError(
+      "with several processes give --workdir, on a file system that all of them see"
+    )
+  path = new_workdir(name)
+  print(f"work directory {path} (give --workdir={path} to go on with it later)", flush=True)
+  return path
 
 
 def entry_point() -> Any:

@@ -41,7 +41,11 @@ def _rows(batch: Mapping[str, Any]) -> str:
 
 
 def first_bad_tensor(
-  task: Task, state: TrainState, batch: Mapping[str, Any], accumulation_steps: int
+  task: Task,
+  state: TrainState,
+  batch: Mapping[str, Any],
+  accumulation_steps: int,
+  frozen: Any = None,
 ) -> str:
   """Runs a bad step again and names its first tensor, in the order of computation, that is bad.
 
@@ -50,6 +54,7 @@ def first_bad_tensor(
     state: the state that the bad step left untouched; `state.bad_step` is that step.
     batch: the step's batch.
     accumulation_steps: as in the step.
+    frozen: as in the step.
 
   Returns:
     The tensor's name, and how many more of its kind are not finite.
@@ -60,11 +65,11 @@ def first_bad_tensor(
 
   @jax.jit
   def finite(variables: Any, rows: Any) -> Any:
-    augmented = task.augment(rows, augment_rng)
+    augmented = task.augment(rows, augment_rng, state.bad_step - 1)
     tensors = task.activations(variables, augmented, loss_rng)
     order.extend(tensors)  # jit returns a dict sorted by its keys; the forward order is this one
     loss, _, gradients = loss_and_gradients(
-      task, variables, augmented, loss_rng, accumulation_steps
+      task, variables, augmented, loss_rng, accumulation_steps, frozen
     )
     named = {**tensors, "loss": loss, "gradients": gradients, "params": variables["params"]}
     return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), named)

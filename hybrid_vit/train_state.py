@@ -6,27 +6,31 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
+from hybrid_vit.data.spec import REPLACED
+from hybrid_vit.models.freezing import running_statistics
 from hybrid_vit.optimizers import Schedule
 from hybrid_vit.tasks.base import Batch, Task
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """Everything that a checkpoint holds; a run resumed from it goes on bit for bit.
+  """What decides the next step, all of it in a checkpoint: a run resumed from it goes on bit for bit.
 
   Attributes:
-    step: int32, number of finished steps, which is also the position in the data.
+    step: int32, number of finished steps; the position in the data follows from it.
     params: float32 tree.
     batch_stats: running statistics of the norms, float32; {} where there are none.
     opt_state: the optimizer's.
     ema: {"params", "batch_stats"} averaged over the steps, or None.
     rng: typed key; constant, each step folds its number in.
-    metrics: name → (sum, weight) since the last line of the log.
-    bad_step: int32, the step whose loss or gradient was not finite, -1 while there is none. From
-      then on the rest of the state stands still.
+    skipped: int32, how many steps in a row, up to this one, were skipped for a loss or gradient that
+      was not finite.
+    bad_step: int32, the step at which more than the allowed number was skipped, -1 while there is
+      none. From then on the rest of the state stands still.
   """
 
   step: jax.Array
@@ -35,7 +39,7 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
   ema: Any
   rng: jax.Array
-  metrics: dict[str, tuple[jax.Array, jax.Array]]
+  skipped: jax.Array
   bad_step: jax.Array
 
   @property
@@ -61,11 +65,6 @@ def create_state(
   init_rng, state_rng = jax.random.split(rng)
   variables = task.init(init_rng, batch)
   params, batch_stats = variables["params"], variables.get("batch_stats", {})
-
-  def metrics_of(variables: Any, batch: Batch, key: jax.Array) -> Any:
-    return task.loss(variables, task.augment(batch, key), key)[1]["metrics"]
-
-  metrics = jax.eval_shape(metrics_of, variables, batch, state_rng)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -73,13 +72,18 @@ def create_state(
     opt_state=optimizer.init(params),
     ema={"params": params, "batch_stats": batch_stats} if ema else None,
     rng=state_rng,
-    metrics=jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), metrics),
+    skipped=jnp.zeros((), jnp.int32),
     bad_step=jnp.full((), -1, jnp.int32),
   )
 
 
 def loss_and_gradients(
-  task: Task, variables: Mapping[str, Any], batch: Batch, rng: jax.Array, accumulation_steps: int
+  task: Task,
+  variables: Mapping[str, Any],
+  batch: Batch,
+  rng: jax.Array,
+  accumulation_steps: int = 1,
+  frozen: Any = None,
 ) -> tuple[jax.Array, dict[str, Any], Any]:
   """Loss, auxiliary results and gradients of one batch, in so many parts.
 
@@ -87,19 +91,44 @@ def loss_and_gradients(
   rows. Every part starts from the same running statistics and the new ones are averaged, so that
   the result is that of the whole batch with statistics by groups.
 
+  Args:
+    task: its loss.
+    variables: {"params", "batch_stats"}.
+    batch: augmented.
+    rng: a key.
+    accumulation_steps: parts that come one after the other.
+    frozen: a tree like the parameters of booleans, or None for none. Nothing is computed for the
+      gradients of frozen parameters, which come as zeros, and batch norms all of whose parameters
+      are frozen use and keep their running statistics.
+
   Raises:
-    ValueError: the batch is not divisible.
+    ValueError: the batch is not divisible, or the task's loss cannot be had in parts.
   """
+  trained, fixed = _split_parameters(variables["params"], frozen)
 
   def one_part(part: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any], Any]:
-    def loss_of(params: Any) -> tuple[jax.Array, dict[str, Any]]:
-      return task.loss({**variables, "params": params}, part, key)
+    def loss_of(trained: Any) -> tuple[jax.Array, dict[str, Any]]:
+      params = flax.traverse_util.unflatten_dict({**trained, **fixed})
+      with running_statistics(_frozen_modules(fixed, trained)):
+        return task.loss({**variables, "params": params}, part, key)
 
-    (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+    (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
     return loss, aux, gradients
 
+  def whole(gradients: Any) -> Any:
+    zeros = {path: jnp.zeros_like(leaf) for path, leaf in fixed.items()}
+    found = flax.traverse_util.unflatten_dict({**gradients, **zeros})
+    # In the very containers and order of the parameters.
+    return jax.tree.map(lambda _, leaf: leaf, variables["params"], found)
+
   if accumulation_steps == 1:
-    return one_part(batch, rng)
+    loss, aux, gradients = one_part(batch, rng)
+    return loss, aux, whole(gradients)
+  if not task.separable:
+    raise ValueError(
+      "this task's loss looks at a whole batch, which accumulation would take apart: set "
+      "config.accumulation_steps to 1"
+    )
 
   def split(rows: jax.Array) -> jax.Array:
     if rows.shape[0] % accumulation_steps:
@@ -119,7 +148,24 @@ def loss_and_gradients(
   (loss, aux, gradients), _ = jax.lax.scan(body, zeros, parts)
   mean = lambda tree: jax.tree.map(lambda x: x / accumulation_steps, tree)  # noqa: E731
   # Metrics are pairs of sums, and stay so.
-  return mean(loss), {**aux, "batch_stats": mean(aux["batch_stats"])}, mean(gradients)
+  aux = {**aux, "batch_stats": mean(aux["batch_stats"])}
+  return mean(loss), aux, whole(mean(gradients))
+
+
+def _split_parameters(params: Any, frozen: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+  """(trained, frozen), by path."""
+  flat = flax.traverse_util.flatten_dict(dict(params))
+  if frozen is None:
+    return flat, {}
+  still = flax.traverse_util.flatten_dict(dict(frozen))
+  fixed = {path: leaf for path, leaf in flat.items() if still[path]}
+  return {path: leaf for path, leaf in flat.items() if path not in fixed}, fixed
+
+
+def _frozen_modules(fixed: Mapping[Any, Any], trained: Mapping[Any, Any]) -> Callable[[str], bool]:
+  moving = {"/".join(path[:-1]) for path in trained}
+  still = {"/".join(path[:-1]) for path in fixed} - moving
+  return still.__contains__
 
 
 def make_train_step(
@@ -129,19 +175,25 @@ def make_train_step(
   *,
   accumulation_steps: int = 1,
   ema_decay: float | None = None,
-  log_every_steps: int = 1,
+  frozen: Any = None,
+  skip_bad_steps: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
   """The pure function `(state, batch) → (new state, report)`.
 
-  The report is small and is read by the host some steps later: `metrics` (sums and weights since
-  the last line of the log), `learning_rate`, `gradient_norm`, `bad_step`.
+  A step whose loss or gradient is not finite changes nothing but the counters. Up to
+  `skip_bad_steps` of them in a row are skipped; at one more the state stands still for good, and
+  the host stops the run.
+
+  The report is small and is read by the host some steps later: `metrics` (name → sum and weight of
+  this step), `learning_rate`, `gradient_norm` (of what is trained), `parameter_norm`, `replaced`
+  (rows whose picture could not be read), `skipped` and `bad_step`.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     augment_rng, loss_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
-    batch = task.augment(batch, augment_rng)
+    rows = task.augment(batch, augment_rng, state.step)
     loss, aux, gradients = loss_and_gradients(
-      task, state.variables, batch, loss_rng, accumulation_steps
+      task, state.variables, rows, loss_rng, accumulation_steps, frozen
     )
     gradient_norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -151,29 +203,32 @@ def make_train_step(
     if ema_decay is not None:
       ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, variables)
 
-    # A new window of the log begins after each line of it.
-    keep = (state.step % log_every_steps != 0).astype(jnp.float32)
-    metrics = jax.tree.map(lambda total, new: keep * total + new, state.metrics, aux["metrics"])
-
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (state.bad_step < 0)
-    new_state = state.replace(
-      step=state.step + 1,
-      params=params,
-      batch_stats=aux["batch_stats"],
-      opt_state=opt_state,
-      ema=ema,
-      metrics=metrics,
-      rng=None,
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    stopping = (state.bad_step < 0) & (skipped > skip_bad_steps)
+    bad_step = jnp.where(stopping, state.step + 1, state.bad_step)
+
+    def chosen(new: Any, old: Any) -> Any:
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    new_state = TrainState(
+      step=jnp.where(bad_step < 0, state.step + 1, state.step),
+      params=chosen(params, state.params),
+      batch_stats=chosen(aux["batch_stats"], state.batch_stats),
+      opt_state=chosen(opt_state, state.opt_state),
+      ema=chosen(ema, state.ema),
+      rng=state.rng,
+      skipped=jnp.where(state.bad_step < 0, skipped, state.skipped),
+      bad_step=bad_step,
     )
-    new_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), new_state, state.replace(rng=None)
-    )
-    bad_step = jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step + 1)
-    new_state = new_state.replace(rng=state.rng, bad_step=bad_step)
     report = {
-      "metrics": new_state.metrics,
+      # What a skipped step measured is no measure.
+      "metrics": jax.tree.map(lambda m: jnp.where(finite, m, 0.0), aux["metrics"]),
       "learning_rate": schedule(state.step),
-      "gradient_norm": gradient_norm,
+      "gradient_norm": jnp.where(finite, gradient_norm, 0.0),
+      "parameter_norm": optax.tree.norm(new_state.params),
+      "replaced": jnp.sum(batch[REPLACED]) if REPLACED in batch else jnp.zeros(()),
+      "skipped": new_state.skipped,
       "bad_step": bad_step,
     }
     return new_state, report

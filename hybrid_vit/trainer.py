@@ -1,68 +1,59 @@
-"""The one loop: build ▸ restore ▸ (step ▸ log ▸ evaluate ▸ save)* ▸ done."""
+"""The one loop: restore ▸ for each phase: ( step ▸ log ▸ evaluate ▸ save )* ▸ done.
+
+It takes a `Run` and knows no configuration, no task and no key of a batch.
+"""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import signal
-import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
-from hybrid_vit import run, sharding
-from hybrid_vit.checkpoints import Checkpointer, abstract_like, export, load_weights
-from hybrid_vit.config import Config, ConfigError, differences
+from hybrid_vit import programs, sharding
+from hybrid_vit.build import Run
+from hybrid_vit.timing import Clock, Profile
+from hybrid_vit.data.evaluation import EvaluationSet, open_evaluation
+from hybrid_vit.data.pipeline import training_batches
+from hybrid_vit.data.sources import Source
 from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
-from hybrid_vit.reporting import Reporter, plot_curves
-from hybrid_vit.tasks.base import Evaluator, Task
-from hybrid_vit.train_state import TrainState, create_state, make_train_step
-from hybrid_vit.weights.transfer import transfer
+from hybrid_vit.paths import as_path
+from hybrid_vit.reporting import Reporter, SilentReporter, figures
+from hybrid_vit.starting import Start, begin, check_classes
+from hybrid_vit.stopping import Interrupted, Preempted, StopSignal
+from hybrid_vit.tasks.base import Evaluator
+from hybrid_vit.train_state import TrainState
+from hybrid_vit.finishing import finish
 
 # How many steps the host runs ahead of the device before it looks at their results.
 _LAG = 3
 
-
-class Preempted(SystemExit):
-  """Told to stop; the state is saved. Carries the shell's code for the signal."""
-
-
-class _StopSignal:
-  """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C interrupts at once."""
-
-  def __init__(self) -> None:
-    self.number: int | None = None
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self) -> _StopSignal:
-    # Several processes must stop at one step: JAX's own handler of SIGTERM sees to that, and Ctrl-C
-    # just interrupts.
-    if jax.process_count() > 1:
-      return self
-    # Signals can be caught in the main thread only.
-    with contextlib.suppress(ValueError):
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._note)
-    return self
-
-  def _note(self, number: int, _: Any) -> None:
-    if self.number is not None:
-      raise KeyboardInterrupt
-    self.number = number
-
-  def __exit__(self, *_: object) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+# Beside the task's measures in the sums of the log's window; no measure may be called so.
+_REPLACED = " replaced"
 
 
-def train(config: Config, workdir: Path) -> dict[str, float]:
-  """Trains as `config` says, from the newest checkpoint in `workdir` where there is one.
+def train(
+  run: Run,
+  source: Source,
+  workdir: Any,
+  *,
+  begin_anew: bool = False,
+  profile: tuple[int, int] | None = None,
+) -> dict[str, float]:
+  """Trains, from the newest checkpoint in `workdir` where there is one.
+
+  Args:
+    run: see `hybrid_vit.build`.
+    source: the opened training data.
+    workdir: where everything goes.
+    begin_anew: whether to begin at step 0 in a directory whose checkpoints cannot be used.
+    profile: steps (first, last) of which a trace is written to `workdir`/profile.
 
   Returns:
     The last evaluation's measures, "<set>/<measure>".
@@ -71,380 +62,232 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     NonFiniteError: loss or gradient not finite; the last good checkpoint stays.
     Preempted: told to stop, and saved.
   """
-  mesh = sharding.make_mesh(run.mesh_axes(config))
-  source = run.open_training_source(config)
-  task, spec = run.build_task(config, source.num_classes)
-  length = run.training_length(config, len(source))
-  settings = run.loop_settings(config, length.steps_per_epoch, task.primary_metric)
-  seed, ema_decay = settings.seed, settings.ema_decay
-  run_config = config.resolved()
-
-  first = next(iter(_host_batches(config, source, 0, seed, mesh)))
-  shapes = run.example_batch(config, first["image"].shape[1:3])
-  shapes["image"] = jax.ShapeDtypeStruct(shapes["image"].shape, first["image"].dtype)
-  abstract_params = jax.eval_shape(lambda key: task.init(key, shapes), jax.random.key(0))["params"]
-  optimizer, schedule = run.build_optimizer(config, abstract_params, length)
-
-  def new_state(key: jax.Array) -> TrainState:
-    return create_state(key, task, optimizer, shapes, ema=ema_decay is not None)
-
-  abstract = jax.eval_shape(new_state, jax.random.key(seed))
-  layout = sharding.state_shardings(abstract, run.sharding_rules(config), mesh)
-  sets = run.evaluation_sets(config, mesh, spec.num_classes)
-  config.assert_all_read()
-
-  checkpointer = Checkpointer(
-    workdir,
-    keep=settings.keep,
-    every_steps=settings.save_every_steps,
-    every_minutes=settings.save_every_minutes,
-    run_config=run_config,
-  )
-  evaluators = task.evaluators(sets)
-  restored = checkpointer.restore(abstract_like(abstract, layout))
-  if restored is not None:
-    state, start_step = restored.state, restored.step
-  else:
-    start_step = 0
-    state = jax.jit(new_state, out_shardings=layout)(jax.random.key(seed))
-  reporter = _reporter(workdir, length.total_steps, start_step, run_config)
-  loop = _Loop(
-    task=task,
-    evaluators=evaluators,
-    reporter=reporter,
-    checkpointer=checkpointer,
-    length=length,
-    batch_size=int(config.data.batch_size),
-    log_every=settings.log_every,
-    evaluate_every=settings.evaluate_every,
-    accumulation=settings.accumulation,
-    best_metric=settings.best_metric,
-  )
-  try:
-    if restored is not None:
-      reporter.message(f"restored step {start_step} from {workdir / 'checkpoints'}")
-      for change in differences(restored.run_config, run_config):
-        reporter.message(f"not as it was when that was saved: {change}")
-    elif settings.init_from is not None:
-      new_head = settings.reinitialize_head
-      state = _start_from(state, settings.init_from, new_head, layout, reporter)
-    reporter.message(_summary(spec, abstract, length, mesh, config, schedule))
-    step_function = jax.jit(
-      make_train_step(
-        task,
-        optimizer,
-        schedule,
-        accumulation_steps=settings.accumulation,
-        ema_decay=ema_decay,
-        log_every_steps=settings.log_every,
-      ),
-      in_shardings=(layout, sharding.batch_sharding(mesh)),
-      out_shardings=(layout, sharding.replicated(mesh)),
-      donate_argnums=0,
+  workdir, settings = as_path(workdir), run.settings
+  mesh = sharding.make_mesh(run.mesh_axes)
+  with StopSignal() as stop:
+    sets = open_evaluation(run.evaluation, run.task.spec.evaluation, mesh, stop.raise_if_told)
+    check_classes(run, sets)
+    checkpointer = Checkpointer(
+      workdir,
+      keep=settings.keep,
+      every_steps=settings.save_every_steps,
+      every_minutes=settings.save_every_minutes,
+      keep_best=settings.best_metric is not None,
+      run_config=run.config,
+      info=run.metadata,
     )
-    with _StopSignal() as stop:
-      batches = _host_batches(config, source, start_step, seed, mesh)
-      state, results = loop.run(state, step_function, batches, mesh, start_step, stop)
-    _finish(workdir, task, evaluators, state, spec, source.class_names, results, reporter)
-  finally:
-    checkpointer.close()
-    reporter.close()
-  return results
-
-
-def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
-  """Evaluates the weights of `workdir`, else of `config.init_from`, by their own preprocessing."""
-  directory = workdir or config.get("init_from")
-  if directory is None:
-    raise ValueError("--mode=evaluate needs weights: give --workdir or --config.init_from")
-  mesh = sharding.make_mesh(run.mesh_axes(config))
-  weights, metadata = load_weights(directory)
-  head = weights["params"].get("head", {}).get("bias")
-  preprocessing, said_by = run.weights_preprocessing(config, metadata)
-  task, spec = run.build_task(config, None if head is None else int(head.shape[0]), preprocessing)
-  sets = run.evaluation_sets(config, mesh, spec.num_classes, preprocessing)
-  if not sets:
-    raise ConfigError("`config.evaluation.sets` is empty: there is nothing to evaluate on")
-  batch = {"image": next(iter(sets[0].batches()))["image"]}
-  target = jax.eval_shape(lambda key: task.init(key, batch), jax.random.key(0))
-  variables, report = transfer(weights, target)
-  layout = sharding.state_shardings(variables, (), mesh, params_key="")
-  variables = jax.tree.map(jax.device_put, variables, layout)
-  if jax.process_index() == 0:
-    step = metadata.get("step")
-    print(f"weights from {directory}" + (f", step {step}" if step is not None else ""))
-    print(report)
-    print(run.describe_preparation(preprocessing, said_by, sets))
-  results = {}
-  for evaluator in task.evaluators(sets):
-    values = evaluator.run(variables)
-    results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
-    if jax.process_index() == 0:
-      print(f"{evaluator.name}: {_figures(values)}")
-  return results
+    try:
+      start = begin(run, mesh, checkpointer, workdir, begin_anew=begin_anew)
+      reporter: Reporter | SilentReporter = SilentReporter()
+      if jax.process_index() == 0:
+        reporter = Reporter(
+          workdir,
+          run.curriculum.total_steps,
+          start.step,
+          run_config=run.config,
+          sinks=settings.sinks,
+        )
+      try:
+        loop = _Loop(run, mesh, workdir, checkpointer, reporter, stop, start, profile)
+        loop.evaluators = run.task.evaluators(sets)
+        return loop.run_all(source, sets)
+      finally:
+        reporter.close()
+    finally:
+      checkpointer.close()
 
 
 @dataclasses.dataclass
 class _Loop:
   """The linear part of a training, and what it needs."""
 
-  task: Task
-  evaluators: list[Evaluator]
-  reporter: Reporter | _Silent
+  run: Run
+  mesh: Mesh
+  workdir: epath.Path
   checkpointer: Checkpointer
-  length: run.Length
-  batch_size: int
-  log_every: int
-  evaluate_every: int
-  accumulation: int
-  best_metric: str | None
+  reporter: Reporter | SilentReporter
+  stop: StopSignal
+  start: Start
+  profile: tuple[int, int] | None
+  evaluators: list[Evaluator] = dataclasses.field(default_factory=list)
 
-  def run(
-    self,
-    state: TrainState,
-    step_function: Any,
-    batches: Any,
-    mesh: Mesh,
-    step: int,
-    stop: _StopSignal,
-  ) -> tuple[TrainState, dict[str, float]]:
-    """From `step` to the end; returns the last state and evaluation."""
-    results: dict[str, float] = {}
-    if step and self._evaluates(step):
-      # The run may have been stopped between saving this step and the end of its evaluation.
-      results = self._evaluate(state, step)
-    # (step, report, batch) of steps whose results the host has not looked at.
-    pending: collections.deque[tuple[int, Any, Any]] = collections.deque()
-    batch_layout = sharding.batch_sharding(mesh)
-    clock = _Clock(batches)
-    compiled = None
-    while step < self.length.total_steps:
-      host_batch = clock.waiting(lambda: next(batches))
-      batch = sharding.put_batch(host_batch, batch_layout)
-      if compiled is None:
-        begin = time.monotonic()
-        compiled = step_function.lower(state, batch).compile()
-        seconds = time.monotonic() - begin
-        self.reporter.message(f"compiled the step in {seconds:.1f} s")
-        self.reporter.timing(step, {"compile_seconds": seconds})
-        clock.restart()
-      state, report = compiled(state, batch)
-      step += 1
-      clock.images += self.batch_size
-      pending.append((step, report, batch))
-      while len(pending) > _LAG:
-        self._look(pending.popleft(), state, clock)
+  def __post_init__(self) -> None:
+    self.sums: dict[str, list[float]] = {k: list(v) for k, v in self.start.sums.items()}
+    self.clock = Clock()
 
-      last = step == self.length.total_steps
-      evaluating = self._evaluates(step)
-      logging_now = last or step % self.log_every == 0
-      saving = last or self.checkpointer.should_save(step, ask_clock=logging_now)
-      stopping = stop.number is not None or self.checkpointer.preempted(step)
-      if not (evaluating or saving or stopping):
-        continue
-      while pending:
-        self._look(pending.popleft(), state, clock)
-      if saving or stopping:
-        self.checkpointer.save(state, step)
-      if stopping:
-        self._stop(step, stop.number)
-      if evaluating:
-        results = self._evaluate(state, step)
-      clock.restart()
-    return state, results
-
-  def _evaluates(self, step: int) -> bool:
-    return step == self.length.total_steps or step % self.evaluate_every == 0
-
-  def _look(self, item: tuple[int, Any, Any], state: TrainState, clock: _Clock) -> None:
-    """Reads one step's report: stops at a NaN, writes the line of the log."""
-    step, report, batch = item
-    if int(report["bad_step"]) >= 0:
-      kept = self.checkpointer.steps()
-      where = first_bad_tensor(self.task, state, batch, self.accumulation)
-      raise NonFiniteError(int(report["bad_step"]), where, batch, kept[0] if kept else None)
-    last = step == self.length.total_steps
-    if step % self.log_every and not last:
-      if step % 10 == 0:
-        self._show(step, None, clock)
-      return
-    sums = jax.device_get(report["metrics"])
-    values = {key: float(total / weight) for key, (total, weight) in sums.items()}
-    values["learning_rate"] = float(report["learning_rate"])
-    values["gradient_norm"] = float(report["gradient_norm"])
-    self.reporter.scalars(step, values, kind="train")
-    self._show(step, values["loss"], clock)
-    rate, wait = clock.rates()
-    self.reporter.timing(
-      step,
-      {
-        "images_per_second": rate,
-        "data_wait_fraction": wait,
-        "corrupt_pictures": float(clock.corrupt),
-      },
-    )
-
-  def _show(self, step: int, loss: float | None, clock: _Clock) -> None:
-    clock.loss = loss if loss is not None else clock.loss
-    rate, wait = clock.rates()
-    self.reporter.progress(step, loss=clock.loss, images_per_second=rate, data_wait_fraction=wait)
-
-  def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-    results: dict[str, float] = {}
-    for evaluator in self.evaluators:
-      values = evaluator.run(state.evaluation_variables)
-      self.reporter.scalars(step, values, kind=f"eval/{evaluator.name}")
-      self.reporter.message(f"step {step}, {evaluator.name}: {_figures(values)}")
-      results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
-    if self.best_metric is not None:
-      if self.best_metric not in results:
-        raise ValueError(
-          f"config.checkpoint.best_metric {self.best_metric!r} is not measured; there are: "
-          f"{', '.join(results)}"
-        )
-      self.checkpointer.save_best(state, step, results[self.best_metric])
+  def run_all(self, source: Source, sets: list[EvaluationSet]) -> dict[str, float]:
+    """Everything from the first message to the last picture."""
+    total = self.run.curriculum.total_steps
+    for text in self.start.messages:
+      self.reporter.message(text)
+    if self.start.step < total:
+      part, parts = sharding.batch_part(sharding.batch_sharding(self.mesh))
+      batches = training_batches(
+        self.run, source, start_step=self.start.step, process_index=part, process_count=parts
+      )
+      try:
+        state, results = self.train(batches)
+      finally:
+        batches.close()
+    else:
+      self.reporter.message(
+        f"nothing to train: step {self.start.step} is saved and the training ends at {total}. "
+        "Lengthen it (config.total_epochs), or give another --workdir to begin anew"
+      )
+      state = self.start.state
+      results = self.evaluate(state, self.start.step)
+    finish(self.run, self.workdir, self.evaluators, state, results, self.reporter)
     return results
 
-  def _stop(self, step: int, number: int | None) -> None:
+  def train(self, batches: Any) -> tuple[TrainState, dict[str, float]]:
+    """From the first step to the end; returns the last state and evaluation."""
+    state, step = self.start.state, self.start.step
+    curriculum, results = self.run.curriculum, {}
+    if step and self.run.evaluates_at(step):
+      # The run may have been stopped between saving this step and the end of its evaluation.
+      results = self.evaluate(state, step)
+    steps = self._compile(step)
+    # (step, report, batch) of steps whose results the host has not looked at.
+    pending: collections.deque[tuple[int, Any, Any]] = collections.deque()
+    placement, phase = sharding.batch_sharding(self.mesh), -1
+    with Profile(self.workdir, self.profile) as profile:
+      while step < curriculum.total_steps:
+        if curriculum.phase_of(step) != phase:
+          phase = self._enter(curriculum.phase_of(step), steps)
+        profile.at(step + 1)
+        batch = sharding.put_batch(self.clock.waiting(lambda: next(batches)), placement)
+        state, report = steps[phase].compiled(state, batch)
+        step += 1
+        self.clock.examples += curriculum.phases[phase].batch_size
+        pending.append((step, report, batch))
+        while len(pending) > _LAG:
+          self._look(pending.popleft(), state)
+
+        last = step == curriculum.total_steps
+        evaluating = self.run.evaluates_at(step)
+        logging_now = last or step % self.run.settings.log_every == 0
+        saving = last or self.checkpointer.should_save(step, ask_clock=logging_now)
+        stopping = self.stop.told or self.checkpointer.preempted(step)
+        if not (evaluating or saving or stopping):
+          continue
+        while pending:
+          self._look(pending.popleft(), state)
+        if saving or stopping:
+          self.checkpointer.save(state, step, self.sums)
+        if stopping:
+          self._stop(step)
+        if evaluating:
+          results = self.evaluate(state, step)
+        self.clock.restart()
+    return state, results
+
+  def _compile(self, step: int) -> dict[int, programs.Program]:
+    steps = programs.compile_phases(self.run, self.mesh, step)
+    seconds = sum(program.seconds for program in steps.values())
+    several = f" for {len(steps)} phases" if len(steps) > 1 else ""
+    self.reporter.message(f"compiled the step{several} in {seconds:.1f} s")
+    self.reporter.timing(step, {"compile_seconds": seconds})
+    return steps
+
+  def _enter(self, phase: int, steps: dict[int, programs.Program]) -> int:
+    phases = self.run.curriculum.phases
+    if len(phases) > 1:
+      self.reporter.message(f"phase {phase + 1} of {len(phases)}: {phases[phase]}")
+    per_example, peak = steps[phase].flops_per_example, programs.peak_flops(self.mesh)
+    self.clock.utilisation_of_rate = per_example / peak if per_example and peak else None
+    self.clock.restart()
+    return phase
+
+  def _look(self, item: tuple[int, Any, Any], state: TrainState) -> None:
+    """Reads one step's report: stops at a NaN, adds to the sums, writes the line of the log."""
+    step, report, batch = item
+    found = jax.device_get(report)
+    settings = self.run.settings
+    if int(found["bad_step"]) >= 0:
+      task = self.run.tasks[self.run.curriculum.phase_of(step - 1)]
+      kept = self.checkpointer.steps()
+      where = first_bad_tensor(task, state, batch, settings.accumulation, self.run.frozen)
+      raise NonFiniteError(int(found["bad_step"]), where, batch, kept[0] if kept else None)
+    if int(found["skipped"]):
+      self.reporter.message(
+        f"step {step} was skipped: its loss or gradient is not finite ({int(found['skipped'])} in "
+        f"a row; more than {settings.skip_bad_steps} stop the run)"
+      )
+    self._add(_REPLACED, float(found["replaced"]), 1.0)
+    for name, (total, weight) in found["metrics"].items():
+      self._add(name, float(total), float(weight))
+    if step % settings.log_every and step != self.run.curriculum.total_steps:
+      if step % 10 == 0:
+        self._show(step)
+      return
+    replaced = self.sums.pop(_REPLACED)[0]
+    values = {
+      k: total / weight if weight else float("nan") for k, (total, weight) in self.sums.items()
+    }
+    for name in ("learning_rate", "gradient_norm", "parameter_norm"):
+      values[name] = float(found[name])
+    if replaced:
+      values["replaced_examples"] = replaced
+    self.sums = {}
+    self.reporter.scalars(step, values, kind="train")
+    self.clock.loss = values.get("loss", self.clock.loss)
+    self._show(step)
+    self.reporter.timing(step, self.clock.figures())
+    self.clock.window()
+
+  def _add(self, name: str, total: float, weight: float) -> None:
+    pair = self.sums.setdefault(name, [0.0, 0.0])
+    pair[0] += total
+    pair[1] += weight
+
+  def _show(self, step: int) -> None:
+    phases = self.run.curriculum.phases
+    phase = self.run.curriculum.phase_of(step - 1)
+    self.reporter.progress(
+      step,
+      loss=self.clock.loss,
+      rate=self.clock.text(),
+      phase=f"phase {phase + 1}/{len(phases)}" if len(phases) > 1 else None,
+    )
+
+  def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+    """Measures every set; keeps the weights where they are the best so far."""
+    results: dict[str, float] = {}
+    try:
+      for evaluator in self.evaluators:
+        values = evaluator.run(state.evaluation_variables)
+        self.reporter.scalars(step, values, kind=f"eval/{evaluator.name}")
+        self.reporter.message(f"step {step}, {evaluator.name}: {figures(values)}")
+        results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
+    except Interrupted:
+      # It is done again by the run that goes on from here.
+      self.checkpointer.save(state, step, self.sums)
+      self._stop(step)
+    settings = self.run.settings
+    if settings.best_metric is not None and settings.best_metric in results:
+      self.checkpointer.save_best(
+        state.evaluation_variables,
+        step,
+        results[settings.best_metric],
+        higher_is_better=settings.best_is_max,
+      )
+    return results
+
+  def _stop(self, step: int) -> None:
     self.checkpointer.wait()
     self.reporter.message(
       f"told to stop: step {step} is saved; the same command with the same --workdir goes on"
     )
-    raise Preempted(128 + (number or signal.SIGTERM))
+    raise Preempted(128 + (self.stop.number or signal.SIGTERM))
 
 
-class _Clock:
-  """Pictures and waiting since the last restart; evaluation and compilation do not count."""
-
-  def __init__(self, batches: Any):
-    self._batches = batches
-    self.loss: float | None = None
-    self.restart()
-
-  def restart(self) -> None:
-    self.images = 0
-    self._begin = time.monotonic()
-    self._waited = 0.0
-
-  def waiting(self, get: Any) -> Any:
-    begin = time.monotonic()
-    result = get()
-    self._waited += time.monotonic() - begin
-    return result
-
-  def rates(self) -> tuple[float, float]:
-    """Images per second over all processes, and the part of the time spent waiting for data."""
-    seconds = max(time.monotonic() - self._begin, 1e-9)
-    return self.images / seconds, min(self._waited / seconds, 1.0)
-
-  @property
-  def corrupt(self) -> int:
-    return self._batches.corrupt.count
-
-
-class _Silent:
-  """The reporter of processes other than the first."""
-
-  def _nothing(self, *args: Any, **kwargs: Any) -> None:
-    del args, kwargs
-
-  scalars = timing = progress = message = close = _nothing
-
-
-def _reporter(
-  workdir: Path, total_steps: int, start_step: int, run_config: dict[str, Any]
-) -> Reporter | _Silent:
-  if jax.process_index():
-    return _Silent()
-  return Reporter(workdir, total_steps, start_step, run_config=run_config)
-
-
-def _host_batches(config: Config, source: Any, start_step: int, seed: int, mesh: Mesh) -> Any:
-  part, parts = sharding.batch_part(sharding.batch_sharding(mesh))
-  return run.training_batches(
-    config, source, start_step=start_step, seed=seed, process_index=part, process_count=parts
-  )
-
-
-def _start_from(
-  state: TrainState, directory: str, new_head: bool, layout: Any, reporter: Reporter | _Silent
-) -> TrainState:
-  """A new state whose variables (and their average) are those of other weights."""
-  weights, _ = load_weights(directory)
-  variables, report = transfer(weights, state.variables, reinitialize_head=new_head)
-  reporter.message(f"starting from {directory}\n{report}")
-  put = lambda tree, to: jax.tree.map(jax.device_put, tree, to)  # noqa: E731
-  params = put(variables["params"], layout.params)
-  batch_stats = put(variables["batch_stats"], layout.batch_stats)
-  ema = None
-  if state.ema is not None:
-    # Copies: the state is donated, and one buffer cannot be given away twice.
-    ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
-  return state.replace(params=params, batch_stats=batch_stats, ema=ema)
-
-
-def _summary(
-  spec: run.ModelSpec,
-  state: TrainState,
-  length: run.Length,
-  mesh: Mesh,
-  config: Config,
-  schedule: Any,
-) -> str:
-  parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
-  peak = max(float(schedule(s)) for s in np.linspace(0, length.total_steps - 1, 200).round())
-  axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  return (
-    f"{spec.name}: {parameters:,} parameters, {spec.num_classes} classes\n"
-    f"{length.total_steps} steps of {config.data.batch_size} ({length.epochs:.1f} epochs of "
-    f"{length.steps_per_epoch} steps), peak learning rate {peak:.3g}\n"
-    f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({axes}), {jax.process_count()} "
-    "process(es); batch norm statistics are those of the global batch"
-    + (f" in {groups} groups" if (groups := config.get("batch_norm_groups", 1)) > 1 else "")
-  )
-
-
-def _finish(
-  workdir: Path,
-  task: Task,
-  evaluators: list[Evaluator],
-  state: TrainState,
-  spec: run.ModelSpec,
-  class_names: Any,
-  results: Mapping[str, float],
-  reporter: Reporter | _Silent,
-) -> None:
-  """Exports the weights, draws the pictures, says what to do next."""
-  metadata = {
-    **dataclasses.asdict(spec),
-    "class_names": list(class_names),
-    "step": int(state.step),
-    "results": dict(results),
-    "weights": "trained here" + (", averaged over steps" if state.ema is not None else ""),
-  }
-  export(workdir / "export", state.evaluation_variables, metadata)
-  if jax.process_index():
-    return
-  plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
-  if evaluators and jax.process_count() == 1:
-    evaluators[0].draw(state.evaluation_variables, workdir / "predictions.png")
-  reporter.message(
-    f"done. In {workdir}:\n"
-    "  curves.png, predictions.png   to look at\n"
-    "  metrics.jsonl, tensorboard/   every figure (tensorboard --logdir " + str(workdir) + ")\n"
-    "  checkpoints/, best/           whole states\n"
-    "  export/                       the weights alone\n"
-    "Next:\n"
-    f"  evaluate them:    add --mode=evaluate --workdir={workdir} to the command\n"
-    f"  fine-tune them:   python -m hybrid_vit.main --config=configs/finetune.py "
-    f"--config.init_from={workdir} --config.data.source=folder:/path/to/pictures"
-  )
-
-
-def _figures(values: Mapping[str, float]) -> str:
-  shown = {key: value for key, value in values.items() if key != "examples"}
-  text = ", ".join(
-    f"{key} {value:.2%}" if key.startswith("top") else f"{key} {value:.4f}"
-    for key, value in shown.items()
-  )
-  return f"{text} ({values['examples']:.0f} examples)" if "examples" in values else text
+def evaluate_all(
+  run: Run, variables: Any, sets: list[EvaluationSet], show: Callable[[str], None]
+) -> dict[str, float]:
+  """Measures of variables on every set, "<set>/<measure>"."""
+  results: dict[str, float] = {}
+  for evaluator in run.task.evaluators(sets):
+    values = evaluator.run(variables)
+    results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
+    show(f"{evaluator.name}: {figures(values)}")
+  return results

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit import run
+from hybrid_vit import build
 from hybrid_vit.config import Config, load_config
+from hybrid_vit.data.spec import REPLACED
 from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
+from hybrid_vit.optimizers import frozen_parameters
 from hybrid_vit.train_state import create_state, loss_and_gradients, make_train_step
 from tests import small
 
@@ -16,8 +19,14 @@ close = functools.partial(
 )
 
 
+def frozen_tree(task, names):
+  """Booleans for each parameter; None where none is named."""
+  params = jax.eval_shape(lambda key: task.init(key, small.make_batch()), jax.random.key(0))
+  return frozen_parameters(Config({"freeze": names}), params["params"])
+
+
 @functools.cache
-def setup(ema_decay=None, log_every=1, accumulation=1, **arguments):
+def setup(ema_decay=None, accumulation=1, skip_bad_steps=0, frozen=(), **arguments):
   """(task, state of step 0, compiled step that keeps its argument)."""
   task = small.make_task(**arguments)
   optimizer = small.adamw(task)
@@ -30,7 +39,8 @@ def setup(ema_decay=None, log_every=1, accumulation=1, **arguments):
     small.schedule,
     accumulation_steps=accumulation,
     ema_decay=ema_decay,
-    log_every_steps=log_every,
+    skip_bad_steps=skip_bad_steps,
+    frozen=frozen_tree(task, frozen),
   )
   return task, jax.jit(make)(jax.random.key(0)), jax.jit(step)
 
@@ -40,7 +50,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(parts):
   accumulated, batch = small.make_task(label_smoothing=0.1), small.make_batch(16)
   variables = accumulated.init(jax.random.key(0), batch)
   key = jax.random.key(1)
-  rows = accumulated.augment(batch, key)
+  rows = accumulated.augment(batch, key, 0)
   found = jax.jit(functools.partial(loss_and_gradients, accumulated, accumulation_steps=parts))(
     variables, rows, key
   )
@@ -55,7 +65,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(parts):
 def test_a_batch_that_does_not_fall_into_parts_is_refused():
   task, batch = small.make_task(), small.make_batch(16)
   variables = jax.eval_shape(lambda key: task.init(key, batch), jax.random.key(0))
-  rows = task.augment(batch, jax.random.key(0))
+  rows = task.augment(batch, jax.random.key(0), 0)
   with pytest.raises(ValueError, match="batch of 16 does not fall into 3 equal parts"):
     jax.eval_shape(lambda v: loss_and_gradients(task, v, rows, jax.random.key(0), 3), variables)
 
@@ -84,19 +94,75 @@ def test_the_average_follows_parameters_and_statistics():
   assert all(distance > 0 for distance in jax.tree.leaves(moved))
 
 
-def test_metrics_are_summed_since_the_last_line_of_the_log():
-  task, state, step = setup(log_every=3)
-  losses, weights = [], []
-  for seed in range(5):
-    batch = small.make_batch(seed=seed)
-    rows = task.augment(batch, jax.random.key(0))
-    losses.append(float(task.loss(state.variables, rows, jax.random.key(0))[0]) * 16)
-    state, report = step(state, batch)
-    total, weight = report["metrics"]["loss"]
-    weights.append(float(weight))
-    since = losses[:3] if seed < 3 else losses[3:]
-    np.testing.assert_allclose(total, sum(since[: seed + 1]), rtol=1e-4)
-  assert weights == [16, 32, 48, 16, 32]
+def test_a_report_has_the_sums_of_its_step():
+  task, state, step = setup()
+  batch = {**small.make_batch(), REPLACED: np.array([1.0] * 3 + [0.0] * 13, np.float32)}
+  rows = task.augment(batch, jax.random.key(0), 0)
+  expected = float(task.loss(state.variables, rows, jax.random.key(0))[0]) * 16
+  new, report = step(state, batch)
+  total, weight = report["metrics"]["loss"]
+  np.testing.assert_allclose(total, expected, rtol=1e-4)
+  assert weight == 16 and report["replaced"] == 3
+  norm = np.sqrt(sum(float(jnp.sum(p**2)) for p in jax.tree.leaves(new.params)))
+  np.testing.assert_allclose(report["parameter_norm"], norm, rtol=1e-5)
+
+
+def test_bad_steps_are_skipped_up_to_a_number_in_a_row():
+  _, state, step = setup(ema_decay=0.75, skip_bad_steps=2)
+  state, _ = step(state, {**small.make_batch(), "image": np.zeros((16, 8, 8, 3), np.float32)})
+  bad = {**small.make_batch(), "image": np.full((16, 8, 8, 3), np.nan, np.float32)}
+  good = {**bad, "image": np.ones_like(bad["image"])}
+  kept = lambda s: (s.params, s.opt_state, s.ema, s.batch_stats)  # noqa: E731
+  counts = []
+  for batch in (bad, bad, good, bad, bad, bad):
+    new, report = step(state, batch)
+    counts.append((int(new.step), int(report["skipped"]), int(report["bad_step"])))
+    assert float(report["metrics"]["loss"][1]) == (16 if batch is good else 0)
+    if batch is bad:
+      jax.tree.map(np.testing.assert_array_equal, kept(new), kept(state))
+    state = new
+  assert counts == [(2, 1, -1), (3, 2, -1), (4, 0, -1), (5, 1, -1), (6, 2, -1), (6, 3, 7)]
+
+
+def test_frozen_parts_cost_nothing_and_stand_still():
+  names = ("^conv", "^norm", "^hidden")
+  task, state, step = setup(frozen=names)
+  _, _, plain = setup()
+  new, report = step(state, small.make_batch())
+  jax.tree.map(np.testing.assert_array_equal, new.batch_stats, state.batch_stats)
+  # The gradient's norm is that of the head alone.
+  frozen = frozen_tree(task, names)
+  rows = task.augment(small.make_batch(), jax.random.key(0), 0)
+  _, aux, gradients = loss_and_gradients(
+    task, state.variables, rows, jax.random.key(0), frozen=frozen
+  )
+  assert not any(
+    jnp.any(leaf) for n in ("conv", "norm", "hidden") for leaf in gradients[n].values()
+  )
+  head = np.sqrt(sum(float(jnp.sum(g**2)) for g in gradients["head"].values()))
+  assert head > 0
+  np.testing.assert_allclose(report["gradient_norm"], head, rtol=1e-4)
+  # The batch norm uses its running figures, as it will in evaluation.
+  logits = task.predict(state.variables, {"image": small.make_batch()["image"]})
+  assert float(task.loss(state.variables, rows, jax.random.key(0))[0]) != pytest.approx(
+    float(aux["metrics"]["loss"][0]) / 16, rel=1e-4
+  )
+  expected = -jax.nn.log_softmax(logits)[np.arange(16), small.make_batch()["label"]].sum()
+  np.testing.assert_allclose(aux["metrics"]["loss"][0], expected, rtol=1e-4)
+  # Nothing of the frozen part is differentiated.
+  flops = [
+    s.lower(state, small.make_batch()).compile().cost_analysis()["flops"] for s in (step, plain)
+  ]
+  assert flops[0] < 0.6 * flops[1]
+
+
+def test_a_loss_of_the_whole_batch_is_not_taken_apart():
+  task = dataclasses.replace(small.make_task(), separable=False)
+  batch = small.make_batch()
+  variables = jax.eval_shape(lambda key: task.init(key, batch), jax.random.key(0))
+  rows = task.augment(batch, jax.random.key(0), 0)
+  with pytest.raises(ValueError, match="looks at a whole batch"):
+    jax.eval_shape(lambda v: loss_and_gradients(task, v, rows, jax.random.key(0), 2), variables)
 
 
 def test_the_state_stands_still_from_the_first_bad_step_on():
@@ -158,7 +224,9 @@ def test_bfloat16_is_for_the_computation_alone():
 def test_recomputation_is_a_line_of_the_configuration(remat):
   values = load_config("configs/quickstart.py")
   values.remat = remat
-  task, _ = run.build_task(Config(values), 10)
+  config = Config(values)
+  facts = build.DataFacts(num_classes=10)
+  (task,), _ = build.build_tasks(config, facts, build.preprocessing_of(config), None)
   shape = {
     "image": jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32),
     "target": jax.ShapeDtypeStruct((2, 10), np.float32),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 # How a key follows when the picture is resized, cropped, flipped or padded:
@@ -69,6 +70,26 @@ class Field:
 
 
 Fields = Mapping[str, Field]
+
+
+class Spec(NamedTuple):
+  """The fields that a task needs of an example: in training, and in evaluation."""
+
+  train: Fields
+  evaluation: Fields
+
+
+def batch_shapes(
+  fields: Fields, batch_size: int, *, train: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a batch of resolved fields, those that the loader adds included."""
+  shapes = {
+    name: jax.ShapeDtypeStruct((batch_size, *map(int, field.shape)), np.dtype(field.dtype))  # type: ignore[arg-type]
+    for name, field in on_device(fields).items()
+  }
+  shapes[INDEX] = jax.ShapeDtypeStruct((batch_size,), np.dtype(np.int32))
+  shapes[REPLACED if train else MASK] = jax.ShapeDtypeStruct((batch_size,), np.dtype(np.float32))
+  return shapes
 
 
 def kinds(fields: Fields) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task. A task knows networks and losses, and nothing of files."""
+"""What the engine asks of a task. A task knows networks and losses, and nothing of files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
+
+from hybrid_vit.data.spec import Spec
 
 Variables = Mapping[str, Any]
 # Arrays, or their shapes where only those matter.
 Batch = Mapping[str, Any]
+
+# Directions of a measure.
+BETTER = ("max", "min")
 
 
 class Evaluator(Protocol):
@@ -22,8 +28,11 @@ class Evaluator(Protocol):
     """One pass over the whole data set: name of the measure → value, the same on every process."""
     ...
 
-  def draw(self, variables: Variables, path: Path) -> None:
-    """Writes a picture of some results, for people, as a PNG."""
+  def draw(self, variables: Variables, path: Path) -> bool:
+    """Writes a picture of some results, for people, as a PNG; False where there is none to draw.
+
+    Every process calls it; the first one writes.
+    """
     ...
 
 
@@ -31,30 +40,60 @@ class EvaluationData(Protocol):
   """A data set to evaluate on, ready for the devices."""
 
   name: str
-  class_names: Sequence[str]
+  info: Mapping[str, Any]
 
-  def batches(self) -> Iterable[dict[str, jax.Array]]:
-    """One pass: global arrays, with "mask" 0 for rows that do not count."""
+  def __len__(self) -> int: ...
+
+  def batches(self) -> Iterable[tuple[dict[str, jax.Array], dict[str, list[Any]]]]:
+    """One pass: global arrays, and the host-only fields of this process's rows.
+
+    The arrays hold what the task's spec declares, "index", and "mask", 0 for rows that do not count.
+    """
+    ...
+
+  def sample(self, count: int) -> Mapping[str, np.ndarray]:
+    """Rows of `count` examples spread evenly over the set, the same on every process."""
     ...
 
 
 class Task(Protocol):
   """From variables and a batch to a loss. Every method but `evaluators` is pure.
 
-  A batch is a flat dict of arrays whose leading axis is the global batch.
+  A batch is a flat dict of arrays whose leading axis is the global batch. A task is a frozen
+  dataclass, so that what differs in a phase can be replaced.
+
+  Attributes:
+    model: the network, as the registry made it.
+    spec: the keys of a training and of an evaluation example.
+    separable: whether the loss of a batch is the mean of the losses of its parts, so that it may be
+      split for accumulation.
+    measures: what its evaluators measure, each with its direction, "max" or "min"; by the first one
+      the best state is chosen where the configuration names none.
   """
 
+  model: Any
+
   @property
-  def primary_metric(self) -> str:
-    """The measure, higher is better, by which the best checkpoint is chosen."""
-    ...
+  def spec(self) -> Spec: ...
+
+  @property
+  def separable(self) -> bool: ...
+
+  @property
+  def measures(self) -> Mapping[str, str]: ...
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """New variables: {"params", "batch_stats"}; only the shapes of the batch matter."""
     ...
 
-  def augment(self, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-    """What is done to a training batch on the device: normalising, mixing, targets."""
+  def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+    """What is done to a training batch on the device: normalising, mixing, targets.
+
+    Args:
+      batch: as loaded.
+      rng: a key of this step.
+      step: int32, finished steps.
+    """
     ...
 
   def loss(
@@ -66,6 +105,10 @@ class Task(Protocol):
     """
     ...
 
+  def predict(self, variables: Variables, batch: Batch) -> Any:
+    """The network's answers to an evaluation batch."""
+    ...
+
   def activations(self, variables: Variables, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
     """Named intermediates of a training step in forward order: to find where a NaN began."""
     ...
@@ -73,3 +116,36 @@ class Task(Protocol):
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """One evaluator for each data set."""
     ...
+
+  def stored_info(self) -> dict[str, Any]:
+    """What goes with the weights beside the network and its preprocessing, e.g. class names."""
+    ...
+
+
+def summed(
+  data: EvaluationData, evaluate_batch: Any, variables: Variables
+) -> dict[str, tuple[float, float]]:
+  """Sums and weights of a whole data set, in float64.
+
+  One batch ahead of the host, so that the devices do not wait for the sums.
+
+  Args:
+    data: the set.
+    evaluate_batch: compiled, `(variables, batch) → {measure: (sum, weight)}`.
+    variables: of the network.
+  """
+  totals: dict[str, np.ndarray] = {}
+
+  def add(result: Any) -> None:
+    for key, pair in jax.device_get(result).items():
+      totals[key] = totals.get(key, np.zeros(2)) + np.asarray(pair, np.float64)
+
+  previous = None
+  for batch, _ in data.batches():
+    current = evaluate_batch(variables, batch)
+    if previous is not None:
+      add(previous)
+    previous = current
+  if previous is not None:
+    add(previous)
+  return {key: (float(total[0]), float(total[1])) for key, total in totals.items()}

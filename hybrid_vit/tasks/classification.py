@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from hybrid_vit.data.mixing import mix_batch, smooth_one_hot
+from hybrid_vit.data.spec import MASK, Field, Spec
 from hybrid_vit.reporting import plot_predictions
-from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
+from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
+from hybrid_vit.tasks.registry import Context, register_task
 
 LOSSES = ("softmax", "sigmoid")
+# Pictures in a drawing of predictions.
+_DRAWN = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,58 @@ class Mixing:
   probability: float = 1.0
   switch_probability: float = 0.5
   mode: str = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationSettings:
+  """`config.task`; see `Classification`."""
+
+  loss: str = "softmax"
+  label_smoothing: float = 0.0
+  mixing: Mixing | None = None
+
+  def __post_init__(self) -> None:
+    if self.loss not in LOSSES:
+      raise ValueError(f"config.task.loss {self.loss!r} is not one of {', '.join(LOSSES)}")
+    if not 0.0 <= self.label_smoothing < 1.0:
+      raise ValueError(
+        f"config.task.label_smoothing is {self.label_smoothing}; a number in [0, 1) was expected"
+      )
+
+
+@register_task("classification", ClassificationSettings)
+def build_classification(settings: ClassificationSettings, context: Context) -> Classification:
+  """The task of `config.task.name = "classification"`."""
+  return Classification(**classification_arguments(settings, context))
+
+
+def classification_arguments(settings: Any, context: Context) -> dict[str, Any]:
+  """What `Classification` and its kinds are made of.
+
+  Raises:
+    ValueError: no number of classes, or one that is not the data's.
+  """
+  names, said = tuple(context.info.get("class_names", ())), context.num_classes
+  if said is None and not names:
+    raise ValueError(
+      "`config.model.num_classes` is needed where the data is not at hand to count its classes"
+    )
+  if said is not None and names and said != len(names):
+    raise ValueError(
+      f"`config.model.num_classes` is {said} and the training data has {len(names)} classes: "
+      "leave it out, or correct it"
+    )
+  classes = said or len(names)
+  return dict(
+    model=context.make_network(classes),
+    num_classes=classes,
+    mean=tuple(context.preprocessing.mean),
+    std=tuple(context.preprocessing.std),
+    loss_name=settings.loss,
+    label_smoothing=settings.label_smoothing,
+    mixing=settings.mixing,
+    class_names=names,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +105,7 @@ class Classification:
       cross-entropy summed over the classes, mean over the batch, as CoAtNet's family pretrains).
     label_smoothing: timm's form: off = s/K, on = 1 - s + s/K.
     mixing: mixup and cutmix, or None.
+    class_names: in the order of the head's outputs; () where they are not known.
   """
 
   model: nn.Module
@@ -56,11 +115,27 @@ class Classification:
   loss_name: str = "softmax"
   label_smoothing: float = 0.0
   mixing: Mixing | None = None
-  primary_metric: str = "top1"
+  class_names: tuple[str, ...] = ()
+  separable: bool = True
 
-  def __post_init__(self) -> None:
-    if self.loss_name not in LOSSES:
-      raise ValueError(f"loss {self.loss_name!r} is not one of {', '.join(LOSSES)}")
+  @property
+  def spec(self) -> Spec:
+    """A picture of the transform's size and a class."""
+    fields = {
+      "image": Field("image", shape=(None, None, 3)),
+      "label": Field("value", "int32", minimum=0, maximum=self.num_classes - 1),
+    }
+    return Spec(fields, fields)
+
+  @property
+  def measures(self) -> dict[str, str]:
+    """See `Task`."""
+    several = {"top5": "max"} if self.num_classes > 5 else {}
+    return {"top1": "max", **several, "loss": "min"}
+
+  def stored_info(self) -> dict[str, Any]:
+    """See `Task`."""
+    return {"num_classes": self.num_classes, "class_names": list(self.class_names)}
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """See `Task`; the parameters do not depend on the batch's values or its size."""
@@ -76,8 +151,9 @@ class Classification:
     scale = 1.0 / (jnp.asarray(self.std, jnp.float32) * 255.0)
     return (images.astype(jnp.float32) - mean) * scale
 
-  def augment(self, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+  def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     """Adds "target" float32 `[B, K]`; mixes images and targets."""
+    del step
     images = self.normalize(batch["image"])
     targets = smooth_one_hot(batch["label"], self.num_classes, self.label_smoothing)
     if self.mixing is not None:
@@ -90,11 +166,10 @@ class Classification:
     """See `Task`. "top1" of a mixed picture counts against the larger part of its target."""
     (logits, _), updated = self._apply(variables, batch, rng)
     losses = self._losses(logits, batch["target"])
-    correct = jnp.argmax(logits, -1) == jnp.argmax(batch["target"], -1)
     weight = jnp.asarray(losses.shape[0], jnp.float32)
     metrics = {
       "loss": (jnp.sum(losses), weight),
-      "top1": (jnp.sum(correct.astype(jnp.float32)), weight),
+      "top1": (count_correct(logits, batch["target"]), weight),
     }
     aux = {"metrics": metrics, "batch_stats": updated.get("batch_stats", {})}
     return jnp.mean(losses), aux
@@ -104,9 +179,9 @@ class Classification:
     (logits, endpoints), _ = self._apply(variables, batch, rng)
     return {"image": batch["image"], **endpoints, "logits": logits}
 
-  def predict(self, variables: Variables, images: jax.Array) -> jax.Array:
-    """uint8 or normalised float32 `[B, H, W, 3]` → logits float32 `[B, K]`."""
-    logits, _ = self.model.apply(variables, self.normalize(images), train=False)
+  def predict(self, variables: Variables, batch: Batch) -> jax.Array:
+    """ "image" uint8 or normalised float32 `[B, H, W, 3]` → logits float32 `[B, K]`."""
+    logits, _ = self.model.apply(variables, self.normalize(batch["image"]), train=False)
     return logits
 
   def probabilities(self, logits: jax.Array) -> jax.Array:
@@ -123,14 +198,15 @@ class Classification:
 
   def evaluate_batch(self, variables: Variables, batch: Batch) -> dict[str, Any]:
     """Sums and weights over the rows whose "mask" is 1; no smoothing."""
-    logits = self.predict(variables, batch["image"])
-    mask, labels = batch["mask"], batch["label"]
+    logits = self.predict(variables, batch)
+    mask, labels = batch[MASK], batch["label"]
     one_hot = smooth_one_hot(labels, self.num_classes, 0.0)
     # Rows that do not count may hold anything: a NaN times 0 would still be one.
     losses = jnp.where(mask > 0, self._losses(logits, one_hot), 0.0)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Ties count against the network: a constant one must not look right.
-    rank = jnp.sum(logits >= own, axis=-1) - 1
+    # Ties count against the network, and so does what cannot be compared: neither a constant one nor
+    # one whose logits are NaN may look right.
+    rank = jnp.sum(~(logits < own), axis=-1) - 1
     weight = jnp.sum(mask)
     sums = {"loss": (jnp.sum(losses), weight), "top1": (jnp.sum(mask * (rank < 1)), weight)}
     if self.num_classes > 5:
@@ -154,6 +230,12 @@ class Classification:
     return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
 
 
+def count_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Rows of `[B, K]` whose largest logit is the target's largest; rows with a NaN are not right."""
+  right = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+  return jnp.sum((right & ~jnp.any(jnp.isnan(logits), -1)).astype(jnp.float32))
+
+
 class ClassificationEvaluator:
   """Loss, top-1 and top-5 over a data set, every picture counted once."""
 
@@ -170,37 +252,35 @@ class ClassificationEvaluator:
     Raises:
       ValueError: no picture counted.
     """
-    totals: dict[str, np.ndarray] = {}
-    for result in self._results(variables):
-      for key, pair in jax.device_get(result).items():
-        totals[key] = totals.get(key, np.zeros(2)) + np.asarray(pair, np.float64)
+    totals = summed(self._data, self._evaluate_batch, variables)
     if not totals or not totals["loss"][1]:
       raise ValueError(f"evaluation set {self.name!r} holds no readable picture")
-    examples = totals["loss"][1]
-    return {**{key: float(t[0] / t[1]) for key, t in totals.items()}, "examples": float(examples)}
+    means = {key: total / weight for key, (total, weight) in totals.items()}
+    return {**means, "examples": totals["loss"][1]}
 
-  def _results(self, variables: Variables) -> Iterable[dict[str, Any]]:
-    """One batch ahead of the host, so that the device does not wait for the sums."""
-    previous = None
-    for batch in self._data.batches():
-      current = self._evaluate_batch(variables, batch)
-      if previous is not None:
-        yield previous
-      previous = current
-    if previous is not None:
-      yield previous
-
-  def draw(self, variables: Variables, path: Path) -> None:
+  def draw(self, variables: Variables, path: Path) -> bool:
     """A grid of pictures with true and predicted names and the probability of the prediction."""
-    batch = next(iter(self._data.batches()))
-    probabilities = np.asarray(self._task.probabilities(self._predict(variables, batch["image"])))
-    shown = np.flatnonzero(np.asarray(batch["mask"]) > 0)[:24]
+    sample = self._data.sample(_DRAWN)
+    if not len(sample["label"]):
+      return False
+    logits = self._predict(variables, {"image": sample["image"]})
+    if jax.process_count() > 1:
+      logits = multihost_utils.process_allgather(logits, tiled=True)
+    if jax.process_index():
+      return True
+    probabilities = np.asarray(self._task.probabilities(jnp.asarray(logits)))
+    names = self._data.info.get("class_names") or self._task.class_names
+    name = functools.partial(_class_name, names)
     predicted = probabilities.argmax(-1)
-    names = list(self._data.class_names)
     plot_predictions(
-      self._task.displayable(np.asarray(batch["image"])[shown]),
-      [names[i] for i in np.asarray(batch["label"])[shown]],
-      [names[i] for i in predicted[shown]],
-      probabilities.max(-1)[shown],
+      self._task.displayable(np.asarray(sample["image"])),
+      [name(int(i)) for i in sample["label"]],
+      [name(int(i)) for i in predicted],
+      [float(p) for p in probabilities.max(-1)],
       path,
     )
+    return True
+
+
+def _class_name(names: Sequence[str], index: int) -> str:
+  return names[index] if index < len(names) else f"class {index}"

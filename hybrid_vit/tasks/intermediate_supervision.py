@@ -11,10 +11,36 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_vit.tasks.base import Batch, Variables
-from hybrid_vit.tasks.classification import Classification
+from hybrid_vit.tasks.classification import (
+  Classification,
+  ClassificationSettings,
+  classification_arguments,
+  count_correct,
+)
+from hybrid_vit.tasks.registry import Context, register_task
 
 # Intensities that a reconstruction is held to stay this far from 0 and 1.
 _INTENSITY_MARGIN = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class IntermediateSupervisionSettings(ClassificationSettings):
+  """`config.task`; see `IntermediateSupervision`."""
+
+  reconstruction_weight: float = 3.0
+  auxiliary_weight: float = 0.7
+
+
+@register_task("intermediate_supervision", IntermediateSupervisionSettings)
+def build_intermediate_supervision(
+  settings: IntermediateSupervisionSettings, context: Context
+) -> IntermediateSupervision:
+  """The task of `config.task.name = "intermediate_supervision"`."""
+  return IntermediateSupervision(
+    **classification_arguments(settings, context),
+    reconstruction_weight=settings.reconstruction_weight,
+    auxiliary_weight=settings.auxiliary_weight,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +85,11 @@ class IntermediateSupervision(Classification):
         auxiliary_weight=self.auxiliary_weight,
       )
     )
-    correct = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
     weight = jnp.asarray(logits.shape[0], jnp.float32)
     metrics = {
       "loss": (total * weight, weight),
       "head_loss": (head_loss * weight, weight),
-      "top1": (jnp.sum(correct.astype(jnp.float32)), weight),
+      "top1": (count_correct(logits, target), weight),
     }
     return total, {"metrics": metrics, "batch_stats": updated.get("batch_stats", {})}
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_vit.tasks.classification import count_correct
 from tests import small
 
 
@@ -52,3 +53,32 @@ def test_pictures_are_normalised_once():
   np.testing.assert_allclose(found, (batch["image"] / 255.0 - 0.5) / 0.25, atol=1e-5)
   assert task.normalize(found) is found
   np.testing.assert_allclose(task.displayable(np.asarray(found)), batch["image"], atol=1)
+
+
+@pytest.mark.parametrize("bad", ["all", "own", "another"])
+def test_logits_that_are_no_numbers_are_not_right(bad):
+  row = {
+    "all": jnp.full(10, jnp.nan),
+    "own": jnp.arange(10.0).at[9].set(jnp.nan),
+    "another": jnp.zeros(10).at[9].set(5.0).at[2].set(jnp.nan),
+  }[bad]
+  logits = jnp.stack([row, jnp.arange(10.0)])
+  base = small.make_task()
+  fake = types.SimpleNamespace(apply=lambda *_, **__: (logits, {}))
+  task = base.__class__(fake, 10, base.mean, base.std)
+  batch = {"image": np.zeros((2, 8, 8, 3), np.float32), "label": np.array([9, 9], np.int32)}
+  sums = task.evaluate_batch({}, {**batch, "mask": np.ones(2, np.float32)})
+  assert float(sums["top1"][0]) == 1.0
+  # One NaN beside the right class, the largest of all numbers: it may still be among five.
+  assert float(sums["top5"][0]) == (2.0 if bad == "another" else 1.0)
+  targets = jax.nn.one_hot(batch["label"], 10)
+  assert float(count_correct(logits, targets)) == 1.0
+
+
+def test_measures_have_directions_and_labels_have_limits():
+  task = small.make_task()
+  assert task.measures == {"top1": "max", "top5": "max", "loss": "min"}
+  assert next(iter(task.measures)) == "top1"
+  assert "top5" not in small.make_task(num_classes=3).measures
+  label = task.spec.train["label"]
+  assert (label.minimum, label.maximum) == (0, 9)

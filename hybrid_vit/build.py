@@ -1,0 +1,536 @@
+"""From a configuration to a `Run`: everything that a training is, before any data or device.
+
+`build` is the one reader of a configuration's fields, for training, evaluation, the dry run and the
+benchmark alike. It reads no file: what the data says of itself comes as `DataFacts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from hybrid_vit import recipes, sharding
+from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.curriculum import Curriculum, Phase
+from hybrid_vit.data.pipeline import EvaluationSettings, TrainingSettings
+from hybrid_vit.data.spec import Field, batch_shapes, kinds, resolve
+from hybrid_vit.data.transforms import Transform, parse_transform
+from hybrid_vit.models.registry import Preprocessing, create_model, model_arguments, model_entry
+from hybrid_vit.optimizers import (
+  Schedule,
+  frozen_parameters,
+  make_optimizer,
+  schedule_from_config,
+)
+from hybrid_vit.reporting import SINKS
+from hybrid_vit.tasks.base import Task
+from hybrid_vit.tasks.registry import Context, create_task, task_names, task_settings
+
+PRECISIONS = ("float32", "bfloat16")
+# Steps of an epoch where nothing is known of the data: for looking at a run before it can be had.
+STAND_IN_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+  """What training data says of itself.
+
+  Attributes:
+    info: `source.info`, e.g. "class_names".
+    num_examples: how many; None where no data is at hand.
+    num_classes: how many classes, where their names are not known but their number is.
+    example: gives a readable example, for shapes that a transform alone does not tell.
+  """
+
+  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  num_examples: int | None = None
+  num_classes: int | None = None
+  example: Callable[[], Mapping[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How the examples of a phase or of an evaluation set become rows; fields with their shapes."""
+
+  transform: Transform
+  fields: Mapping[str, Field]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the loop itself goes by; see docs/architecture.md.
+
+  Attributes:
+    seed: of the parameters, the order of the data and every draw.
+    log_every: steps between lines of metrics.jsonl.
+    evaluate_every_steps: steps between evaluations; None: by epochs.
+    evaluate_every_epochs: epochs between evaluations; 0: at the end only.
+    ema_decay: of the averaged weights; None for none.
+    accumulation: parts of a batch that are computed one after the other.
+    skip_bad_steps: how many steps in a row may be skipped for a loss that is not finite.
+    init_from: weights to begin with.
+    resume_from: another run, whose whole state is gone on with.
+    reinitialize_head: whether the head begins anew all the same.
+    keep: how many states are kept.
+    save_every_steps: see `Checkpointer`.
+    save_every_minutes: see `Checkpointer`.
+    best_metric: "set/measure" by which the best weights are kept; None: they are not.
+    best_is_max: its direction.
+    sinks: where figures go besides metrics.jsonl.
+    smoke: whether the run was shortened to a few steps.
+  """
+
+  seed: int
+  log_every: int
+  evaluate_every_steps: int | None
+  evaluate_every_epochs: float
+  ema_decay: float | None
+  accumulation: int
+  skip_bad_steps: int
+  init_from: str | None
+  resume_from: str | None
+  reinitialize_head: bool
+  keep: int
+  save_every_steps: int | None
+  save_every_minutes: float | None
+  best_metric: str | None
+  best_is_max: bool
+  sinks: tuple[str, ...]
+  smoke: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A training, whole: what the loop, the dry run and the benchmark take.
+
+  Attributes:
+    network: the network's name.
+    tasks: one for each phase; they differ in what the phases say.
+    readings: how the examples of each phase become rows.
+    batches: the arrays of a batch of each phase, of all devices together, as shapes.
+    curriculum: the phases.
+    examples_per_epoch: of the training data.
+    params: shapes of the parameters.
+    frozen: a tree of booleans like `params`, or None.
+    optimizer: optax's.
+    schedule: learning rate by step.
+    settings: of the loop.
+    data: where the training examples come from.
+    evaluation: the evaluation sets.
+    preprocessing: what the weights expect of a picture.
+    metadata: what goes with the weights, so that using them needs nothing else.
+    mesh_axes: sizes of the axes.
+    sharding_rules: see `hybrid_vit.sharding`.
+    config: the configuration as plain values, for the record.
+  """
+
+  network: str
+  tasks: tuple[Task, ...]
+  readings: tuple[Reading, ...]
+  batches: tuple[dict[str, jax.ShapeDtypeStruct], ...]
+  curriculum: Curriculum
+  examples_per_epoch: int
+  params: Any
+  frozen: Any
+  optimizer: optax.GradientTransformation
+  schedule: Schedule
+  settings: Settings
+  data: TrainingSettings
+  evaluation: tuple[EvaluationSettings, ...]
+  preprocessing: Preprocessing
+  metadata: dict[str, Any]
+  mesh_axes: dict[str, int]
+  sharding_rules: tuple[tuple[str, Any], ...]
+  config: dict[str, Any]
+
+  @property
+  def task(self) -> Task:
+    """The task of evaluation: without what phases change."""
+    return self.tasks[-1]
+
+  def evaluates_at(self, step: int) -> bool:
+    """Whether an evaluation follows `step` finished steps."""
+    if step == self.curriculum.total_steps:
+      return True
+    if self.settings.evaluate_every_steps is not None:
+      return step % self.settings.evaluate_every_steps == 0
+    period = self.settings.evaluate_every_epochs * self.examples_per_epoch
+    if not period:
+      return False
+    before, now = (self.curriculum.examples_before(s) // period for s in (step - 1, step))
+    return now > before
+
+
+class _NoCheck:
+  """Lets every error through; the dry run gives an object that notes them instead."""
+
+  def __call__(self, what: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
+def build(
+  config: Config,
+  data: DataFacts | None = None,
+  *,
+  preprocessing: Preprocessing | None = None,
+  checking: Callable[[str], contextlib.AbstractContextManager[Any]] | None = None,
+) -> Run:
+  """Everything that the configuration says, read and checked; nothing is opened.
+
+  Args:
+    config: all of it. Every field that a run has is asked for, so that `config.assert_all_read`
+      names what is left.
+    data: of the training data; None where it is not at hand: then the configuration must name the
+      number of classes, and an epoch has `STAND_IN_STEPS` steps.
+    preprocessing: what the weights expect; None for `preprocessing_of(config)`.
+    checking: `(what) → context` that may swallow a part's error and go on; what could not be built
+      then is None. The default raises.
+
+  Raises:
+    ValueError: something is wrong with the configuration; the message names the field.
+  """
+  data, check = data or DataFacts(), checking or _NoCheck()
+  preprocessing = preprocessing or preprocessing_of(config)
+  parts: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Run))
+  parts |= dict(preprocessing=preprocessing, config=config.resolved())
+  with check("config.mesh"):
+    parts["mesh_axes"] = mesh_axes(config)
+    parts["sharding_rules"] = tuple(config.get("sharding_rules", sharding.DEFAULT_RULES))
+  with check("config.data"):
+    parts["data"] = config.data.as_dataclass(TrainingSettings)
+  with check("length of the training"):
+    batch_size = config.data.integer("batch_size", minimum=1)
+    parts["examples_per_epoch"] = data.num_examples or batch_size * _stand_in_steps(config)
+    full = read_curriculum(
+      config,
+      parts["examples_per_epoch"],
+      preprocessing,
+      known=data.num_examples is not None,
+    )
+    smoke = config.integer("smoke_steps", None, minimum=1)
+    parts["curriculum"] = shortened(full, smoke) if smoke else full
+  with check("network and task"):
+    parts["network"] = config.model.text("name")
+    tasks, spec = build_tasks(config, data, preprocessing, parts["curriculum"])
+    parts["tasks"], parts["metadata"] = tasks, spec
+  if parts["tasks"] is not None:
+    with check("evaluation"):
+      parts["evaluation"] = read_evaluation(config, preprocessing)
+      parts["settings"] = read_settings(config, parts["tasks"][-1], parts["evaluation"])
+  if parts["tasks"] is not None and parts["data"] is not None:
+    with check("config.data.transform"):
+      parts["readings"] = tuple(
+        read_transform(phase.transform, parts["data"].decoder, task.spec.train, data.example)
+        for phase, task in zip(parts["curriculum"].phases, parts["tasks"])
+      )
+      parts["batches"] = tuple(
+        batch_shapes(reading.fields, phase.batch_size, train=True)
+        for phase, reading in zip(parts["curriculum"].phases, parts["readings"])
+      )
+  if parts["batches"] is not None:
+    with check(f"the network on {_shapes(parts['batches'][0])}"):
+      task, batch = parts["tasks"][0], parts["batches"][0]
+      parts["params"] = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
+  if parts["params"] is not None:
+    with check("config.optimizer"):
+      parts |= build_optimizer(
+        config, parts["params"], full, parts["curriculum"], parts["examples_per_epoch"]
+      )
+  return Run(**parts)
+
+
+def preprocessing_of(config: Config) -> Preprocessing:
+  """What the network's weights shall expect of a picture: the registry's entry of the network.
+
+  A field of `Preprocessing` that stands in `config.data` replaces the entry's.
+  """
+  entry = dataclasses.asdict(model_entry(config.model.name).preprocessing)
+  hints = {"image_size": int, "crop_ratio": float, "interpolation": str, "resize": str}
+  return as_preprocessing(
+    {name: config.data.typed(name, hints.get(name, tuple), entry[name]) for name in entry}
+  )
+
+
+def as_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
+  """From a mapping, as metadata has it."""
+  mean, std = tuple(fields["mean"]), tuple(fields["std"])
+  return Preprocessing(**{**fields, "mean": mean, "std": std})
+
+
+def fill_transform(text: str, preprocessing: Preprocessing) -> str:
+  """`{image_size}`, `{interpolation!r}` and so on in a transform string → the values.
+
+  Raises:
+    ConfigError: a name that is no field of `Preprocessing`.
+  """
+  fields = dataclasses.asdict(preprocessing)
+  try:
+    return text.format(**fields)
+  except (KeyError, IndexError, ValueError) as error:
+    raise ConfigError(
+      f"transform {text!r} names {error} in braces; there are: {', '.join(fields)}"
+    ) from error
+
+
+def read_transform(
+  text: str,
+  decoder: str,
+  fields: Mapping[str, Field],
+  example: Callable[[], Mapping[str, Any]] | None,
+) -> Reading:
+  """A transform string → the function, and the fields as it leaves them."""
+  apply = parse_transform(text, decoder, kinds(fields))
+  return Reading(apply, resolve(fields, apply, example))
+
+
+def _stand_in_steps(config: Config) -> int:
+  """Steps of an epoch of data that is not at hand; of few steps, a part that a warm-up fits in."""
+  total_steps = config.integer("total_steps", None, minimum=1)
+  return STAND_IN_STEPS if total_steps is None else max(1, total_steps // 100)
+
+
+def read_curriculum(
+  config: Config, num_examples: int, preprocessing: Preprocessing, *, known: bool = True
+) -> Curriculum:
+  """`config.phases`, or the one phase of `config.total_steps` or `config.total_epochs`.
+
+  Args:
+    config: all of it.
+    num_examples: of the training data.
+    preprocessing: fills in the transforms.
+    known: whether that number is the data's, or stands in for it.
+
+  Raises:
+    ConfigError: a phase of no steps, or a batch larger than the data.
+  """
+  given = config.groups("phases")
+  total_steps = config.integer("total_steps", None, minimum=1)
+  open_ended = not given or any("steps" not in g and "epochs" not in g for g in given)
+  epochs = None
+  if open_ended and total_steps is None:
+    epochs = config.number("total_epochs", above=0.0)
+  phases = []
+  for group in given or [config.nothing("phases")]:
+    size = group.integer("image_size", preprocessing.image_size, minimum=1)
+    batch_size = group.integer("batch_size", config.data.batch_size, minimum=1)
+    if known and batch_size > num_examples:
+      raise ConfigError(
+        f"a batch of {batch_size} is larger than the training data, which has {num_examples} "
+        "examples: choose a smaller config.data.batch_size"
+      )
+    # What has no length of its own takes an equal part of the whole.
+    parts = len(given) or 1
+    steps, own_epochs = group.integer("steps", None, minimum=1), group.number("epochs", None)
+    if steps is None and own_epochs is None and total_steps is not None:
+      steps = max(1, round(total_steps / parts))
+    if steps is None:
+      length = own_epochs if own_epochs is not None else (epochs or 0.0) / parts
+      steps = round(length * num_examples / batch_size)
+      if steps < 1:
+        raise ConfigError(
+          f"{length:g} epochs of {num_examples} examples are less than one step of {batch_size}: "
+          "train for longer (config.total_epochs) or choose a smaller batch"
+        )
+    phases.append(
+      Phase(
+        steps,
+        batch_size,
+        fill_transform(
+          group.text("transform", config.data.transform),
+          dataclasses.replace(preprocessing, image_size=size),
+        ),
+        size,
+        group.number("share", None, above=0.0),
+        group.typed("task", dict, {}),
+      )
+    )
+    group.assert_all_read()
+  return Curriculum(phases)
+
+
+def shortened(curriculum: Curriculum, steps: int) -> Curriculum:
+  """The same phases with at most so many steps each: to see that a recipe runs."""
+  return Curriculum(
+    [dataclasses.replace(p, steps=min(p.steps, steps), share=None) for p in curriculum.phases]
+  )
+
+
+def build_tasks(
+  config: Config,
+  data: DataFacts,
+  preprocessing: Preprocessing,
+  curriculum: Curriculum | None,
+) -> tuple[tuple[Task, ...], dict[str, Any]]:
+  """`config.model` and `config.task` → a task for each phase, and the metadata of the weights."""
+  fields = config.model
+  name = fields.name
+  own_arguments = fields.group("arguments").as_dict()
+  run_arguments: dict[str, Any] = {
+    "dtype": config.choice("precision", PRECISIONS, "float32"),
+    "remat": config.flag("remat", False),
+  }
+  groups = config.integer("batch_norm_groups", 1, minimum=1)
+  if "batch_norm_groups" in model_arguments(name):
+    run_arguments["batch_norm_groups"] = groups
+  elif groups > 1:
+    raise ConfigError(f"`config.batch_norm_groups` is {groups}, and {name} has no batch norm")
+
+  def make_network(num_classes: int) -> Any:
+    return create_model(name, num_classes=num_classes, **own_arguments, **run_arguments)
+
+  said = fields.integer("num_classes", None, minimum=1)
+  classes = said if said is not None else data.num_classes
+  context = Context(data.info, classes, preprocessing, make_network)
+  group = config.group("task")
+  task_name = group.choice("name", task_names(), "classification")
+  settings_class = task_settings(task_name)
+  settings: Any = group.as_dataclass(settings_class)
+  tasks = []
+  for phase in curriculum.phases if curriculum is not None else [None]:
+    own = settings
+    if phase is not None and phase.task:
+      merged = Config({**dataclasses.asdict(settings), **phase.task}, "config.phases.task")
+      own = merged.as_dataclass(settings_class)
+      merged.assert_all_read()
+    tasks.append(create_task(task_name, own, context))
+  metadata = {
+    "name": name,
+    "arguments": own_arguments,
+    "preprocessing": dataclasses.asdict(preprocessing),
+    "task": task_name,
+    "task_settings": dataclasses.asdict(settings),
+    **tasks[-1].stored_info(),
+  }
+  return tuple(tasks), metadata
+
+
+def read_evaluation(config: Config, preprocessing: Preprocessing) -> tuple[EvaluationSettings, ...]:
+  """`config.evaluation.sets`; what a set does not say is as in `config.data`.
+
+  Its transform is that of `preprocessing`, and its decoder PIL, which published figures are measured
+  with.
+  """
+  data, sets = config.data, config.group("evaluation").group("sets")
+  smoke = config.integer("smoke_steps", None, minimum=1)
+  found = []
+  for name in sets.names():
+    fields = sets.group(name)
+    transform = fields.text("transform", None)
+    found.append(
+      fields.as_dataclass(
+        EvaluationSettings,
+        name=name,
+        source=fields.text("source", data.source),
+        data_dir=fields.text("data_dir", data.get("data_dir")),
+        batch_size=fields.integer("batch_size", data.batch_size, minimum=1),
+        num_threads=fields.integer("num_threads", data.get("num_threads"), minimum=1),
+        transform=fill_transform(transform or recipes.eval_transform(preprocessing), preprocessing),
+        own_transform=transform is not None,
+        max_batches=smoke,
+      )
+    )
+  return tuple(found)
+
+
+def read_settings(config: Config, task: Task, evaluation: Sequence[EvaluationSettings]) -> Settings:
+  """The fields of the loop.
+
+  Raises:
+    ConfigError: a best metric that no evaluation set measures.
+  """
+  checkpoint, sets = config.group("checkpoint"), [item.name for item in evaluation]
+  default = f"{sets[0]}/{next(iter(task.measures))}" if sets and task.measures else None
+  best = checkpoint.text("best_metric", default)
+  if not checkpoint.flag("keep_best", True):
+    best = None
+  known = {f"{name}/{measure}": way for name in sets for measure, way in task.measures.items()}
+  if best is not None and best not in known:
+    raise ConfigError(
+      f"`config.checkpoint.best_metric` is {best!r}; there are: {', '.join(known) or 'none'}"
+    )
+  smoke = config.integer("smoke_steps", None, minimum=1) is not None
+  accumulation = config.integer("accumulation_steps", 1, minimum=1)
+  if accumulation > 1 and not task.separable:
+    raise ConfigError(
+      f"`config.accumulation_steps` is {accumulation}, and this task's loss looks at a whole batch: "
+      "1 was expected"
+    )
+  log_every = config.integer("log_every_steps", 50, minimum=1)
+  sinks = tuple(config.get("sinks", ("tensorboard",)))
+  for sink in sinks:
+    if sink not in SINKS:
+      raise ConfigError(f"`config.sinks` names {sink!r}; there are: {', '.join(SINKS)}")
+  return Settings(
+    seed=config.integer("seed", 0, minimum=0),
+    log_every=1 if smoke else log_every,
+    evaluate_every_steps=config.integer("evaluate_every_steps", None, minimum=1),
+    evaluate_every_epochs=config.number("evaluate_every_epochs", 1.0, minimum=0.0),
+    ema_decay=config.number("ema_decay", None, minimum=0.0),
+    accumulation=accumulation,
+    skip_bad_steps=config.integer("skip_bad_steps", 0, minimum=0),
+    init_from=config.text("init_from", None),
+    resume_from=config.text("resume_from", None),
+    reinitialize_head=config.flag("reinitialize_head", False),
+    keep=checkpoint.integer("keep", 2, minimum=1),
+    save_every_steps=checkpoint.integer("every_steps", None, minimum=1),
+    save_every_minutes=checkpoint.number("every_minutes", 15.0, above=0.0),
+    best_metric=best,
+    best_is_max=best is None or known[best] == "max",
+    sinks=sinks,
+    smoke=smoke,
+  )
+
+
+def build_optimizer(
+  config: Config,
+  params: Any,
+  full: Curriculum,
+  curriculum: Curriculum,
+  examples_per_epoch: int,
+) -> dict[str, Any]:
+  """`config.optimizer` → "optimizer", "schedule" and "frozen" of a `Run`.
+
+  The schedule is made for the whole recipe, `full`, and laid over the steps of `curriculum`. Where
+  the rate follows the batch, it follows that of each phase.
+  """
+  fields = config.optimizer
+  batch_size = config.data.batch_size
+  of_whole = schedule_from_config(
+    fields,
+    batch_size=batch_size,
+    total_steps=full.total_steps,
+    steps_per_epoch=full.total_steps * examples_per_epoch / full.total_examples,
+  )
+  stretch = full.total_steps / curriculum.total_steps
+  follows = fields.get("learning_rate_batch_size") is not None
+  factors = [phase.batch_size / batch_size if follows else 1.0 for phase in curriculum.phases]
+
+  def schedule(step: Any) -> Any:
+    position = curriculum.schedule_step(step)
+    rate = of_whole(position if stretch == 1.0 else position * stretch)
+    for first, factor, before in zip(curriculum.first_steps[1:], factors[1:], factors):
+      rate = jax.numpy.where(step >= first, rate * (factor / before), rate)
+    return rate if factors[0] == 1.0 else rate * factors[0]
+
+  return {
+    "optimizer": make_optimizer(fields, params, schedule),
+    "schedule": schedule,
+    "frozen": frozen_parameters(fields, params),
+  }
+
+
+def mesh_axes(config: Config) -> dict[str, int]:
+  """`config.mesh`; all devices on the data axis where it is absent."""
+  mesh = config.group("mesh")
+  return {name: mesh.integer(name) for name in mesh.names()} or {"data": -1}
+
+
+def _shapes(batch: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+  """ "image 32x32x3", for people."""
+  sized = {name: leaf.shape[1:] for name, leaf in batch.items() if len(leaf.shape) > 1}
+  return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sized.items())

@@ -1,0 +1,96 @@
+"""Evaluation sets: opened, read by every process in its part, put on the devices as global arrays."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hybrid_vit import sharding
+from hybrid_vit.data import loader
+from hybrid_vit.data.decoding import CorruptPictureError
+from hybrid_vit.data.pipeline import EvaluationSettings, open_source, readable_example
+from hybrid_vit.data.sources import Source
+from hybrid_vit.data.spec import Fields, kinds, on_device, resolve, row
+from hybrid_vit.data.transforms import parse_transform
+
+
+class EvaluationSet:
+  """One of `config.evaluation.sets`; see `hybrid_vit.tasks.base.EvaluationData`.
+
+  Attributes:
+    name: of the set.
+    settings: as configured.
+    info: what its source says of itself.
+    interrupt: called before each batch; may raise, to end a pass early.
+  """
+
+  def __init__(
+    self,
+    settings: EvaluationSettings,
+    fields: Fields,
+    mesh: Mesh,
+    interrupt: Callable[[], None] = lambda: None,
+  ):
+    self.name, self.settings, self.interrupt = settings.name, settings, interrupt
+    self.source: Source = open_source(settings)
+    self.info: Mapping[str, Any] = self.source.info
+    self._transform = parse_transform(settings.transform, settings.decoder, kinds(fields))
+    self._fields = resolve(fields, self._transform, lambda: readable_example(self.source))
+    self._sharding = sharding.batch_sharding(mesh)
+    part, parts = sharding.batch_part(self._sharding)
+    self._batches = loader.eval_batches(
+      self.source,
+      loader.Reading(settings.batch_size, self._transform, self._fields),
+      process_index=part,
+      process_count=parts,
+      num_threads=settings.num_threads,
+      max_corrupt_fraction=settings.max_corrupt_fraction,
+    )
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def batches(self) -> Iterator[tuple[dict[str, jax.Array], dict[str, list[Any]]]]:
+    """One pass, as global arrays, with this process's host-only fields."""
+    for arrays, host in itertools.islice(self._batches, self.settings.max_batches):
+      self.interrupt()
+      yield sharding.put_batch(arrays, self._sharding), host
+
+  def sample(self, count: int) -> dict[str, np.ndarray]:
+    """Rows of at most `count` readable examples spread evenly over the set."""
+    names = on_device(self._fields)
+    rows: list[dict[str, np.ndarray]] = []
+    for index in np.unique(np.linspace(0, len(self) - 1, count).round().astype(int)):
+      try:
+        example = self._transform(dict(self.source[int(index)]), np.random.default_rng(int(index)))
+      except CorruptPictureError:
+        continue
+      rows.append({name: row(field, name, example[name]) for name, field in names.items()})
+    return {name: np.stack([r[name] for r in rows]) if rows else np.zeros((0,)) for name in names}
+
+
+def open_evaluation(
+  settings: Sequence[EvaluationSettings],
+  fields: Fields,
+  mesh: Mesh,
+  interrupt: Callable[[], None] = lambda: None,
+) -> list[EvaluationSet]:
+  """All sets."""
+  return [EvaluationSet(item, fields, mesh, interrupt) for item in settings]
+
+
+def describe_preparation(
+  preprocessing: Any, said_by: str, settings: Sequence[EvaluationSettings]
+) -> str:
+  """How the pictures of each set are prepared and who says so, in lines for people."""
+  lines = [f"mean {preprocessing.mean}, std {preprocessing.std}: {said_by}"]
+  for item in settings:
+    own = "by the configuration's own transform, whatever the weights say"
+    said = own if item.own_transform else said_by
+    lines.append(f"{item.name}: {item.transform} ({item.decoder}): {said}")
+  return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""`--mode=evaluate`: what weights of any origin are worth, prepared as they expect it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybrid_vit import sharding
+from hybrid_vit.build import (
+  DataFacts,
+  Run,
+  as_preprocessing,
+  build,
+  preprocessing_of,
+  read_evaluation,
+)
+from hybrid_vit.checkpoints import CheckpointError, load_weights
+from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.data.evaluation import describe_preparation, open_evaluation
+from hybrid_vit.data.pipeline import open_source, readable_example
+from hybrid_vit.fingerprints import first_nonfinite
+from hybrid_vit.models.registry import Preprocessing
+from hybrid_vit.starting import check_classes
+from hybrid_vit.trainer import evaluate_all
+from hybrid_vit.weights.transfer import transfer
+
+
+def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
+  """Evaluates the weights of `workdir`, else of `config.init_from`, by their own preprocessing.
+
+  Every field of the configuration is read, as in a training, so that none can be misspelt.
+
+  Returns:
+    Measures, "<set>/<measure>".
+
+  Raises:
+    CheckpointError: no weights there, or weights that are not numbers.
+    ConfigError: nothing to evaluate on.
+  """
+  directory = workdir or config.get("init_from")
+  if directory is None:
+    raise ValueError("--mode=evaluate needs weights: give --workdir or --config.init_from")
+  weights, metadata = load_weights(directory)
+  bad = first_nonfinite(weights)
+  if bad is not None:
+    raise CheckpointError(f"the weights in {directory} hold NaN or infinity, first in {bad!r}")
+  preprocessing, said_by = weights_preprocessing(config, metadata)
+  run = build(config, _facts(config, weights, metadata, preprocessing), preprocessing=preprocessing)
+  config.assert_all_read()
+  if not run.evaluation:
+    raise ConfigError("`config.evaluation.sets` is empty: there is nothing to evaluate on")
+  mesh = sharding.make_mesh(run.mesh_axes)
+  sets = open_evaluation(run.evaluation, run.task.spec.evaluation, mesh)
+  check_classes(run, sets)
+  variables, report = place(run, weights, mesh)
+  show = print if jax.process_index() == 0 else lambda *_: None
+  step = metadata.get("step")
+  show(f"weights from {directory}" + (f", step {step}" if step is not None else ""))
+  show(report)
+  show(describe_preparation(preprocessing, said_by, run.evaluation))
+  return evaluate_all(run, variables, sets, show)
+
+
+def weights_preprocessing(config: Config, metadata: Mapping[str, Any]) -> tuple[Preprocessing, str]:
+  """What some weights expect of a picture, and who says so.
+
+  Their own metadata goes first; where they have none, it is `preprocessing_of(config)`.
+  """
+  said, own = preprocessing_of(config), metadata.get("preprocessing")
+  if own:
+    return as_preprocessing(own), "as the weights' metadata says"
+  return said, f"by the registry's entry of {config.model.name} and config.data"
+
+
+def _facts(
+  config: Config,
+  weights: Mapping[str, Any],
+  metadata: Mapping[str, Any],
+  preprocessing: Preprocessing,
+) -> DataFacts:
+  """What the weights know of the data that they were trained on: its classes, or their number."""
+  names = tuple(metadata.get("class_names") or ())
+  bias = weights["params"].get("head", {}).get("bias")
+
+  def example() -> Mapping[str, Any]:
+    return readable_example(open_source(read_evaluation(config, preprocessing)[0]))
+
+  return DataFacts(
+    info={"class_names": names} if names else {},
+    num_classes=None if bias is None else int(bias.shape[0]),
+    example=example,
+  )
+
+
+def place(run: Run, weights: Mapping[str, Any], mesh: Any) -> tuple[Any, Any]:
+  """Weights as the run's variables on the devices of a mesh, and the report of the transfer."""
+  batch = run.batches[-1]
+  target = jax.eval_shape(lambda key: run.task.init(key, batch), jax.random.key(0))
+  variables, report = transfer(weights, target)
+  layout = sharding.state_shardings(variables, (), mesh, params_key="")
+  put = lambda leaf, where: sharding.put_tree(np.asarray(leaf), where)  # noqa: E731
+  return jax.tree.map(put, variables, layout), report

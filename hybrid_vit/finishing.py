@@ -1,0 +1,71 @@
+"""What a finished training leaves: an export, pictures, and a word on what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from hybrid_vit.build import Run
+from hybrid_vit.checkpoints import export
+from hybrid_vit.plots import plot_curves
+from hybrid_vit.tasks.base import Evaluator
+from hybrid_vit.train_state import TrainState
+
+
+def finish(
+  run: Run,
+  workdir: epath.Path,
+  evaluators: list[Evaluator],
+  state: TrainState,
+  results: Mapping[str, float],
+  reporter: Any,
+) -> None:
+  """Exports the weights, draws the pictures, says what to do next; every process calls it."""
+  metadata = {
+    **run.metadata,
+    "step": int(state.step),
+    "results": dict(results),
+    "weights": "trained here" + (", averaged over steps" if state.ema is not None else ""),
+  }
+  export(workdir / "export", state.evaluation_variables, metadata)
+  # Drawing comes last, so that nothing which cannot be drawn costs more than the drawing.
+  drawn = [
+    f"predictions{'' if number == 0 else '_' + evaluator.name}.png"
+    for number, evaluator in enumerate(evaluators)
+    if _drawn(evaluator, number, state, workdir, reporter)
+  ]
+  if jax.process_index():
+    return
+  if (workdir / "metrics.jsonl").exists():
+    plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+    drawn.insert(0, "curves.png")
+  reporter.message(
+    f"done. In {workdir}:\n"
+    f"  {', '.join(drawn):<29} to look at\n"
+    f"  metrics.jsonl, tensorboard/   every figure (tensorboard --logdir {workdir})\n"
+    "  checkpoints/                  whole states\n"
+    "  export/                       the weights alone\n"
+    + (
+      "  best/                         the best weights by " + str(run.settings.best_metric) + "\n"
+    )
+    * (run.settings.best_metric is not None)
+    + "Next:\n"
+    f"  evaluate them:    add --mode=evaluate --workdir={workdir} to the command\n"
+    f"  fine-tune them:   python -m hybrid_vit.main --config=configs/finetune.py "
+    f"--config.init_from={workdir} --config.data.source=folder:/path/to/pictures"
+  )
+
+
+def _drawn(
+  evaluator: Evaluator, number: int, state: TrainState, workdir: epath.Path, reporter: Any
+) -> bool:
+  """Whether a picture of the first sets' predictions was written."""
+  name = f"predictions{'' if number == 0 else '_' + evaluator.name}.png"
+  try:
+    return evaluator.draw(state.evaluation_variables, workdir / name)
+  except (ValueError, OSError) as error:
+    reporter.message(f"{name} could not be drawn: {error}")
+    return False

@@ -1,0 +1,151 @@
+"""The compiled steps of a run: one for each shape of its phases, made ahead of time.
+
+Training, the dry run, the benchmark and the tests all compile a step here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from hybrid_vit import sharding
+from hybrid_vit.build import Run
+from hybrid_vit.tools.summarize import count_multiply_adds
+from hybrid_vit.train_state import TrainState, create_state, make_train_step
+
+# Dense bfloat16 operations a second of one device, by the names that JAX gives them: the makers'
+# figures, without sparsity.
+PEAK_FLOPS = {
+  "TPU v3": 61.5e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled step.
+
+  Attributes:
+    compiled: `(state, batch) → (state, report)`; the state is donated.
+    seconds: that compiling took; 0 where it is another phase's.
+    flops_per_example: of a training step by the usual convention, three times the forward pass;
+      None where the devices' peak is not known, so that nobody needs it.
+  """
+
+  compiled: Any
+  seconds: float
+  flops_per_example: float | None
+
+
+def new_state(run: Run, key: jax.Array) -> TrainState:
+  """The state of step 0; pure."""
+  return create_state(
+    key, run.tasks[0], run.optimizer, run.batches[0], ema=run.settings.ema_decay is not None
+  )
+
+
+def abstract_state(run: Run, mesh: Mesh) -> tuple[TrainState, Any]:
+  """Shapes of the state, and where its leaves live."""
+  shapes = jax.eval_shape(lambda key: new_state(run, key), jax.random.key(0))
+  return shapes, sharding.state_shardings(shapes, run.sharding_rules, mesh)
+
+
+def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
+  """The step of a phase under `jax.jit`, with everything where it belongs; not yet traced."""
+  settings = run.settings
+  step = make_train_step(
+    run.tasks[phase],
+    run.optimizer,
+    run.schedule,
+    accumulation_steps=settings.accumulation,
+    ema_decay=settings.ema_decay,
+    frozen=run.frozen,
+    skip_bad_steps=settings.skip_bad_steps,
+  )
+  return jax.jit(
+    step,
+    in_shardings=(layout, sharding.batch_sharding(mesh)),
+    out_shardings=(layout, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def compile_step(
+  run: Run,
+  phase: int,
+  mesh: Mesh,
+  *,
+  options: Mapping[str, Any] | None = None,
+) -> Any:
+  """The compiled step of a phase, from shapes alone.
+
+  Args:
+    run: of which.
+    phase: index into `run.curriculum.phases`.
+    mesh: to compile for.
+    options: XLA's, for a compilation that is only looked at.
+  """
+  shapes, layout = abstract_state(run, mesh)
+  batch = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh)
+    ),
+    run.batches[phase],
+  )
+  lowered = jitted_step(run, phase, mesh, layout).lower(shapes, batch)
+  return lowered.compile(compiler_options=dict(options) if options else None)
+
+
+def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:
+  """A program for each phase that is not over at `start_step`; phases alike share one."""
+  programs: dict[int, Program] = {}
+  for phase in range(run.curriculum.phase_of(start_step), len(run.curriculum.phases)):
+    twin = next(
+      (
+        k
+        for k in programs
+        if run.batches[k] == run.batches[phase] and run.tasks[k] == run.tasks[phase]
+      ),
+      None,
+    )
+    if twin is not None:
+      programs[phase] = dataclasses.replace(programs[twin], seconds=0.0)
+      continue
+    begin = time.monotonic()
+    compiled = compile_step(run, phase, mesh)
+    seconds = time.monotonic() - begin
+    programs[phase] = Program(compiled, seconds, _flops(run, phase, mesh))
+  return programs
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+  """Operations a second of all devices of a mesh together; None where it is not known."""
+  kind = mesh.devices.flat[0].device_kind
+  # "NVIDIA H100 80GB HBM3" begins with its name; the longest that fits is meant.
+  names = [name for name in PEAK_FLOPS if kind == name or kind.startswith(f"{name} ")]
+  return PEAK_FLOPS[max(names, key=len)] * mesh.size if names else None
+
+
+def _flops(run: Run, phase: int, mesh: Mesh) -> float | None:
+  if peak_flops(mesh) is None:
+    return None
+  task = run.tasks[phase]
+  batch = {
+    k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in run.batches[phase].items()
+  }
+  variables = jax.eval_shape(task.init, jax.random.key(0), batch)
+  return 3 * 2 * count_multiply_adds(task.predict, variables, batch)

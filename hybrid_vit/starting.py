@@ -1,0 +1,171 @@
+"""What a training begins with: its own checkpoint, another run's, other weights, or new ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from hybrid_vit import programs, sharding
+from hybrid_vit.build import Run
+from hybrid_vit.checkpoints import (
+  Checkpointer,
+  Restored,
+  abstract_like,
+  load_weights,
+  restore_from,
+)
+from hybrid_vit.config import differences
+from hybrid_vit.data.classes import check_same_classes
+from hybrid_vit.data.evaluation import EvaluationSet
+from hybrid_vit.train_state import TrainState
+from hybrid_vit.weights.transfer import transfer
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A training's first state.
+
+  Attributes:
+    state: on the devices.
+    step: its finished steps.
+    sums: of the log's window, as they were.
+    messages: where it comes from, for people.
+  """
+
+  state: TrainState
+  step: int
+  sums: Mapping[str, Sequence[float]]
+  messages: tuple[str, ...]
+
+
+def begin(
+  run: Run, mesh: Mesh, checkpointer: Checkpointer, workdir: epath.Path, *, begin_anew: bool
+) -> Start:
+  """The newest checkpoint of the work directory, else what the settings name, else a new state.
+
+  Raises:
+    CheckpointError: there are checkpoints, and none can be used.
+    ValueError: other classes, or weights of another network.
+  """
+  abstract, layout = programs.abstract_state(run, mesh)
+  target = abstract_like(abstract, layout)
+  summary = describe(run, abstract, mesh)
+  restored = checkpointer.restore(target, begin_anew=begin_anew)
+  settings, place = run.settings, str(workdir / "checkpoints")
+  if restored is None and settings.resume_from is not None:
+    restored, place = restore_from(settings.resume_from, target), settings.resume_from
+  if restored is not None:
+    _check_restored(run, restored, place)
+    changes = (
+      f"not as it was when that was saved: {change}"
+      for change in differences(restored.run_config, run.config)
+    )
+    messages = (f"restored step {restored.step} from {place}", *changes, summary)
+    return Start(restored.state, restored.step, restored.sums, messages)
+  make = jax.jit(lambda key: programs.new_state(run, key), out_shardings=layout)
+  state = make(jax.random.key(settings.seed))
+  messages = (summary,)
+  if settings.init_from is not None:
+    state, message = _start_from(run, state, settings.init_from, layout)
+    messages = (message, summary)
+  return Start(state, 0, {}, messages)
+
+
+def check_classes(run: Run, sets: Sequence[EvaluationSet]) -> None:
+  """Training data and evaluation sets must have the same classes, in the same order.
+
+  Raises:
+    ValueError: they have not; the message shows both.
+  """
+  for item in sets:
+    _compare(
+      run.metadata.get("class_names"),
+      item.info.get("class_names"),
+      f"the training data and evaluation set {item.name!r}",
+    )
+    width, found = run.metadata.get("num_classes"), item.info.get("class_names")
+    if width and found and width != len(found):
+      raise ValueError(
+        f"evaluation set {item.name!r} has {len(found)} classes, the network {width}"
+      )
+
+
+def _compare(expected: Any, found: Any, what: str) -> None:
+  if expected and found:
+    check_same_classes(tuple(expected), tuple(found), what)
+
+
+def _check_restored(run: Run, restored: Restored, place: str) -> None:
+  _compare(
+    restored.info.get("class_names"),
+    run.metadata.get("class_names"),
+    f"the checkpoint in {place} and the training data",
+  )
+
+
+def _start_from(run: Run, state: TrainState, directory: str, layout: Any) -> tuple[TrainState, str]:
+  """A new state whose variables (and their average) are those of other weights."""
+  weights, metadata = load_weights(directory)
+  new_head = run.settings.reinitialize_head
+  if not new_head:
+    _compare(
+      metadata.get("class_names"),
+      run.metadata.get("class_names"),
+      f"the weights in {directory} (their head is kept; --config.reinitialize_head=True begins it "
+      "anew) and the training data",
+    )
+  variables, report = transfer(
+    weights, jax.eval_shape(lambda s: s.variables, state), reinitialize_head=new_head
+  )
+  fresh = state.variables
+  # What begins anew comes as a shape, and keeps the new state's values.
+  chosen = jax.tree.map(
+    lambda leaf, new, place: (
+      new if isinstance(leaf, jax.ShapeDtypeStruct) else sharding.put_tree(np.asarray(leaf), place)
+    ),
+    variables,
+    fresh,
+    {"params": layout.params, "batch_stats": layout.batch_stats},
+  )
+  ema = None
+  if state.ema is not None:
+    # Copies: the state is donated, and one buffer cannot be given away twice.
+    ema = jax.tree.map(jnp.copy, chosen)
+  state = state.replace(params=chosen["params"], batch_stats=chosen["batch_stats"], ema=ema)
+  return state, f"starting from {directory}\n{report}"
+
+
+def describe(run: Run, state: TrainState, mesh: Mesh) -> str:
+  """Network, length, rate and devices, in lines for people."""
+  parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
+  curriculum = run.curriculum
+  steps = np.linspace(0, curriculum.total_steps - 1, 200).round()
+  peak = max(float(run.schedule(int(step))) for step in steps)
+  axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  classes = run.metadata.get("num_classes")
+  trained = ""
+  if run.frozen is not None:
+    still = sum(
+      int(np.prod(leaf.shape))
+      for leaf, frozen in zip(jax.tree.leaves(state.params), jax.tree.leaves(run.frozen))
+      if frozen
+    )
+    trained = f", of which {parameters - still:,} are trained"
+  groups = run.config.get("batch_norm_groups") or 1
+  return (
+    f"{run.network}: {parameters:,} parameters{trained}"
+    + (f", {classes} classes" if classes else "")
+    + f"\n{curriculum.total_steps:,} steps "
+    f"({curriculum.total_examples / run.examples_per_epoch:.1f} epochs of "
+    f"{run.examples_per_epoch:,} examples), peak learning rate {peak:.3g}\n{curriculum}\n"
+    f"{mesh.size} {mesh.devices.flat[0].platform} device(s) ({axes}), {jax.process_count()} "
+    "process(es); batch norm statistics are those of the global batch"
+    + (f" in {groups} groups" if groups > 1 else "")
+  )
