@@ -1,95 +1,113 @@
-"""Batches: the position in the data is the step, so there is nothing else to save.
+"""Batches: the position in the data follows from the step, so there is nothing else to save.
 
-The global batch of step s depends on the source, the transform, the seed and s alone, never on the
-number of processes or threads: process p takes the contiguous rows [p B/n, (p+1) B/n) of it. Each
-row draws its chance from the seed and its position, counted in rows since the start.
+The global batch of step s depends on the source, the readings, the seed and s alone, never on the
+number of processes or threads: process p takes the contiguous rows [p B/n, (p+1) B/n) of it. The
+position counts examples since the start, through all phases of a training; the example at position
+p is number p % N of epoch p // N's order. Every epoch holds every example once, and a batch may
+begin in one and end in the next. Each row draws its chance from the seed and its position.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import logging
 import math
-import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import absl.flags
-import grain.python as grain
 import numpy as np
 
+from hybrid_vit.data import spec
+from hybrid_vit.data.ahead import Ahead, available_cores
+from hybrid_vit.data.errors import CorruptDataError, CorruptExampleError, DataReadError
 from hybrid_vit.data.sources import Source
-from hybrid_vit.data.transforms import CorruptPictureError, parse_transform
 
 Batch = dict[str, np.ndarray]
+Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 
-# A run of unreadable pictures longer than this is no accident.
+# A run of corrupt examples longer than this is no accident.
 _MAX_REPLACEMENTS = 100
+# Seconds between tries to read an example: a hiccup of a network disk passes, an outage does not.
+_WAITS = (0.5, 2.0, 8.0)
+# Rows that a thread does at once: few enough that all threads end together, enough that handing
+# them out costs nothing.
+_CHUNK = 16
 
 
-class CorruptDataError(ValueError):
-  """More of the data is unreadable than the configuration allows."""
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How the examples of one phase of a training, or of an evaluation, are read.
+
+  Attributes:
+    batch_size: of all processes together.
+    transform: `(example, generator) → example`.
+    fields: what a batch is made of, every type and shape known (`spec.resolve`).
+    steps: how long the phase is; None for without end, which only the last one may be.
+  """
+
+  batch_size: int
+  transform: Transform
+  fields: Mapping[str, spec.Field]
+  steps: int | None = None
+
+  def __post_init__(self) -> None:
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size is {self.batch_size}; at least 1 was expected")
+    if self.steps is not None and self.steps < 0:
+      raise ValueError(f"a phase of {self.steps} steps; 0 or more were expected")
+    for name, field in self.fields.items():
+      if name in (spec.INDEX, spec.MASK, spec.REPLACED):
+        raise ValueError(f"a field is called {name!r}, which the loader makes itself")
+      if not field.resolved:
+        raise ValueError(
+          f"the shape or type of {name!r} is not known ({field.shape}, {field.dtype}): "
+          "`spec.resolve` asks the transform"
+        )
 
 
-class Corrupt:
-  """The unreadable pictures this process has met, each named once."""
+def examples_before(readings: Sequence[Reading], step: int) -> int:
+  """The position of the first row of a step: examples since the start, over all phases.
 
-  def __init__(self, source: Source, max_fraction: float):
-    self._source, self._max_fraction = source, max_fraction
-    self._indices: dict[int, str] = {}
-    self._lock = threading.Lock()
-
-  @property
-  def count(self) -> int:
-    """How many different ones."""
-    return len(self._indices)
-
-  @property
-  def names(self) -> list[str]:
-    """Their names, in the order in which they were met."""
-    return list(self._indices.values())
-
-  def add(self, index: int, error: Exception) -> None:
-    """Notes one.
-
-    Raises:
-      CorruptDataError: that is too many.
-    """
-    with self._lock:
-      if index in self._indices:
-        return
-      name = self._indices[index] = self._source.describe(index)
-    logging.warning("skipped a picture that cannot be read: %s (%s)", name, error)
-    if self.count > self._max_fraction * len(self._source):
-      raise CorruptDataError(
-        f"{self.count} of {len(self._source)} pictures cannot be read, more than "
-        f"config.data.max_corrupt_fraction = {self._max_fraction:g} allows; among them: "
-        f"{', '.join(self.names[:5])}"
-      )
+  Raises:
+    ValueError: a step behind the end of the last phase.
+  """
+  position = 0
+  for reading in readings:
+    steps = step if reading.steps is None else min(step, reading.steps)
+    position, step = position + steps * reading.batch_size, step - steps
+  if step:
+    raise ValueError(f"the phases end {step} steps before the one that was asked for")
+  return position
 
 
 class TrainBatches:
-  """Endless iterator over this process's rows; see `train_batches`."""
+  """Iterator over this process's rows; see `train_batches`.
 
-  def __init__(
-    self, rows: Iterator[dict[str, Any]], rows_per_batch: int, corrupt: Corrupt, spe: int
-  ):
-    self._rows, self._rows_per_batch = rows, rows_per_batch
-    self.corrupt, self.steps_per_epoch = corrupt, spe
+  Attributes:
+    corrupt: what could not be decoded so far: `.count`, `.names`.
+  """
+
+  def __init__(self, batches: Ahead[Batch], corrupt: Corrupt):
+    self._batches, self.corrupt = batches, corrupt
 
   def __iter__(self) -> TrainBatches:
     return self
 
   def __next__(self) -> Batch:
-    return _stack([next(self._rows) for _ in range(self._rows_per_batch)])
+    return next(self._batches)
+
+  def close(self) -> None:
+    """Ends its threads; there are no more batches."""
+    self._batches.close()
 
 
 def train_batches(
   source: Source,
-  transform: str,
+  readings: Sequence[Reading],
   *,
-  batch_size: int,
   seed: int,
   start_step: int = 0,
   process_index: int = 0,
@@ -98,162 +116,356 @@ def train_batches(
   prefetch: int = 2,
   repeats: int = 1,
   max_corrupt_fraction: float = 0.1,
-  decoder: str = "opencv",
 ) -> TrainBatches:
-  """Shuffled batches from `start_step` on, without end; every epoch in a new order.
+  """Shuffled batches from `start_step` on, every epoch in a new order.
 
   Args:
-    source: labelled pictures.
-    transform: see `hybrid_vit.data.transforms`.
-    batch_size: of all processes together. The rest of an epoch that fills no batch is dropped.
-    seed: of the order and of every row's chance.
-    start_step: the step that the first batch is for.
+    source: the data.
+    readings: the phases of the training, in order.
+    seed: of the order and of every row's chance; not negative.
+    start_step: the step that the first batch is for, counted from the start of the first phase.
     process_index: which part.
     process_count: of how many.
-    num_threads: that read and transform; the number of cores where None.
+    num_threads: that read and transform; the cores that this process may use where None.
     prefetch: batches kept ready.
-    repeats: each drawn picture comes so many times in a row, under other draws (repeated
+    repeats: each drawn example comes so many times in a row, under other draws (repeated
       augmentation, Hoffer et al., 2019); an epoch keeps its length, as in timm.
-    max_corrupt_fraction: more unreadable pictures than that stop the run.
-    decoder: "opencv" or "pil".
+    max_corrupt_fraction: the run stops when more of this process's share of an epoch is corrupt.
 
   Returns:
-    An iterator of {"image", "label", "index"}, with `.corrupt` and `.steps_per_epoch`. Unreadable
-    pictures are replaced by the next readable one in the epoch's order.
+    An iterator of the declared fields' arrays (those of kind "host" are left out), `index` int32
+    `[rows]`, the example that stands in the row, and `replaced` float32 `[rows]`, 1 where that is
+    not the one drawn, which was corrupt, but the next good one of the epoch's order.
 
   Raises:
-    ValueError: a batch that processes do not divide, or larger than the data.
+    ValueError: settings out of range; a batch that processes do not divide. While iterating: an
+      example that has another shape, or a value out of its field's range, with its name.
+    CorruptDataError: while iterating: too much of the data is corrupt.
+    DataReadError: while iterating: an example could not be read in several tries.
   """
-  rows = _rows_per_process(batch_size, process_count)
-  length = len(source)
-  steps_per_epoch = length // batch_size
-  if not steps_per_epoch:
-    raise ValueError(f"a batch of {batch_size} is larger than the data ({length} pictures)")
-  apply = parse_transform(transform, decoder)
-  corrupt = Corrupt(source, max_corrupt_fraction)
+  if not readings:
+    raise ValueError("no phases to read")
+  if any(reading.steps is None for reading in readings[:-1]):
+    raise ValueError("a phase without end stands before others; only the last one may be")
+  for name, value, least in (
+    ("seed", seed, 0), ("start_step", start_step, 0), ("repeats", repeats, 1),
+    ("prefetch", prefetch, 1),
+  ):  # fmt: skip
+    if value < least:
+      raise ValueError(f"{name} is {value}; at least {least} was expected")
+  for reading in readings:
+    _rows_per_process(reading.batch_size, process_index, process_count)
+  threads, stop, length = _threads(num_threads), threading.Event(), _length(source)
+  corrupt = Corrupt(source, max_corrupt_fraction, length / process_count / repeats)
+  order = _Order(length, seed, repeats)
 
-  @functools.lru_cache(maxsize=3)
-  def order(epoch: int) -> np.ndarray:
-    drawn = np.random.default_rng((seed, 0, epoch)).permutation(length)
-    return np.repeat(drawn, repeats)[:length]
+  def fill(batch: Batch, reading: Reading, first: int, start: int, end: int) -> None:
+    fields = spec.on_device(reading.fields)
+    for row in range(start, end):
+      if stop.is_set():
+        return
+      epoch, offset = divmod(first + row, length)
+      for further in range(_MAX_REPLACEMENTS):
+        index = int(order(epoch)[(offset + further) % length])
+        key = (seed, 1, first + row, further)
+        try:
+          example = _read(source, index, reading.transform, key, stop)
+        except CorruptExampleError as error:
+          corrupt.add(index, error, epoch)
+          continue
+        break
+      else:
+        raise CorruptDataError(
+          f"{_MAX_REPLACEMENTS} examples in a row are corrupt, the last of them "
+          f"{source.describe(index)}"
+        )
+      _put(batch, row, example, fields, source, index)
+      batch[spec.INDEX][row], batch[spec.REPLACED][row] = index, further > 0
 
-  def load(local: int) -> dict[str, Any]:
-    step, row = start_step + local // rows, process_index * rows + local % rows
-    epoch, offset = step // steps_per_epoch, (step % steps_per_epoch) * batch_size + row
-    position = step * batch_size + row
-    for further in range(_MAX_REPLACEMENTS):
-      index = int(order(epoch)[(offset + further) % length])
-      rng = np.random.default_rng((seed, 1, position, further))
-      try:
-        example = apply(source[index], rng)
-      except (CorruptPictureError, OSError) as error:
-        corrupt.add(index, error)
-        continue
-      return {"image": example["image"], "label": example["label"], "index": index}
-    raise CorruptDataError(
-      f"{_MAX_REPLACEMENTS} pictures in a row cannot be read: {corrupt.names[-1]}"
-    )
+  def jobs() -> Iterator[tuple[Batch, list[Callable[[], None]]]]:
+    begun = 0  # steps of the phases before
+    for phase, reading in enumerate(readings):
+      rows = reading.batch_size // process_count
+      first_step, end = max(begun, start_step), None
+      if reading.steps is not None:
+        begun = end = begun + reading.steps
+        if end <= first_step:
+          continue
+      position = examples_before(readings[: phase + 1], first_step) + process_index * rows
+      for step in itertools.count(first_step) if end is None else range(first_step, end):
+        batch = _empty(reading.fields, rows)
+        batch[spec.REPLACED] = np.empty(rows, np.float32)
+        first = position + (step - first_step) * reading.batch_size
+        yield batch, _chunks(functools.partial(fill, batch, reading, first), rows, threads)
 
-  return TrainBatches(
-    _threaded(load, 2**40, num_threads, prefetch * rows), rows, corrupt, steps_per_epoch
-  )
+  return TrainBatches(Ahead(jobs(), threads, prefetch, stop), corrupt)
 
 
 class EvalBatches:
-  """One pass over a source; see `eval_batches`."""
+  """One pass over a source each time it is iterated; see `eval_batches`.
 
-  def __init__(self, load: Any, steps: int, rows: int, num_threads: int | None, corrupt: Corrupt):
-    self._load, self._steps, self._rows = load, steps, rows
-    self._num_threads, self.corrupt = num_threads, corrupt
+  Attributes:
+    corrupt: what could not be decoded so far: `.count`, `.names`.
+  """
+
+  def __init__(self, begin: Callable[[], Ahead[Any]], steps: int, corrupt: Corrupt):
+    self._begin, self._steps, self.corrupt = begin, steps, corrupt
 
   def __len__(self) -> int:
     return self._steps
 
-  def __iter__(self) -> Iterator[Batch]:
-    examples = _threaded(self._load, self._steps * self._rows, self._num_threads, 2 * self._rows)
-    blank: np.ndarray | None = None
-    for _ in range(self._steps):
-      batch = [next(examples) for _ in range(self._rows)]
-      shown = next((row["image"] for row in batch if row["image"] is not None), None)
-      if shown is None and blank is None:
-        # Every row of this process is padding: any readable picture gives the shape.
-        shown = next(
-          (image for k in range(self._rows) if (image := self._load(-1 - k)["image"]) is not None),
-          None,
-        )
-        if shown is None:
-          raise CorruptDataError("no picture of the evaluation set can be read")
-      blank = np.zeros_like(shown) if shown is not None else blank
-      for row in batch:
-        if row["image"] is None:
-          row["image"] = blank
-      yield _stack(batch)
+  def __iter__(self) -> Iterator[tuple[Batch, dict[str, list[Any]]]]:
+    batches = self._begin()
+    try:
+      yield from batches
+    finally:
+      batches.close()
 
 
 def eval_batches(
   source: Source,
-  transform: str,
+  reading: Reading,
   *,
-  batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int | None = None,
-  max_corrupt_fraction: float = 0.1,
-  decoder: str = "opencv",
+  prefetch: int = 2,
+  max_corrupt_fraction: float = 0.0,
 ) -> EvalBatches:
-  """One pass in order, again each time it is iterated; "mask" is 0 for rows that do not count.
+  """One pass in order; every process gets the same number of batches, the last one is padded.
 
-  Every process gets the same number of batches; the last one is padded. An unreadable picture
-  keeps its row, with mask 0.
+  Args:
+    source: the data.
+    reading: its `steps` does not count: a pass is a pass.
+    process_index: which part.
+    process_count: of how many.
+    num_threads: see `train_batches`.
+    prefetch: see `train_batches`.
+    max_corrupt_fraction: of this process's part of the data; none by default, because a figure
+      that leaves examples out is another figure.
+
+  Returns:
+    Pairs: the declared fields' arrays with `index` int32 `[rows]` and `mask` float32 `[rows]`, 0
+    for padding and corrupt examples, whose rows are blank; and the fields of kind "host" as lists
+    of `rows`, None in blank rows.
 
   Raises:
-    ValueError: a batch that processes do not divide.
+    ValueError, CorruptDataError, DataReadError: see `train_batches`.
   """
-  rows = _rows_per_process(batch_size, process_count)
-  length = len(source)
-  apply = parse_transform(transform, decoder)
-  corrupt = Corrupt(source, max_corrupt_fraction)
+  rows = _rows_per_process(reading.batch_size, process_index, process_count)
+  threads, length = _threads(num_threads), _length(source)
+  steps = math.ceil(length / reading.batch_size)
+  starts = [step * reading.batch_size + process_index * rows for step in range(steps)]
+  part = sum(min(max(length - start, 0), rows) for start in starts)
+  corrupt = Corrupt(source, max_corrupt_fraction, part)
+  fields = spec.on_device(reading.fields)
+  host_names = [name for name in reading.fields if name not in fields]
 
-  def load(local: int) -> dict[str, Any]:
-    if local < 0:
-      position = (-1 - local) % length
-    else:
-      position = (local // rows) * batch_size + process_index * rows + local % rows
-    empty = {"image": None, "label": 0, "index": position, "mask": 0.0}
-    if position >= length:
-      return empty
+  def fill(
+    batch: Batch,
+    host: dict[str, list[Any]],
+    first: int,
+    stop: threading.Event,
+    start: int,
+    end: int,
+  ) -> None:
+    for row in range(start, end):
+      if stop.is_set():
+        return
+      index = first + row
+      batch[spec.INDEX][row] = index
+      if index < length:
+        try:
+          example = _read(source, index, reading.transform, index, stop)
+        except CorruptExampleError as error:
+          corrupt.add(index, error)
+        else:
+          _put(batch, row, example, fields, source, index)
+          for name in host_names:
+            host[name][row] = example.get(name)
+          batch[spec.MASK][row] = 1
+          continue
+      for name, field in fields.items():
+        batch[name][row] = spec.blank(field)
+
+  def begin() -> Ahead[tuple[Batch, dict[str, list[Any]]]]:
+    stop = threading.Event()
+
+    def jobs() -> Iterator[tuple[Any, list[Callable[[], None]]]]:
+      for first in starts:
+        batch = _empty(fields, rows)
+        batch[spec.MASK] = np.zeros(rows, np.float32)
+        host: dict[str, list[Any]] = {name: [None] * rows for name in host_names}
+        job = functools.partial(fill, batch, host, first, stop)
+        yield (batch, host), _chunks(job, rows, threads)
+
+    return Ahead(jobs(), threads, prefetch, stop)
+
+  return EvalBatches(begin, steps, corrupt)
+
+
+class Corrupt:
+  """The corrupt examples that this process has met, each named once.
+
+  Args:
+    source: says their names.
+    max_fraction: so much of the part may be corrupt.
+    part: how many examples this process reads, of an epoch in training.
+  """
+
+  def __init__(self, source: Source, max_fraction: float, part: float):
+    if not 0 <= max_fraction <= 1:
+      raise ValueError(
+        f"max_corrupt_fraction is {max_fraction:g}; a number from 0 to 1 was expected"
+      )
+    self._source, self._max_fraction, self._part = source, max_fraction, part
+    self._names: dict[int, str] = {}
+    self._of_epoch: dict[int, set[int]] = {}
+    self._lock = threading.Lock()
+
+  @property
+  def count(self) -> int:
+    """How many different ones."""
+    return len(self._names)
+
+  @property
+  def names(self) -> list[str]:
+    """Their names, in the order in which they were met."""
+    return list(self._names.values())
+
+  def add(self, index: int, error: Exception, epoch: int = 0) -> None:
+    """Notes one.
+
+    Raises:
+      CorruptDataError: that is too many of this epoch's part.
+    """
+    with self._lock:
+      met = self._of_epoch.setdefault(epoch, set())
+      met.add(index)
+      # Batches ahead may have begun the next epoch.
+      for past in [e for e in self._of_epoch if e < epoch - 1]:
+        del self._of_epoch[past]
+      new = index not in self._names
+      if new:
+        self._names[index] = self._source.describe(index)
+      name, count = self._names[index], len(met)
+      among = ", ".join([self._names[i] for i in sorted(met)][:5])
+    if new:
+      logging.warning("skipped an example that is corrupt: %s (%s)", name, error)
+    if count > self._max_fraction * self._part:
+      raise CorruptDataError(
+        f"{count} of the {self._part:.0f} examples that this process reads are corrupt, more than "
+        f"max_corrupt_fraction = {self._max_fraction:g} allows; among them: {among}"
+      ) from error
+
+
+class _Order:
+  """The order of each epoch, drawn once, whichever thread asks first."""
+
+  _KEPT = 4  # a small source goes through several within one batch
+
+  def __init__(self, length: int, seed: int, repeats: int):
+    self._length, self._seed, self._repeats = length, seed, repeats
+    self._drawn: dict[int, np.ndarray] = {}
+    self._lock = threading.Lock()
+
+  def __call__(self, epoch: int) -> np.ndarray:
+    found = self._drawn.get(epoch)
+    if found is not None:
+      return found
+    with self._lock:
+      if epoch not in self._drawn:
+        while len(self._drawn) >= self._KEPT:
+          del self._drawn[next(iter(self._drawn))]
+        self._drawn[epoch] = self._draw(epoch)
+      return self._drawn[epoch]
+
+  def _draw(self, epoch: int) -> np.ndarray:
+    drawn = np.random.default_rng((self._seed, 0, epoch)).permutation(self._length)
+    drawn = drawn[: math.ceil(self._length / self._repeats)].astype(np.int32)
+    return drawn if self._repeats == 1 else np.repeat(drawn, self._repeats)[: self._length]
+
+
+class _StoppedError(Exception):
+  """Nobody waits for the result any more."""
+
+
+def _read(
+  source: Source, index: int, transform: Transform, key: Any, stop: threading.Event
+) -> dict[str, Any]:
+  """One example behind the transform; its bytes are asked for several times where need be."""
+  for wait in (*_WAITS, None):
     try:
-      example = apply(source[position], np.random.default_rng(position))
-    except (CorruptPictureError, OSError) as error:
-      corrupt.add(position, error)
-      return empty
-    return {"image": example["image"], "label": example["label"], "index": position, "mask": 1.0}
+      return transform(source[index], np.random.default_rng(key))
+    except OSError as error:
+      name = source.describe(index)
+      if wait is None:
+        raise DataReadError(
+          f"{name} could not be read in {len(_WAITS) + 1} tries over {sum(_WAITS):g} s: {error}. "
+          "The disk or the network fails, or the file is gone since the start; the run can go on "
+          "from its last checkpoint once it can be read"
+        ) from error
+      logging.warning("%s could not be read (%s); trying again in %g s", name, error, wait)
+      if stop.wait(wait):
+        raise _StoppedError from error
+    except CorruptExampleError:
+      raise
+    except Exception as error:
+      error.add_note(f"while reading {source.describe(index)}")
+      raise
+  raise AssertionError
 
-  return EvalBatches(load, math.ceil(length / batch_size), rows, num_threads, corrupt)
+
+def _put(
+  batch: Batch,
+  row: int,
+  example: Mapping[str, Any],
+  fields: Mapping[str, spec.Field],
+  source: Source,
+  index: int,
+) -> None:
+  for name, field in fields.items():
+    if name not in example:
+      raise ValueError(
+        f"{source.describe(index)} has no {name!r} behind the transform; it has: "
+        f"{', '.join(sorted(example))}"
+      )
+    try:
+      batch[name][row] = spec.row(field, name, example[name])
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"{source.describe(index)}: {error}") from error
 
 
-def _rows_per_process(batch_size: int, process_count: int) -> int:
+def _empty(fields: Mapping[str, spec.Field], rows: int) -> Batch:
+  batch = {
+    name: np.empty((rows, *[n or 0 for n in field.shape]), field.dtype)
+    for name, field in spec.on_device(fields).items()
+  }
+  batch[spec.INDEX] = np.empty(rows, np.int32)
+  return batch
+
+
+def _chunks(part: Callable[[int, int], None], rows: int, threads: int) -> list[Callable[[], None]]:
+  size = max(1, min(_CHUNK, math.ceil(rows / threads)))
+  return [functools.partial(part, i, min(i + size, rows)) for i in range(0, rows, size)]
+
+
+def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"process {process_index} of {process_count}: 0 to {process_count - 1} exist")
   if batch_size % process_count:
     raise ValueError(f"a batch of {batch_size} does not fall into {process_count} processes' parts")
   return batch_size // process_count
 
 
-def _threaded(load: Any, length: int, num_threads: int | None, ahead: int) -> Iterator[Any]:
-  """`load(0), load(1), …`, in this order, computed by threads."""
-  if not absl.flags.FLAGS.is_parsed():
-    # Grain reads flags of its own, which a notebook or a test has never parsed.
-    absl.flags.FLAGS.mark_as_parsed()
-  threads = num_threads if num_threads is not None else os.cpu_count() or 1
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
-  return iter(grain.MapDataset.range(length).map(load).to_iter_dataset(options))
+def _threads(num_threads: int | None) -> int:
+  if num_threads is not None and num_threads < 1:
+    raise ValueError(f"num_threads is {num_threads}; at least 1 was expected")
+  return available_cores() if num_threads is None else num_threads
 
 
-def _stack(rows: list[dict[str, Any]]) -> Batch:
-  batch = {
-    "image": np.stack([row["image"] for row in rows]),
-    "label": np.asarray([row["label"] for row in rows], np.int32),
-    "index": np.asarray([row["index"] for row in rows], np.int32),
-  }
-  if "mask" in rows[0]:
-    batch["mask"] = np.asarray([row["mask"] for row in rows], np.float32)
-  return batch
+def _length(source: Source) -> int:
+  length = len(source)
+  if not length:
+    raise ValueError("the source is empty")
+  return length

@@ -156,7 +156,8 @@ def _filled(field: Field, name: str, example: Mapping[str, Any]) -> Field:
     return field
   if name not in example:
     raise ValueError(
-      f"the examples have no {name!r}, which the task needs; they have: {', '.join(sorted(example))}"
+      f"the examples have no {name!r}, which the task needs; they have: "
+      f"{', '.join(sorted(example))}"
     )
   value = np.asarray(example[name])
   shape = field.shape[:1] + value.shape[1:] if field.ragged else value.shape
@@ -207,19 +208,35 @@ def row(field: Field, name: str, value: Any) -> np.ndarray:
   Raises:
     ValueError: another shape, or a value out of range; the caller knows the example's name.
   """
-  array = np.asarray(value).astype(field.dtype, copy=False)
-  if field.ragged and len(array) != field.shape[0]:
-    padded = blank(field)
-    kept = min(len(array), len(padded))
-    if kept:
-      padded[:kept] = array[:kept]
-    array, checked = padded, array[:kept]
-  else:
-    checked = array
-  if array.shape != tuple(field.shape):
-    raise ValueError(f"{name!r} has shape {list(array.shape)}; {list(field.shape)} was expected")
-  if field.minimum is not None and checked.size and checked.min() < field.minimum:
-    raise ValueError(f"{name!r} is {checked.min()}, below the smallest allowed, {field.minimum:g}")
-  if field.maximum is not None and checked.size and checked.max() > field.maximum:
-    raise ValueError(f"{name!r} is {checked.max()}, above the largest allowed, {field.maximum:g}")
-  return array
+  given = np.asarray(value)
+  shape, dtype = tuple(n or 0 for n in field.shape), np.dtype(field.dtype)
+  if field.ragged and not given.size:
+    given = np.zeros((0, *shape[1:]), dtype)
+  array = given = given[: shape[0]] if field.ragged and given.ndim else given
+  for limit, beyond, word in (
+    (field.minimum, np.less, "below the smallest"),
+    (field.maximum, np.greater, "above the largest"),
+  ):
+    # Before the type changes, in which a number too large would become another one.
+    if limit is not None and (wrong := given[beyond(given, limit)]).size:
+      raise ValueError(f"{name!r} is {wrong.flat[0]}, {word} allowed, {limit:g}")
+  if dtype.kind in "iu" and not _whole(given, dtype):
+    raise ValueError(f"{name!r} is {_first(given)} of type {given.dtype}; {dtype} was expected")
+  if field.ragged and given.shape[1:] == shape[1:] and len(given) < shape[0]:
+    array = blank(field)
+    array[: len(given)] = given
+  if array.shape != shape:
+    raise ValueError(f"{name!r} has shape {list(array.shape)}; {list(shape)} was expected")
+  return array.astype(dtype, copy=False)
+
+
+def _whole(given: np.ndarray, dtype: np.dtype[Any]) -> bool:
+  """Whether the numbers stay what they are in a type of whole numbers."""
+  if given.dtype == dtype or not given.size:
+    return True
+  with np.errstate(invalid="ignore"):
+    return given.dtype.kind in "biuf" and bool((given.astype(dtype) == given).all())
+
+
+def _first(given: np.ndarray) -> Any:
+  return given.flat[0] if given.size == 1 else f"an array that begins with {given.flat[0]}"

@@ -4,68 +4,106 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
-from hybrid_vit.data.errors import MissingDataError
+from etils import epath
+
+from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.tfrecord import TfRecordShards
+from hybrid_vit.paths import as_path, is_remote
 
 
 class TfdsSource:
-  """A split of a prepared TFDS data set; pictures come as their encoded bytes.
+  """A split of a prepared TFDS data set, with all of its features.
+
+  Pictures come as their encoded bytes, text as str, whole numbers as int, the rest as TFDS decodes
+  it. Where there is a feature "label" with classes, their names are in `info`.
 
   Args:
     name: "imagenet2012", "name/config", with ":1.0.0" for a version (the newest otherwise); or a
-      directory that holds a prepared data set.
+      directory that holds a prepared data set, here or in a bucket (gs://).
     split: TFDS's own, with its slicing.
     data_dir: as in TFDS; None for its default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
   Raises:
     MissingDataError: not prepared, or prepared in a format that has no access by index.
-    ValueError: a split it does not have, or features without "image" and "label".
+    ValueError: a split it does not have; or it lies in a store from which it cannot be read.
   """
 
   def __init__(self, name: str, split: str, data_dir: str | None):
     import tensorflow_datasets as tfds
 
     self._name, self._split = name, split
-    builder = tfds.builder_from_directory(str(_directory(name, data_dir)))
+    try:
+      builder = tfds.builder_from_directory(str(_directory(name, data_dir)))
+    except ImportError as error:
+      raise ValueError(f"tfds:{name} lies in an object store: {error}") from error
     base = re.split(r"[\[+]", split)[0]
     if base not in builder.info.splits and base != "all":
       raise ValueError(
         f"TFDS data set {name!r} has no split {base!r}; it has: {', '.join(builder.info.splits)}"
       )
-    features = builder.info.features
-    if not {"image", "label"} <= set(features):
-      raise ValueError(f"TFDS data set {name!r} has no 'image' and 'label', but {list(features)}")
-    self.class_names = tuple(features["label"].names)
-    self.num_classes = features["label"].num_classes
-    self._features = features
-    self._decoders = {"image": tfds.decode.SkipDecoding()}
+    self._features = builder.info.features
+    kinds = tfds.features
+    self._decoders = {
+      key: tfds.decode.SkipDecoding()
+      for key, feature in self._features.items()
+      if isinstance(feature, kinds.Image)
+    }
+    self._texts = [key for key, item in self._features.items() if isinstance(item, kinds.Text)]
+    self.info: dict[str, Any] = {}
+    label = self._features.get("label")
+    if isinstance(label, kinds.ClassLabel):
+      self.info["class_names"] = tuple(label.names)
     self._records = _records(builder, split)
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    example = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
-    return {"image": example["image"], "label": int(example["label"])}
+    record = self._records[index]
+    try:
+      example = self._features.deserialize_example_np(record, decoders=self._decoders)
+    except OSError:
+      raise
+    except Exception as error:  # protobuf's, NumPy's or TFDS's, as the damage has it
+      raise CorruptExampleError(f"{self.describe(index)} cannot be decoded: {error}") from error
+    for key in self._texts:
+      if isinstance(example[key], bytes):
+        example[key] = example[key].decode(errors="replace")
+    return {key: _plain(value) for key, value in example.items()}
 
   def describe(self, index: int) -> str:
-    """See `Source`."""
+    """See `sources.Source`."""
     return f"tfds:{self._name} {self._split} #{index}"
+
+
+def _plain(value: Any) -> Any:
+  """A NumPy scalar that is a whole number as an int."""
+  whole = getattr(value, "ndim", None) == 0 and getattr(value, "dtype", None) is not None
+  return int(value) if whole and value.dtype.kind in "iu" else value
 
 
 def _records(builder: Any, split: str) -> Any:
   """Serialized examples by index."""
   instructions = builder.info.splits[split].file_instructions
   # The files' names tell the format; data sets of old have no such field in dataset_info.json.
-  format_name = shard_format(Path(str(instructions[0].filename)))
+  first = str(instructions[0].filename)
+  format_name = shard_format(first)
   if format_name == "array_record":
+    if is_remote(first) and not first.startswith("gs://"):
+      raise ValueError(f"{builder.data_path}: ArrayRecord is read from local disks and gs:// only")
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     return ArrayRecordDataSource(instructions)
   if format_name == "tfrecord":
+    if is_remote(first):
+      raise ValueError(
+        f"{builder.data_path} is TFRecord, which has no index and would be read whole from the "
+        "store to make one; convert it to ArrayRecord (hybrid_vit.tools.prepare_data)"
+      )
     return TfRecordShards(
       [(Path(str(i.filename)), i.skip, i.take, i.examples_in_shard) for i in instructions]
     )
@@ -75,23 +113,26 @@ def _records(builder: Any, split: str) -> Any:
   )
 
 
-def shard_format(path: Path) -> str:
+def shard_format(path: str | os.PathLike[str]) -> str:
   """The format of a TFDS shard by its name, "cifar10-train.array_record-00000-of-00001"."""
-  match = re.search(r"\.([a-z_]+)(?:-\d+-of-\d+)?$", path.name)
+  match = re.search(r"\.([a-z_]+)(?:-\d+-of-\d+)?$", PurePath(path).name)
   return match[1] if match else "unknown"
 
 
-def _directory(name: str, data_dir: str | None) -> Path:
-  directory = Path(name).expanduser()
-  if (directory / "dataset_info.json").is_file():
+def _directory(name: str, data_dir: str | None) -> epath.Path:
+  directory = as_path(name)
+  if (directory / "dataset_info.json").exists():
     return directory
-  root = Path(
-    data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
-  ).expanduser()
+  if is_remote(name):
+    raise MissingDataError(
+      f"a prepared TFDS data set was looked for at {name} and there is no dataset_info.json: the "
+      "directory of one version was expected"
+    )
+  root = as_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
   base, _, version = name.partition(":")
-  found = sorted((root / base).glob(f"{version or '*'}/dataset_info.json"), key=_version)
+  found = sorted(_versions(root / base, version), key=_version)
   if found:
-    return found[-1].parent
+    return found[-1]
   raise MissingDataError(
     f"TFDS data set {name!r} was looked for in {root} (config.data.data_dir) and is not prepared "
     "there. To prepare it once, install the extra [tf] (TFDS makes most of its data sets with "
@@ -101,5 +142,15 @@ def _directory(name: str, data_dir: str | None) -> Path:
   )
 
 
-def _version(path: Path) -> tuple[int, ...]:
-  return tuple(int(n) if n.isdecimal() else -1 for n in path.parent.name.split("."))
+def _versions(folder: epath.Path, version: str) -> Iterator[epath.Path]:
+  if version:
+    candidates = [folder / version]
+  else:
+    candidates = list(folder.iterdir()) if folder.is_dir() else []
+  for candidate in candidates:
+    if (candidate / "dataset_info.json").exists():
+      yield candidate
+
+
+def _version(path: epath.Path) -> tuple[int, ...]:
+  return tuple(int(n) if n.isdecimal() else -1 for n in path.name.split("."))

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from hybrid_vit.data import augment
+from hybrid_vit.data.errors import CorruptExampleError
 
 Example = dict[str, Any]
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -43,7 +44,7 @@ _REGISTRY: dict[str, Callable[..., Any]] = {}
 cv2.setNumThreads(0)
 
 
-class CorruptPictureError(ValueError):
+class CorruptPictureError(CorruptExampleError):
   """Bytes that are no picture, or only part of one."""
 
 

@@ -15,19 +15,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hybrid_vit.data.sources import create_source
+from hybrid_vit.data import spec
+from hybrid_vit.data.ahead import available_cores
+from hybrid_vit.data.loader import Reading, train_batches
+from hybrid_vit.data.sources import Source, create_source
 from hybrid_vit.data.transforms import DECODERS, parse_transform
 from hybrid_vit.ops import depthwise_conv
 
@@ -152,30 +152,43 @@ def interleaved_medians(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> d
 
 
 def pictures_per_second(
-  source: Any, transform: str, decoders: Sequence[str], *, pictures: int, threads: int, rounds: int
+  source: Source,
+  transform: str,
+  decoders: Sequence[str],
+  *,
+  pictures: int,
+  batch_size: int,
+  threads: int | None,
+  rounds: int,
 ) -> dict[str, float]:
-  """Pictures read and transformed a second, by threads, as the loader does.
+  """Pictures a second that the iterator of a training gives, batch by batch.
 
   Args:
     source: see `hybrid_vit.data.sources`.
     transform: see `hybrid_vit.data.transforms`.
     decoders: to compare.
-    pictures: in a round; the source is read from its beginning, several times where it is shorter.
-    threads: that read and transform.
+    pictures: in a round, at least; in a training's order, several epochs where there are fewer.
+    batch_size: of this process.
+    threads: that read and transform; the cores that this process may use where None.
     rounds: the decoders take turns so many times.
   """
-  with ThreadPoolExecutor(threads) as pool:
+  steps = -(-pictures // batch_size)
 
-    def reader(decoder: str) -> Callable[[], Any]:
-      apply = parse_transform(transform, decoder)
+  def reader(decoder: str) -> Callable[[], Any]:
+    apply = parse_transform(transform, decoder)
+    fields = {"image": spec.Field("image", shape=(None, None, None))}
+    fields = spec.resolve(fields, apply, lambda: source[0])
+    # So many steps and no more: what is read ahead of the last one would be in the others' way.
+    reading = Reading(batch_size, apply, fields, steps)
 
-      def load(position: int) -> None:
-        apply(source[position % len(source)], np.random.default_rng(position))
+    def read() -> None:
+      for _ in train_batches(source, [reading], seed=0, num_threads=threads):
+        pass
 
-      return lambda: list(pool.map(load, range(pictures)))
+    return read
 
-    medians = interleaved_medians({decoder: reader(decoder) for decoder in decoders}, rounds)
-  return {decoder: pictures / seconds for decoder, seconds in medians.items()}
+  medians = interleaved_medians({decoder: reader(decoder) for decoder in decoders}, rounds)
+  return {decoder: steps * batch_size / seconds for decoder, seconds in medians.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,8 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   command.add_argument("--data_dir")
   command.add_argument("--transform", default="decode|random_resized_crop(224)|flip_lr")
   command.add_argument("--decoders", nargs="+", choices=DECODERS, default=["pil", "opencv"])
-  command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-  command.add_argument("--pictures", type=int, default=400)
+  command.add_argument("--threads", type=int, default=available_cores())
+  command.add_argument("--batch_size", type=int, default=64, help="of one process")
+  command.add_argument("--pictures", type=int, default=400, help="in a round, in whole batches")
   command.add_argument("--rounds", type=int, default=5)
   options = parser.parse_args(arguments)
   try:
@@ -236,6 +250,7 @@ def _print_data(options: argparse.Namespace) -> None:
     options.transform,
     options.decoders,
     pictures=options.pictures,
+    batch_size=options.batch_size,
     threads=options.threads,
     rounds=options.rounds,
   )
@@ -244,7 +259,10 @@ def _print_data(options: argparse.Namespace) -> None:
   print(row.format("decoder", "pictures/s", "ratio"))
   for decoder, rate in rates.items():
     print(row.format(decoder, f"{rate:.0f}", f"{rate / reference:.2f}"))
-  print(f"{options.threads} threads, median of {options.rounds} rounds of {options.pictures}")
+  print(
+    f"{options.threads} threads, batches of {options.batch_size}, "
+    f"median of {options.rounds} rounds of at least {options.pictures}"
+  )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import concurrent.futures
 import contextlib
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import sys
@@ -28,10 +27,13 @@ from typing import Any
 
 import tqdm
 
+from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.data.errors import MissingDataError
-from hybrid_vit.data.sources import SPLITS, create_source
+from hybrid_vit.data.sources import create_source
+from hybrid_vit.data.splits import SPLITS
 from hybrid_vit.data.tfds_source import shard_format
 from hybrid_vit.data.tfrecord import check_count, read_records
+from hybrid_vit.paths import as_path, is_remote
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,23 +49,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     required=True,
     help="directory of a TFDS version in TFRecord, folder:/path or zip:/path.zip",
   )
-  parser.add_argument("--to", required=True, type=Path, help="DATA_DIR/NAME/VERSION, to be made")
+  parser.add_argument("--to", required=True, help="DATA_DIR/NAME/VERSION, to be made")
   parser.add_argument(
-    "--processes", type=int, default=os.cpu_count() or 1, help="that convert files at once"
+    "--processes", type=int, default=available_cores(), help="that convert files at once"
   )
   options = parser.parse_args(arguments)
-  to = options.to.expanduser().absolute()
   try:
+    to = _local(options.to)
     if options.origin.startswith(("folder:", "zip:")):
       counts = store_pictures(options.origin, to)
     else:
-      counts = convert_tfrecord(Path(options.origin).expanduser(), to, options.processes)
+      counts = convert_tfrecord(_local(options.origin), to, options.processes)
   except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   what = ", ".join(f"{split} {count:,}" for split, count in counts.items())
   print(f"{to}: {what} examples. Use it as tfds:{to}")
   return 0
+
+
+def _local(path: str) -> Path:
+  if is_remote(as_path(path)):
+    raise ValueError(
+      f"{path}: data is prepared on a local disk; copy it from or to the object store before or "
+      "afterwards"
+    )
+  return Path(as_path(path))
 
 
 def convert_tfrecord(origin: Path, to: Path, processes: int = 1) -> dict[str, int]:
@@ -197,7 +208,7 @@ def _names(source: Any) -> list[str]:
 def _builder(name: str, version: str, sources: dict[str, Any], data_dir: Path) -> Any:
   import tensorflow_datasets as tfds
 
-  classes = list(sources["train"].class_names)
+  classes = list(sources["train"].info["class_names"])
 
   class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     VERSION = tfds.core.Version(version)
