@@ -94,9 +94,9 @@ def train(
 
   config = config if isinstance(config, Config) else Config(config)
   source = open_source(config.data.as_dataclass(TrainingSettings))
-  run = build(config, DataFacts(source.info, len(source), lambda: readable_example(source)))
+  run = build(config, DataFacts(source.info, len(source), example=lambda: readable_example(source)))
   config.assert_all_read()
-  with lock(workdir, process=jax.process_index()):
+  with lock(workdir, process_index=jax.process_index()):
     return trainer.train(run, source, workdir, begin_anew=begin_anew, profile=profile)
 
 

@@ -106,7 +106,7 @@ def make_schedule(
 
 
 def schedule_from_config(
-  config: Config, *, batch_size: int, total_steps: int, steps_per_epoch: int
+  config: Config, *, batch_size: int, total_steps: int, steps_per_epoch: float
 ) -> Schedule:
   """`config.optimizer` → schedule; with `learning_rate_batch_size` the rate is scaled linearly."""
   reference = config.get("learning_rate_batch_size")

@@ -51,6 +51,17 @@ class Clock:
       found["model_flops_utilisation"] = rate * self.utilisation_of_rate
     return found
 
+  def text(self) -> str:
+    """The same for people."""
+    found = self.figures()
+    parts = [
+      f"{found['examples_per_second']:,.0f} examples/s",
+      f"{found['data_wait_fraction']:.0%} waiting for data",
+    ]
+    if "model_flops_utilisation" in found:
+      parts.append(f"MFU {found['model_flops_utilisation']:.1%}")
+    return ", ".join(parts)
+
   def _rates(self) -> tuple[float, float]:
     seconds = max(time.monotonic() - self._begin, 1e-9)
     return self.examples / seconds, min(self._waited / seconds, 1.0)

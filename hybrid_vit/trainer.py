@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from hybrid_vit import programs, sharding
 from hybrid_vit.build import Run
+from hybrid_vit.checkpoints import Checkpointer
 from hybrid_vit.timing import Clock, Profile
 from hybrid_vit.data.evaluation import EvaluationSet, open_evaluation
 from hybrid_vit.data.pipeline import training_batches
