@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hybrid_vit.data.errors import MissingDataError
-from hybrid_vit.data.sources import create_source, parse_split, part_slice
+from hybrid_vit.data.sources import create_source
+from hybrid_vit.data.splits import parse_split, part_slice
 from tests.data.pictures import write_folder, write_zip
 
 
@@ -18,8 +19,8 @@ def names(source):
 def test_digits_have_their_two_parts():
   train, held_out = create_source("digits", "train"), create_source("digits", "validation")
   assert (len(train), len(held_out)) == (1437, 360)
-  assert train.num_classes == held_out.num_classes == 10
-  assert train.class_names[7] == "seven"
+  assert train.info == held_out.info and len(train.info["class_names"]) == 10
+  assert train.info["class_names"][7] == "seven"
   assert train[0]["image"].shape == (8, 8, 3) and train[0]["image"].dtype == np.uint8
   assert max(int(train[i]["image"].max()) for i in range(50)) == 255
   # Every class has about a tenth of each part.
@@ -39,7 +40,7 @@ def test_folder_with_its_own_validation_part(tmp_path):
   (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
   (tmp_path / "train" / "cat" / ".hidden.jpg").write_bytes(b"")
   train = create_source(f"folder:{tmp_path}", "train")
-  assert train.class_names == ("cat", "dog")
+  assert train.info["class_names"] == ("cat", "dog")
   assert [train[i]["label"] for i in range(5)] == [0, 0, 1, 1, 1]
   assert train.describe(2) == str(tmp_path / "train" / "dog" / "000.jpg")
   assert train[2]["image"] == (tmp_path / "train" / "dog" / "000.jpg").read_bytes()
@@ -55,7 +56,7 @@ def test_a_folder_of_links_is_followed(tmp_path):
     os.symlink(real / name, tmp_path / "data" / "train" / name)
   os.symlink(tmp_path / "data", tmp_path / "data" / "train" / "cat" / "loop")
   train = create_source(f"folder:{tmp_path / 'data'}", "train[:100%]")
-  assert (len(train), train.num_classes) == (4, 2)
+  assert (len(train), train.info["class_names"]) == (4, ("cat", "dog"))
 
 
 @pytest.mark.parametrize("top", ["", "train/"])
@@ -75,7 +76,7 @@ def test_zip_reads_as_the_folder_does(tmp_path, prefix, top):
   path = write_zip(tmp_path / "pets.zip", folder, prefix)
   for split in ("train", "validation"):
     inside, outside = create_source(f"zip:{path}", split), create_source(f"folder:{folder}", split)
-    assert inside.class_names == outside.class_names == ("cat", "dog")
+    assert inside.info["class_names"] == outside.info["class_names"] == ("cat", "dog")
     assert [inside[i] for i in range(len(inside))] == [outside[i] for i in range(len(outside))]
   assert inside.describe(0) == f"{path}:{prefix}{top}cat/009.jpg"
 
@@ -118,11 +119,11 @@ def test_fashion_mnist_from_its_four_files(tmp_path, compressed):
   for split, stem in (("train", "train"), ("validation", "t10k"), ("test", "t10k")):
     source = create_source(f"fashion_mnist:{tmp_path / 'fm'}", split)
     images, labels = arrays[stem]
-    assert len(source) == len(labels) and source.num_classes == 10
+    assert len(source) == len(labels) and len(source.info["class_names"]) == 10
     for i in range(len(source)):
       np.testing.assert_array_equal(source[i]["image"], np.stack([images[i]] * 3, -1))
       assert source[i]["label"] == labels[i]
-  assert source.class_names[9] == "boot"
+  assert source.info["class_names"][9] == "boot"
 
 
 def test_fashion_mnist_says_what_is_missing(tmp_path):
