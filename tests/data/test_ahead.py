@@ -1,12 +1,13 @@
 """Threads that read ahead: how far, in which order, and when they end."""
 
 import gc
+import math
 import threading
 import time
 
 import pytest
 
-from hybrid_vit.data import loader
+from hybrid_vit.data import ahead, loader
 from hybrid_vit.data.loader import Reading, train_batches
 from tests.data.batches import Numbers, X, evaluate, indices, numbers, same, take
 
@@ -121,3 +122,37 @@ def test_a_wide_batch_is_read_no_slower_than_a_narrow_one():
 
   ratios = [seconds(2048) / seconds(256) for _ in range(3)]
   assert min(ratios) < 2, ratios  # by a queue that counts its buffer it was 18
+
+
+def test_the_cores_of_this_process_count_not_the_machines(monkeypatch, tmp_path):
+  monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid: set(range(6)))
+  monkeypatch.setattr(ahead, "_CGROUPS", tmp_path)
+  assert ahead.available_cores() == 6
+  monkeypatch.setattr(ahead, "_cgroup_cores", lambda membership, root: 2.5)
+  assert ahead.available_cores() == 3
+  monkeypatch.setattr(ahead, "_cgroup_cores", lambda membership, root: 0.1)
+  assert ahead.available_cores() == 1
+
+
+@pytest.mark.parametrize(
+  ("membership", "files", "cores"),
+  [
+    ("0::/jobs/one\n", {"jobs/one/cpu.max": "max 100000", "jobs/cpu.max": "350000 100000"}, 3.5),
+    ("0::/jobs/one\n", {"cpu.max": "200000 100000"}, 2),  # a container's own mount
+    ("0::/jobs/one\n", {"jobs/one/cpu.max": "max 100000"}, math.inf),
+    (
+      "5:memory:/m\n4:cpu,cpuacct:/jobs\n",
+      {"cpu/jobs/cpu.cfs_quota_us": "150000", "cpu/jobs/cpu.cfs_period_us": "100000"},
+      1.5,
+    ),
+    ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    ("nonsense", {}, math.inf),
+  ],
+)
+def test_the_quota_of_a_cgroup(tmp_path, membership, files, cores):
+  (tmp_path / "membership").write_text(membership)
+  for name, text in files.items():
+    path = tmp_path / "root" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+  assert ahead._cgroup_cores(tmp_path / "membership", tmp_path / "root") == cores
