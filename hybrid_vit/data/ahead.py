@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -52,8 +52,11 @@ class Ahead(Generic[T]):
       if not self._begun:
         raise StopIteration
       result, parts = self._begun.popleft()
-      for part in parts:
-        part.result()
+      with contextlib.suppress(CancelledError):
+        for part in parts:
+          part.result()
+      if not self._end.alive:  # closed meanwhile, by another thread: parts of it are missing
+        raise StopIteration
       # The threads have work while the taker is busy with this one.
       self._begin()
     except BaseException:
@@ -86,7 +89,7 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0))
   except AttributeError:  # no such call outside Linux
     cores = os.cpu_count() or 1
-  return max(1, min(cores, math.ceil(_cgroup_cores(Path("/proc/self/cgroup"), _CGROUPS))))
+  return max(1, math.ceil(min(cores, _cgroup_cores(Path("/proc/self/cgroup"), _CGROUPS))))
 
 
 _CGROUPS = Path("/sys/fs/cgroup")

@@ -76,15 +76,21 @@ class FileSource:
 
   Args:
     reader: gives their bytes.
+    listing: the reader's.
     chosen: int `[N]`, their numbers in the reader's listing.
     label_of: the class of each directory of the listing.
     classes: names.
   """
 
   def __init__(
-    self, reader: Reader, chosen: np.ndarray, label_of: Mapping[int, int], classes: Sequence[str]
+    self,
+    reader: Reader,
+    listing: Listing,
+    chosen: np.ndarray,
+    label_of: Mapping[int, int],
+    classes: Sequence[str],
   ):
-    self._reader, self._listing = reader, reader.listing()
+    self._reader, self._listing = reader, listing
     self._chosen, self._label_of = chosen, dict(label_of)
     self.info: dict[str, Any] = {"class_names": tuple(classes)}
 
@@ -154,7 +160,7 @@ def open_files(reader: Reader, split: str) -> FileSource:
   _tell_left_out(reader, listing, layout, classes)
   if not len(chosen):
     raise MissingDataError(f"{reader.root} has too few pictures to hold out a {split} part")
-  return FileSource(reader, chosen, label_of, classes)
+  return FileSource(reader, listing, chosen, label_of, classes)
 
 
 class _Layout:

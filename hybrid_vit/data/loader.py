@@ -229,7 +229,6 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int | None = None,
-  prefetch: int = 2,
   max_corrupt_fraction: float = 0.0,
 ) -> EvalBatches:
   """One pass in order; every process gets the same number of batches, the last one is padded.
@@ -240,7 +239,6 @@ def eval_batches(
     process_index: which part.
     process_count: of how many.
     num_threads: see `train_batches`.
-    prefetch: see `train_batches`.
     max_corrupt_fraction: of this process's part of the data; none by default, because a figure
       that leaves examples out is another figure.
 
@@ -299,7 +297,7 @@ def eval_batches(
         job = functools.partial(fill, batch, host, first, stop)
         yield (batch, host), _chunks(job, rows, threads)
 
-    return Ahead(jobs(), threads, prefetch, stop)
+    return Ahead(jobs(), threads, 2, stop)
 
   return EvalBatches(begin, steps, corrupt)
 

@@ -54,9 +54,8 @@ class TfdsSource:
     }
     self._texts = [key for key, item in self._features.items() if isinstance(item, kinds.Text)]
     self.info: dict[str, Any] = {}
-    label = self._features.get("label")
-    if isinstance(label, kinds.ClassLabel):
-      self.info["class_names"] = tuple(label.names)
+    if "label" in self._features and isinstance(self._features["label"], kinds.ClassLabel):
+      self.info["class_names"] = tuple(self._features["label"].names)
     self._records = _records(builder, split)
 
   def __len__(self) -> int:

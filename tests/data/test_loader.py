@@ -1,81 +1,51 @@
+"""Batches as a function of the step."""
+
 import itertools
-import logging
 
 import numpy as np
 import pytest
 
-from hybrid_vit.data.loader import CorruptDataError, eval_batches, train_batches
-from tests.data.pictures import encoded, photo
-
-TRANSFORM = "decode|random_resized_crop(8)|flip_lr|color_jitter(0.4)"
-
-
-class Pictures:
-  """Twenty-odd encoded pictures, some of them broken."""
-
-  num_classes, class_names = 5, tuple("abcde")
-
-  def __init__(self, length=23, broken=(), missing=()):
-    self.raw = [encoded(photo(i, 20, 24)) for i in range(length)]
-    for i in broken:
-      self.raw[i] = self.raw[i][: len(self.raw[i]) // 2]
-    self.missing = set(missing)
-
-  def __len__(self):
-    return len(self.raw)
-
-  def __getitem__(self, index):
-    if index in self.missing:
-      raise FileNotFoundError(f"{index}.jpg")
-    return {"image": self.raw[index], "label": index % 5}
-
-  def describe(self, index):
-    return f"picture {index}"
-
-
-SOURCE = Pictures()
-
-
-def train(source=SOURCE, transform=TRANSFORM, batch_size=4, seed=0, **settings):
-  return train_batches(source, transform, batch_size=batch_size, seed=seed, **settings)
-
-
-def take(batches, count):
-  return list(itertools.islice(batches, count))
-
-
-def assert_same(a, b):
-  assert len(a) == len(b)
-  for one, other in zip(a, b):
-    assert one.keys() == other.keys()
-    for key in one:
-      np.testing.assert_array_equal(one[key], other[key])
-
+from hybrid_vit.data import spec
+from hybrid_vit.data.loader import Reading, eval_batches, examples_before, train_batches
+from hybrid_vit.data.spec import Field
+from hybrid_vit.data.transforms import parse_transform
+from tests.data.batches import (
+  SOURCE,
+  Numbers,
+  Pictures,
+  X,
+  assert_same,
+  evaluate,
+  indices,
+  joined,
+  numbers,
+  same,
+  take,
+  train,
+)
 
 WHOLE = take(train(num_threads=1), 12)
 
 
 def test_a_batch():
-  batches = train()
-  assert batches.steps_per_epoch == 5
-  batch = next(batches)
+  batch = next(train())
+  assert set(batch) == {"image", "label", "index", "replaced"}
   assert batch["image"].shape == (4, 8, 8, 3) and batch["image"].dtype == np.uint8
   assert batch["label"].dtype == batch["index"].dtype == np.int32
+  assert batch["replaced"].dtype == np.float32 and not batch["replaced"].any()
   np.testing.assert_array_equal(batch["label"], batch["index"] % 5)
 
 
 @pytest.mark.parametrize("threads", [2, 7])
 def test_the_number_of_threads_changes_nothing(threads):
   assert_same(take(train(num_threads=threads), 12), WHOLE)
+  assert_same(take(train(num_threads=threads, prefetch=1), 12), WHOLE)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_read_disjoint_parts_of_the_same_batches(processes):
   parts = [take(train(process_index=p, process_count=processes), 12) for p in range(processes)]
-  joined = [
-    {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)
-  ]
-  assert_same(joined, WHOLE)
+  assert_same(joined(parts), WHOLE)
 
 
 @pytest.mark.parametrize("start", [1, 5, 9])
@@ -87,123 +57,192 @@ def test_a_resumed_run_sees_the_batches_that_would_have_come(start):
     np.testing.assert_array_equal(mine["image"], whole["image"][2:])
 
 
-def test_epochs_are_permutations_in_new_orders():
-  epochs = [np.concatenate([b["index"] for b in WHOLE[i : i + 5]]) for i in (0, 5)]
-  for epoch in epochs:
-    assert len(set(epoch.tolist())) == 20  # 5 batches of 4; the other 3 of 23 wait
-  assert epochs[0].tolist() != epochs[1].tolist()
-  other = np.concatenate([b["index"] for b in take(train(seed=1), 5)])
-  assert other.tolist() != epochs[0].tolist()
+def test_every_epoch_is_every_example_once_and_batches_straddle():
+  seen = indices(WHOLE)  # 48 rows of 23 examples
+  first, second = seen[:23], seen[23:46]
+  assert sorted(first) == sorted(second) == list(range(23)) and first != second
+  assert indices(take(train(seed=1), 6))[:23] != first
+  # A batch may be larger than the source.
+  large = indices(take(numbers(Numbers(5), (12, 2))))
+  assert [sorted(large[i : i + 5]) for i in range(0, 20, 5)] == [list(range(5))] * 4
 
 
 def test_every_row_has_its_own_chance():
   rows = take(train(Pictures(1), batch_size=1), 6)
   assert len({row["image"].tobytes() for row in rows}) == 6
+  # It follows from seed and position alone.
+  batch = take(numbers(Numbers(10), (4, None), seed=3), 3)[2]
+  for row in range(4):
+    expected = np.random.default_rng((3, 1, 8 + row, 0)).random(3).astype(np.float32)
+    np.testing.assert_array_equal(batch["noise"][row], expected)
 
 
 def test_repeated_augmentation():
   batches = take(train(batch_size=6, repeats=3), 3)
-  indices = np.concatenate([b["index"] for b in batches]).reshape(-1, 3)
-  assert (indices == indices[:, :1]).all() and len(set(indices[:, 0].tolist())) == 6
-  images = np.concatenate([b["image"] for b in batches])
-  assert len({image.tobytes() for image in images}) == 18
+  drawn = np.array(indices(batches)).reshape(-1, 3)
+  assert (drawn == drawn[:, :1]).all() and len(set(drawn[:, 0].tolist())) == 6
+  assert len({image.tobytes() for batch in batches for image in batch["image"]}) == 18
   halves = [
     take(train(batch_size=6, repeats=3, process_index=p, process_count=2), 3) for p in (0, 1)
   ]
-  assert_same(
-    [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves)],
-    batches,
+  assert_same(joined(halves), batches)
+  # An epoch keeps its length, 10 rows: the last example comes once and not three times.
+  epoch = indices(take(numbers(Numbers(10), (5, 2), repeats=3)))
+  assert [len(list(group)) for _, group in itertools.groupby(epoch)] == [3, 3, 3, 1]
+
+
+PHASES = ((4, 3), (6, 2), (2, 0), (8, None))
+
+
+def test_phases_go_on_where_the_one_before_ended():
+  whole = take(numbers(Numbers(10), *PHASES), 8)
+  assert [len(b["x"]) for b in whole] == [4, 4, 4, 6, 6, 8, 8, 8]
+  seen = indices(whole)
+  assert [sorted(seen[i : i + 10]) for i in range(0, 40, 10)] == [list(range(10))] * 4
+  # One batch size or another: position p is the same example under the same draws.
+  rows = {k: np.concatenate([b[k] for b in whole]) for k in ("x", "noise")}
+  plain = take(numbers(Numbers(10), (1, 48)))
+  for key, value in rows.items():
+    np.testing.assert_array_equal(value, np.concatenate([b[key] for b in plain]))
+  readings = [Reading(size, same, X, steps) for size, steps in PHASES]
+  assert [examples_before(readings, s) for s in range(7)] == [0, 4, 8, 12, 18, 24, 32]
+  with pytest.raises(ValueError, match="end 2 steps before"):
+    examples_before(readings[:2], 7)
+
+
+@pytest.mark.parametrize("start", range(8))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resuming_inside_phases_and_at_their_borders(start, processes):
+  whole = take(numbers(Numbers(10), *PHASES), 8)
+  parts = [
+    take(
+      numbers(
+        Numbers(10), *PHASES, start_step=start, process_index=p, process_count=processes,
+        num_threads=3,
+      ),
+      8 - start,
+    )
+    for p in range(processes)
+  ]  # fmt: skip
+  assert_same(joined(parts), whole[start:])
+
+
+def test_each_phase_has_its_own_transform_and_fields():
+  small = Reading(
+    4, parse_transform("decode|resize(4)"), {"image": Field("image", "uint8", (4, 4, 3))}, 2
   )
+  large = Reading(
+    2, parse_transform("decode|resize(9)"), {"image": Field("image", "uint8", (9, 9, 3))}, 1
+  )
+  shapes = [b["image"].shape for b in train_batches(SOURCE, [small, large], seed=0)]
+  assert shapes == [(4, 4, 4, 3), (4, 4, 4, 3), (2, 9, 9, 3)]
 
 
-def test_corrupt_pictures_are_skipped_counted_and_named_once(caplog):
-  source = Pictures(broken=(3, 11), missing=(7,))
-  with caplog.at_level(logging.WARNING):
-    batches = train(source, max_corrupt_fraction=0.2)
-    seen = take(batches, 15)  # three epochs
-  assert not {3, 7, 11} & set(np.concatenate([b["index"] for b in seen]).tolist())
-  assert batches.corrupt.count == 3
-  assert sorted(batches.corrupt.names) == ["picture 11", "picture 3", "picture 7"]
-  messages = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
-  assert len(messages) == 3 and all("skipped a picture" in message for message in messages)
-  assert any("picture 7 (7.jpg)" in message for message in messages)
-  # What replaces them depends on the step alone, too.
-  assert_same(take(train(source, max_corrupt_fraction=0.2, start_step=4), 11), seen[4:])
-  healthy = [
-    np.array_equal(a["image"][i], b["image"][i])
-    for a, b in zip(seen, take(train(), 15))
-    for i in range(4)
-    if a["index"][i] == b["index"][i]
-  ]
-  assert len(healthy) >= 45 and all(healthy)  # the others are as they would have been
+def test_a_training_of_known_length_ends():
+  batches = numbers(Numbers(10), (4, 3), (6, 2))
+  assert len(take(batches)) == 5 and next(batches, None) is None
+  assert take(numbers(Numbers(10), (4, 3), start_step=3)) == []
 
 
-def test_too_many_corrupt_pictures_stop_the_run():
-  with pytest.raises(CorruptDataError, match=r"3 of 23 pictures cannot be read.* = 0.1 allows"):
-    take(train(Pictures(broken=(3, 7, 11)), max_corrupt_fraction=0.1), 20)
-  with pytest.raises(CorruptDataError, match="23 pictures"):
-    take(train(Pictures(broken=range(23)), max_corrupt_fraction=0.5), 1)
-  with pytest.raises(CorruptDataError, match="in a row cannot be read"):
-    take(train(Pictures(broken=range(23)), max_corrupt_fraction=1.0), 1)
+def test_rows_are_what_the_fields_declare():
+  fields = {
+    "boxes": Field("boxes", "float32", (3, 4), ragged=True, pad=-1),
+    "flag": Field("value", "float32", (), pad=0),
+    "name": Field("host"),
+  }
 
+  def make(example, rng):
+    x = example["x"]
+    return {"boxes": np.full((x, 4), x), "flag": x % 2, "name": f"n{x}", "unused": 1}
 
-def evaluate(source=SOURCE, batch_size=8, **settings):
-  return eval_batches(source, "decode|resize(8)", batch_size=batch_size, **settings)
+  (batch,) = take(train_batches(Numbers(6), [Reading(6, make, fields, 1)], seed=0))
+  assert set(batch) == {"boxes", "flag", "index", "replaced"}
+  for index, boxes, flag in zip(batch["index"], batch["boxes"], batch["flag"]):
+    kept = min(index, 3)
+    assert (boxes[:kept] == index).all() and (boxes[kept:] == -1).all() and flag == index % 2
+  batches = eval_batches(Numbers(6), Reading(4, make, fields))
+  (first, host), (second, last) = batches
+  assert host == {"name": ["n0", "n1", "n2", "n3"]} and last == {"name": ["n4", "n5", None, None]}
+  assert second["mask"].tolist() == [1, 1, 0, 0] and second["boxes"].shape == (4, 3, 4)
+  assert (second["boxes"][2:] == -1).all() and set(first) == {"boxes", "flag", "index", "mask"}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_every_picture_is_evaluated_exactly_once(processes):
-  counted = []
+  counted, names = [], []
   for process in range(processes):
     batches = evaluate(process_index=process, process_count=processes)
     assert len(batches) == 3
     rows = list(batches)
-    assert [len(b["image"]) for b in rows] == [8 // processes] * 3
-    for batch in rows:
+    assert [len(b["image"]) for b, _ in rows] == [8 // processes] * 3
+    for batch, host in rows:
       assert batch["mask"].dtype == np.float32
       counted += batch["index"][batch["mask"] > 0].tolist()
+      names += [name for name in host["name"] if name is not None]
       assert (batch["image"][batch["mask"] == 0] == 0).all()
+      assert [name is not None for name in host["name"]] == (batch["mask"] > 0).tolist()
   assert sorted(counted) == list(range(23))
+  assert sorted(names) == sorted(f"{i}.jpg" for i in range(23))
 
 
 def test_evaluation_can_be_iterated_again():
   batches = evaluate()
-  assert_same(list(batches), list(batches))
+  for (one, host), (other, again) in zip(batches, batches, strict=True):
+    assert_same([one], [other])
+    assert host == again
 
 
 @pytest.mark.parametrize("length", [1, 8, 9])
 def test_processes_with_nothing_but_padding_keep_the_shape(length):
   source = Pictures(length)
   parts = [list(evaluate(source, process_index=p, process_count=4)) for p in range(4)]
-  assert {b["image"].shape for part in parts for b in part} == {(2, 8, 8, 3)}
-  assert sum(b["mask"].sum() for part in parts for b in part) == length
+  assert {b["image"].shape for part in parts for b, _ in part} == {(2, 8, 8, 3)}
+  assert sum(b["mask"].sum() for part in parts for b, _ in part) == length
 
 
-def test_corrupt_pictures_keep_their_row_in_evaluation(caplog):
-  source = Pictures(broken=(0, 9), missing=(22,))
-  batches = evaluate(source, max_corrupt_fraction=0.2)
-  with caplog.at_level(logging.WARNING):
-    rows = list(batches) + list(batches)
-  assert sum(b["mask"].sum() for b in rows) == 2 * 20
-  assert rows[0]["mask"][0] == 0 and rows[0]["index"][0] == 0
-  assert batches.corrupt.count == 3
-  assert sum("cannot be read" in r.getMessage() for r in caplog.records) == 3
-  with pytest.raises(CorruptDataError):
-    list(evaluate(source, max_corrupt_fraction=0.05))
-  with pytest.raises(CorruptDataError, match="no picture of the evaluation set can be read"):
-    list(evaluate(Pictures(8, broken=range(8)), max_corrupt_fraction=1.0))
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"process_count": 3}, "does not fall into 3 processes' parts"),
+    ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
+    ({"seed": -1}, "seed is -1"),
+    ({"start_step": -1}, "start_step is -1"),
+    ({"repeats": 0}, "repeats is 0"),
+    ({"prefetch": 0}, "prefetch is 0"),
+    ({"num_threads": 0}, "num_threads is 0"),
+    ({"max_corrupt_fraction": 1.5}, "max_corrupt_fraction is 1.5"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"source": Pictures(0)}, "the source is empty"),
+  ],
+)
+def test_settings_that_cannot_be(settings, message):
+  with pytest.raises(ValueError, match=message):
+    train(**settings)
+  if not settings.keys() & {"seed", "start_step", "repeats", "prefetch"}:
+    with pytest.raises(ValueError, match=message):
+      evaluate(**settings)
 
 
-def test_settings_that_cannot_be():
-  with pytest.raises(ValueError, match="larger than the data"):
-    train(batch_size=24)
-  with pytest.raises(ValueError, match="does not fall into 3 processes' parts"):
-    train(process_count=3)
-  with pytest.raises(ValueError, match="does not fall into 3"):
-    evaluate(process_count=3)
+def test_readings_that_cannot_be():
+  with pytest.raises(ValueError, match="no phases"):
+    train_batches(SOURCE, [], seed=0)
+  with pytest.raises(ValueError, match="without end stands before others"):
+    numbers(Numbers(3), (2, None), (2, 1))
+  with pytest.raises(ValueError, match="a phase of -1 steps"):
+    numbers(Numbers(3), (2, -1))
+  with pytest.raises(ValueError, match="a field is called 'index'"):
+    Reading(2, same, {"index": Field("value", "int32")})
+  with pytest.raises(ValueError, match="shape or type of 'image' is not known"):
+    Reading(2, same, {"image": Field("image", shape=(None, None, 3))})
 
 
-def test_float_pictures_pass():
-  text = "decode|resize(8)|normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))|random_erasing(1.0)"
-  batch = next(train(transform=text))
+@pytest.mark.parametrize("decoder", ["opencv", "pil"])
+def test_fields_can_be_found_by_the_transform(decoder):
+  apply = parse_transform("decode|resize(8)|normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))", decoder)
+  fields = spec.resolve({"image": Field("image", shape=(None, None, 3))}, apply)
+  batch = next(train_batches(SOURCE, [Reading(4, apply, fields)], seed=0))
   assert batch["image"].dtype == np.float32 and batch["image"].min() < -0.5
+  picture = parse_transform("decode|resize(8)", decoder)(
+    SOURCE[int(batch["index"][0])], np.random.default_rng(0)
+  )["image"]
+  np.testing.assert_allclose(batch["image"][0], picture / 127.5 - 1, atol=1e-6)

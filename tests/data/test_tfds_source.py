@@ -45,7 +45,7 @@ def test_it_holds_what_the_folder_holds(data, kind):
   for split, count in (("train", 15), ("validation", 5)):
     source = create_source("tfds:pets", split, str(data / kind))
     folder = create_source(f"folder:{data / 'folder'}", split)
-    assert len(source) == count and source.class_names == folder.class_names == ("cat", "dog")
+    assert len(source) == count and source.info == folder.info == {"class_names": ("cat", "dog")}
     assert isinstance(source[0]["image"], bytes) and isinstance(source[0]["label"], int)
     assert sorted(contents(source)) == sorted(contents(folder))
   assert source.describe(3) == "tfds:pets validation #3"
