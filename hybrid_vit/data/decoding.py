@@ -77,6 +77,9 @@ def _by_pil(encoded: bytes) -> np.ndarray:
       return _as_rgb(picture)
   except CorruptPictureError:
     raise
+  except Image.DecompressionBombError as error:
+    message = f"its header says more than the {MAX_PIXELS:,} pixels that are read"
+    raise CorruptPictureError(message) from error
   except Exception as error:  # PIL's plugins raise whatever their formats bring up.
     raise CorruptPictureError(str(error) or type(error).__name__) from error
 
@@ -99,6 +102,7 @@ def _as_rgb(picture: Image.Image) -> np.ndarray:
       )
     grey = np.round(values * 255).astype(np.uint8)
   else:
+    picture.info.pop("transparency", None)  # PIL would warn that it is lost
     return np.asarray(picture.convert("RGB"))
   return np.repeat(grey[..., None], 3, axis=-1)
 
