@@ -77,7 +77,7 @@ def _by_pil(encoded: bytes) -> np.ndarray:
       return _as_rgb(picture)
   except CorruptPictureError:
     raise
-  except Image.DecompressionBombError as error:
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     message = f"its header says more than the {MAX_PIXELS:,} pixels that are read"
     raise CorruptPictureError(message) from error
   except Exception as error:  # PIL's plugins raise whatever their formats bring up.

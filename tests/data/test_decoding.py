@@ -165,7 +165,7 @@ def jpeg(width, height):
     (jpeg(30_000, 30_000), "30,000 x 30,000, for which"),
     (b"BM" + struct.pack("<IIIIiiHHIIIIII", 58, 0, 54, 40, 60000, 60000, 1, 24, 0, 4, 0, 0, 0, 0)
      + bytes(4), "says more than the 1,073,741,824 pixels"),
-    (b"P6 40000 40000 255 " + bytes(100), "40,000 x 40,000, more than"),
+    (b"P6 40000 40000 255 " + bytes(100), "more than the 1,073,741,824 pixels"),
   ],
   ids=["PNG", "short PNG", "JPEG", "short JPEG", "BMP", "PPM"],
 )  # fmt: skip
