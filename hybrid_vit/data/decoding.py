@@ -124,7 +124,7 @@ def _is_for_opencv(encoded: bytes, header: tuple[str, int, int, int] | None) -> 
   CMYK in another way and takes another picture of an animation for the first.
   """
   if header is None:
-    return encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP" and b"ANIM" not in encoded[:64]
+    return encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP"
   format_name, _, _, components = header
   if format_name == "JPEG":
     return components in (1, 3) and b"\xff\xd9" in encoded[-64:]

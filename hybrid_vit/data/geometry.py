@@ -90,7 +90,6 @@ class Crop(Plane):
     out = values[rows][:, columns]
     if outside.any():
       _check_fill(values.dtype, fill)
-      out = np.array(out)
       out[outside] = fill
     return out
 

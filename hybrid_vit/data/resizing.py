@@ -79,7 +79,7 @@ def nearest_indices(before: int, after: int) -> np.ndarray:
   step = before / after
   positions = np.full(after, step)
   positions[0] = step * 0.5
-  return np.minimum(np.cumsum(positions).astype(np.int64), before - 1)
+  return np.cumsum(positions).astype(np.int64)
 
 
 def _reach(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybrid_vit.data import decoding
+from hybrid_vit.data import decoding, resizing
 from hybrid_vit.data.decoding import DECODERS, CorruptPictureError, decode_picture
 from hybrid_vit.data.resizing import FILTERS, resize_image, resize_nearest
 from tests.data.pictures import encoded, photo
@@ -50,7 +50,9 @@ GREY16 = GREY.astype(np.uint16) * 256 + np.arange(60, dtype=np.uint16) * 4
 TRANSPARENT = RGB.convert("RGBA")
 TRANSPARENT.putalpha(Image.fromarray(np.arange(2400, dtype=np.uint8).reshape(40, 60)))
 PALETTE = RGB.convert("P", palette=Image.Palette.ADAPTIVE)
-TURNED = [RGB.transpose(Image.Transpose.ROTATE_180)]
+TURNED = [
+  RGB.transpose(way) for way in (Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT)
+]
 
 
 def rgb16(extension):
@@ -303,6 +305,16 @@ def test_a_part_is_the_wholes(size, interpolation):
       assert got.shape == (48, 50, 3) and difference.max() <= (0 if size == (300, 310) else 1)
       different += (difference > 0).sum()
   assert different < 0.002 * 9 * 48 * 50 * 3
+
+
+def test_only_what_grows_beyond_reason_is_refused():
+  resizing._check_growth((10_000, 10_000), (9_000, 9_000), 90_000_000)
+  with pytest.raises(CorruptPictureError, match="too long and thin"):
+    resizing._check_growth((9_000, 9_000), (9_100, 9_100), 82_810_000)
+  thin = np.zeros((1, 2**20, 3), np.uint8)
+  with pytest.raises(CorruptPictureError, match="to be resized to 32 x 33,554,432"):
+    resize_image(thin, (32, 2**25), "nearest", (0, 0, 32, 32))
+  assert resize_image(thin, (32, 2**25), "bicubic", (0, 2**24, 32, 32)).shape == (32, 32, 3)
 
 
 def test_pictures_of_other_channels_and_types():

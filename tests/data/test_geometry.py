@@ -143,6 +143,11 @@ def test_borders_that_go_on_do_so_in_every_key(mode):
   np.testing.assert_array_equal(out["points"], scene()["points"] + [10 - left, 10 - top])
 
 
+def test_reflected_borders_of_a_resized_picture():
+  out = run("resize((20, 30), 'nearest')|random_crop(50, 15, 'reflect')")
+  np.testing.assert_array_equal(out["image"], COLOURS[out["classes"]])
+
+
 def test_moves_in_numbers():
   out = run("flip_lr(1.0)")
   np.testing.assert_array_equal(out["boxes"][0], [60 - 23, 5, 60 - 3, 21])

@@ -141,6 +141,24 @@ def test_each_of_the_two_draws_from_its_own_alpha(
   np.testing.assert_allclose(mixed[0, ..., 0], expected)
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_no_two_draws_share_a_key(monkeypatch, mode):
+  images, labels = example()
+  used = []
+
+  def recorded(draw):
+    def recording(key, *arguments, **settings):
+      used.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+      return draw(key, *arguments, **settings)
+
+    return recording
+
+  for name in ("uniform", "beta", "randint"):
+    monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
+  mix_batch(jax.random.key(0), images, labels, mode=mode, **BOTH)
+  assert len(used) >= 6 and len(set(used)) == len(used)
+
+
 def kept_parts(mode, draws=2000, **arguments):
   """The part of its own label that row 0 keeps, over many keys."""
   images = jnp.zeros((4, 32, 32, 1))

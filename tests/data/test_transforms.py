@@ -109,6 +109,12 @@ def test_boxes_that_never_fit_fall_back_to_the_middle(size, box):
   assert operations.random_box(*size, scale, (3 / 4, 4 / 3), rng) == box
 
 
+def test_the_middle_has_a_pixel_at_least():
+  rng = np.random.default_rng(0)
+  assert operations.random_box(1000, 1, (1.0, 1.0), (3, 4), rng) == (499, 0, 1, 1)
+  assert operations.random_box(1, 1000, (1.0, 1.0), (0.2, 0.25), rng) == (0, 499, 1, 1)
+
+
 def test_random_crop_reaches_every_place_of_the_padded_picture():
   image = np.arange(1, 17, dtype=np.uint8).reshape(4, 4, 1).repeat(3, -1)
   padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
