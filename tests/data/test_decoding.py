@@ -171,6 +171,7 @@ def jpeg(width, height):
   ],
   ids=["PNG", "short PNG", "JPEG", "short JPEG", "BMP", "PPM"],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_header_that_says_too_much_is_corrupt_and_costs_nothing(raw, message, decoder):
   tracemalloc.start()
   with pytest.raises(CorruptPictureError, match=message):
