@@ -161,7 +161,7 @@ class RandAugment:
 
   def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """uint8 `[H, W, 3]` to the same."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture = _picture(image)
     for index in rng.integers(len(OPERATIONS), size=self.num_layers):
       if rng.random() >= self.probability:
         continue
@@ -203,7 +203,7 @@ class AutoAugment:
 
   def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """uint8 `[H, W, 3]` to the same."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture = _picture(image)
     for name, probability, level in _IMAGENET_POLICY[int(rng.integers(len(_IMAGENET_POLICY)))]:
       if rng.random() < probability:
         picture = apply_operation(
@@ -220,7 +220,7 @@ class AutoAugment:
 
 def three_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Grey, solarise (128) or Gaussian blur (radius 0.1 to 2), one of the three (DeiT III)."""
-  picture = Image.fromarray(np.ascontiguousarray(image))
+  picture = _picture(image)
   choice = int(rng.integers(3))
   if choice == 0:
     picture = ImageOps.grayscale(picture).convert("RGB")
@@ -242,7 +242,7 @@ def color_jitter(
       is a turn of the hue drawn from [-x, x], x at most 0.5 (of a full turn). 0 leaves one out.
     rng: where chance comes from.
   """
-  picture = Image.fromarray(np.ascontiguousarray(image))
+  picture = _picture(image)
   enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
   for index in rng.permutation(4):
     strength = strengths[index]
@@ -288,3 +288,9 @@ def erase(
       image[top : top + h, left : left + w] = noise.astype(image.dtype)
       return image
   return image
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+  if image.dtype != np.uint8:
+    raise TypeError(f"colours of a {image.dtype} picture cannot be changed: put normalize last")
+  return Image.fromarray(np.ascontiguousarray(image))

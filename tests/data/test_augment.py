@@ -158,6 +158,21 @@ def test_randaugment_draws_operations_and_lets_chance_decide(monkeypatch):
   assert len({call[1] for call in calls}) > 900
 
 
+def test_the_arguments_of_a_policy_reach_its_operations(monkeypatch):
+  calls = record_operations(monkeypatch)
+  rng = np.random.default_rng(0)
+  fill = "interpolation='random', fill=(1, 2, 3)"
+  parse_transform(f"randaugment(4, 15, magnitude_max=30.0, probability=1.0, {fill})")(
+    {"image": photo(0)}, rng
+  )
+  assert [level for _, level, _ in calls] == [15] * 4
+  for _ in range(20):
+    parse_transform(f"autoaugment({fill})")({"image": photo(0)}, rng)
+  assert len(calls) > 10
+  for _, _, settings in calls:
+    assert settings["interpolation"] == "random" and settings["fill"] == (1, 2, 3)
+
+
 # The policy as the paper's table lists it: operation, probability in tenths, level.
 PAPER_POLICY = """
 P48 R69 | S65 A65 | E88 E63 | P67 P66 | E47 S24 | E44 R88 | S63 E67 | P85 E02 | R23 S68 | E68 P46 |
@@ -221,6 +236,22 @@ def test_three_augment_is_one_of_three():
   assert min(seen.values()) > 70
 
 
+def test_three_augments_choices_and_radius():
+  class Chosen(Draws):
+    def integers(self, *arguments):
+      return self.value
+
+    def uniform(self, low, high):
+      assert (low, high) == (0.1, 2.0)
+      return 1.3
+
+  image = photo(3)
+  got = augment.three_augment(image, Chosen(1))
+  np.testing.assert_array_equal(got, np.where(image < 128, image, 255 - image))
+  blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.3))
+  np.testing.assert_array_equal(augment.three_augment(image, Chosen(2)), np.asarray(blurred))
+
+
 def test_color_jitter_is_torchvisions():
   image = photo(4)
 
@@ -250,7 +281,7 @@ def test_color_jitter_is_torchvisions():
 def test_erasing_is_timms_pixel_mode():
   rng = np.random.default_rng(0)
   image = np.full((60, 80, 3), 7.0, np.float32)
-  areas, aspects, values, erased = [], [], [], 0
+  areas, aspects, values, erased, reached = [], [], [], 0, np.zeros(4, int)
   for _ in range(1500):
     out = augment.erase(image, 0.25, (0.02, 1 / 3), (0.3, 10 / 3), rng)
     box = np.argwhere((out != 7.0).any(-1))
@@ -259,6 +290,7 @@ def test_erasing_is_timms_pixel_mode():
     erased += 1
     (top, left), (bottom, right) = box.min(0), box.max(0) + 1
     height, width = bottom - top, right - left
+    reached += [top == 0, left == 0, bottom == 60, right == 80]
     assert height < 60 and width < 80 and len(box) == height * width
     areas.append(height * width / 4800)
     aspects.append(height / width)
@@ -267,6 +299,7 @@ def test_erasing_is_timms_pixel_mode():
   assert abs(erased / 1500 - 0.25) < 0.04
   assert 0.015 < min(areas) < 0.05 and 0.28 < max(areas) < 0.345
   assert min(aspects) < 0.5 and max(aspects) > 2.0
+  assert reached.min() > 0
   noise = np.concatenate(values)
   assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
@@ -283,3 +316,28 @@ def test_erasing_a_uint8_picture_is_noise_before_normalisation():
   normal = (values - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
   assert np.abs(normal.mean(0)).max() < 0.05
   assert np.abs(normal.std(0) - 0.98).max() < 0.03  # the tails are cut at black and white
+
+
+def test_the_box_erased_is_as_high_as_asked_and_found_in_ten_tries():
+  image = np.zeros((60, 80, 3), np.float32)
+  for seed in range(30):
+    out = augment.erase(image, 1.0, (0.05, 0.1), (2.0, 3.0), np.random.default_rng(seed))
+    box = np.argwhere(out.any(-1))
+    height, width = np.ptp(box, axis=0) + 1
+    assert 1.7 < height / width < 3.4
+  # A third of these does not fit at the first try.
+  rngs = (np.random.default_rng(seed) for seed in range(200))
+  erased = [augment.erase(image, 1.0, (0.02, 1.0), (0.3, 10 / 3), rng).any() for rng in rngs]
+  assert sum(erased) >= 198
+
+
+def test_noise_in_a_uint8_picture_is_rounded():
+  class Mean(Draws):
+    def uniform(self, low, high):
+      return low
+
+    def standard_normal(self, shape):
+      return np.zeros(shape)
+
+  out = augment.erase(np.zeros((64, 64, 3), np.uint8), 1.0, (0.2, 0.3), (1.0, 1.0), Mean(0.0))
+  assert (out[0, 0] == (124, 116, 104)).all()

@@ -97,6 +97,68 @@ def test_batch_mode_follows_timm(monkeypatch, switch, row):
   np.testing.assert_allclose(targets, expected[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+@pytest.mark.parametrize(
+  ("mixup_alpha", "cutmix_alpha", "switch_probability", "alpha", "cutmix"),
+  [
+    (0.25, 0.75, 0.0, 0.25, False),
+    (0.25, 0.75, 1.0, 0.75, True),
+    (0.75, 0.25, 0.0, 0.75, False),
+    (0.75, 0.25, 1.0, 0.25, True),
+    (0.25, 0.0, 1.0, 0.25, False),
+    (0.0, 0.25, 0.0, 0.25, True),
+  ],
+)
+def test_each_of_the_two_draws_from_its_own_alpha(
+  monkeypatch, mode, mixup_alpha, cutmix_alpha, switch_probability, alpha, cutmix
+):
+  def beta(key, a, b, shape):
+    assert a == b
+    return jnp.full(shape, a)
+
+  monkeypatch.setattr(jax.random, "beta", beta)
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, 0.5))
+  monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, high: jnp.full(shape, 4))
+  images = jnp.broadcast_to(jnp.arange(4.0)[:, None, None, None], (4, 8, 8, 1))
+  mixed, targets = mix_batch(
+    jax.random.key(0),
+    images,
+    jnp.eye(4),
+    mixup_alpha=mixup_alpha,
+    cutmix_alpha=cutmix_alpha,
+    probability=1.0,
+    switch_probability=switch_probability,
+    mode=mode,
+  )
+  # A box of 8 * sqrt(1 - alpha), rounded down to whole and even, lies in the middle.
+  side = {0.25: 6, 0.75: 4}[alpha]
+  kept = 1 - side**2 / 64 if cutmix else alpha
+  np.testing.assert_allclose(np.diagonal(targets), kept)
+  expected = np.full((8, 8), 3 * (1 - alpha))
+  if cutmix:
+    expected = np.zeros((8, 8))
+    expected[4 - side // 2 : 4 + side // 2, 4 - side // 2 : 4 + side // 2] = 3
+  np.testing.assert_allclose(mixed[0, ..., 0], expected)
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_no_two_draws_share_a_key(monkeypatch, mode):
+  images, labels = example()
+  used = []
+
+  def recorded(draw):
+    def recording(key, *arguments, **settings):
+      used.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+      return draw(key, *arguments, **settings)
+
+    return recording
+
+  for name in ("uniform", "beta", "randint"):
+    monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
+  mix_batch(jax.random.key(0), images, labels, mode=mode, **BOTH)
+  assert len(used) >= 6 and len(set(used)) == len(used)
+
+
 def kept_parts(mode, draws=2000, **arguments):
   """The part of its own label that row 0 keeps, over many keys."""
   images = jnp.zeros((4, 32, 32, 1))
