@@ -1,6 +1,3 @@
-import errno
-import functools
-import json
 import logging
 import shutil
 
@@ -9,59 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit import checkpoints, exports, fingerprints, sharding, stored_trees
+from hybrid_vit import checkpoints, stored_trees
 from hybrid_vit.checkpoints import Checkpointer, restore_from
 from hybrid_vit.exports import export, load_weights
 from hybrid_vit.stored_trees import CheckpointError
-from hybrid_vit.train_state import create_state
-from tests import small
-
-
-@functools.cache
-def layout_and_state(fsdp=1, width=64):
-  """(shardings, state) on a mesh of eight devices, or on one where `fsdp` is 1."""
-  mesh = sharding.make_mesh({"fsdp": fsdp, "data": -1}, jax.devices()[: 8 if fsdp > 1 else 1])
-  task = small.make_task(width=width)
-  make = functools.partial(
-    create_state, task=task, optimizer=small.adamw(task), batch=small.make_batch(), ema=True
-  )
-  abstract = jax.eval_shape(make, jax.random.key(0))
-  layout = sharding.state_shardings(abstract, sharding.DEFAULT_RULES, mesh)
-  return layout, jax.jit(make, out_shardings=layout)(jax.random.key(0))
-
-
-def target(**arguments):
-  layout, state = layout_and_state(**arguments)
-  return checkpoints.abstract_like(state, layout)
-
-
-def at(step, state=None):
-  """A state of that step whose floats all differ from those of other steps."""
-  state = layout_and_state()[1] if state is None else state
-  move = lambda x: x + step if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-  return jax.tree.map(move, state.replace(rng=None)).replace(
-    rng=state.rng, step=jax.device_put(jnp.int32(step), state.step.sharding)
-  )
-
-
-INFO = {"name": "conv", "num_classes": 10, "class_names": ("a", "b"), "preprocessing": {"size": 8}}
-
-
-def save(workdir, *steps, **options):
-  checkpointer = Checkpointer(
-    workdir, run_config={"seed": 3, "sizes": (1, 2)}, info=INFO, keep_best=False, **options
-  )
-  for step in steps:
-    assert checkpointer.save(at(step), step, {"loss": [0.1 + step, 16.0]})
-  checkpointer.close()
-
-
-def restore(workdir, begin_anew=False, **arguments):
-  checkpointer = Checkpointer(workdir, keep_best=False)
-  try:
-    return checkpointer.restore(target(**arguments), begin_anew=begin_anew)
-  finally:
-    checkpointer.close()
+from tests.saved_states import (
+  INFO,
+  at,
+  damage,
+  everything_in,
+  failures,
+  restore,
+  save,
+  target,
+  weights,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -83,30 +42,11 @@ def copied(saved, tmp_path):
   return shutil.copytree(saved, tmp_path / "copied")
 
 
-def everything_in(directory):
-  return {p.relative_to(directory): _size(p) for p in directory.rglob("*")}
-
-
 def assert_equal(found, expected):
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   np.testing.assert_array_equal(*(jax.random.key_data(s.rng) for s in (found, expected)))
   bare = [jax.device_get(s.replace(rng=None)) for s in (found, expected)]
   jax.tree.map(np.testing.assert_array_equal, *bare)
-
-
-def damage(checkpoint, how):
-  """Changes the largest data file of a checkpoint's state."""
-  path = max((p for p in (checkpoint / "state").rglob("*") if "d" in p.parts), key=_size)
-  content = bytearray(path.read_bytes())
-  if how == "flip":
-    content[len(content) // 2] ^= 1
-  else:
-    del content[len(content) // 2 :]
-  path.write_bytes(content)
-
-
-def _size(path):
-  return path.stat().st_size if path.is_file() else 0
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
@@ -179,22 +119,6 @@ def test_damage_of_any_file_that_is_read_is_named_and_costs_one_state(copied, na
   with caplog.at_level(logging.WARNING):
     assert restore(copied).step == 1
   assert (copied / "checkpoints" / "2.broken").is_dir()
-
-
-def failures():
-  """What a file system, and readers that wrap its errors, raise in passing."""
-  wrapped = Exception("Encountered error while reading array index")
-  wrapped.__cause__ = ValueError(
-    'UNAVAILABLE: Error reading local file "/data/run/state/manifest.ocdbt" '
-    "[OS error 116: ESTALE Stale file handle]"
-  )
-  return {
-    "stale": OSError(errno.ESTALE, "Stale file handle", "/data/run/state/_METADATA"),
-    "right": PermissionError(errno.EACCES, "Permission denied", "/data/run/state/_METADATA"),
-    "wrapped": wrapped,
-    "memory": MemoryError("no memory"),
-    "unknown": RuntimeError("something new"),
-  }
 
 
 @pytest.mark.parametrize(
@@ -327,11 +251,6 @@ def test_a_checkpoint_of_another_network_is_an_error_and_stays(tmp_path, change,
   assert restore(tmp_path).step == 2
 
 
-@functools.cache
-def weights(offset):
-  return dict(at(offset).ema)
-
-
 def test_the_newest_are_kept_and_the_best_beside_them(tmp_path):
   checkpointer = Checkpointer(tmp_path, keep=2, info=INFO)
   for step, value in enumerate([0.2, 0.9, float("nan"), 0.9, 0.5], start=1):
@@ -448,162 +367,3 @@ def test_directories_are_listed_once(tmp_path, monkeypatch):
   assert checkpointer.should_save(2, ask_clock=True) and checkpointer.steps() == [1]
   monkeypatch.undo()
   checkpointer.close()
-
-
-def test_fingerprints_see_every_change():
-  x = jnp.arange(24.0).reshape(4, 6)
-  seen = {int(fingerprints.fingerprint(x))}
-  for changed in (x.at[2, 3].add(1e-5), x[::-1], x.T.reshape(4, 6), -x, x.at[0, 0].set(-0.0)):
-    seen.add(int(fingerprints.fingerprint(changed)))
-  assert len(seen) == 6
-  # What earlier checkpoints hold stays valid.
-  assert int(fingerprints.fingerprint(x)) == 1020063859
-  assert int(fingerprints.fingerprint(jnp.zeros(()))) == 0
-  _, spread = layout_and_state(4)
-  assert fingerprints.fingerprints(spread) == fingerprints.fingerprints(layout_and_state()[1])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "uint32"])
-def test_fingerprints_are_the_same_on_host_and_device(dtype):
-  # More than one of the host's chunks, and not whole ones.
-  values = np.random.default_rng(0).integers(-100, 100, (7, 3, 5003)).astype(jnp.dtype(dtype))
-  assert int(fingerprints.fingerprint(jnp.asarray(values))) == fingerprints.host_fingerprint(values)
-  transposed = values.T
-  expected = int(fingerprints.fingerprint(jnp.asarray(transposed)))
-  assert fingerprints.host_fingerprint(transposed) == expected
-  assert fingerprints.host_fingerprint(values[:0]) == 0
-
-
-def test_a_tensor_that_is_not_finite_is_named():
-  tree = {"a": {"kernel": np.ones(3)}, "b": jnp.ones(2), "count": np.array([1]), "z": np.ones(0)}
-  assert fingerprints.first_nonfinite(tree) is None
-  assert fingerprints.first_nonfinite({**tree, "b": jnp.array([1.0, jnp.inf])}) == "b"
-  assert fingerprints.first_nonfinite({**tree, "a": {"kernel": np.array([np.nan])}}) == "a/kernel"
-
-
-def test_weights_are_exported_alone_and_whole(tmp_path):
-  state = at(3, layout_and_state(4)[1])
-  metadata = {"name": "conv", "num_classes": 10, "class_names": ("a", "b")}
-  for _ in range(2):  # the second time it is replaced
-    export(tmp_path / "export", state.evaluation_variables, metadata)
-  assert [p.name for p in tmp_path.iterdir()] == ["export"]
-  for place in (tmp_path / "export", tmp_path):
-    weights, found = load_weights(place)
-    assert found["class_names"] == ["a", "b"] and found["name"] == "conv"
-    assert set(weights) == {"params", "batch_stats"}
-    jax.tree.map(np.testing.assert_array_equal, weights, jax.device_get(dict(state.ema)))
-  text = json.loads((tmp_path / "export" / "metadata.json").read_text())
-  text["class_names"] = ["a", "c"]
-  (tmp_path / "export" / "metadata.json").write_text(json.dumps(text))
-  with pytest.raises(CheckpointError, match="checksum differs; who edits it by hand takes out"):
-    load_weights(tmp_path)
-  # As the message says; and exports of earlier versions have none.
-  del text["checksum"]
-  (tmp_path / "export" / "metadata.json").write_text(json.dumps(text))
-  assert load_weights(tmp_path)[1]["class_names"] == ["a", "c"]
-  text["fingerprints"]["params/head/bias"] += 1
-  (tmp_path / "export" / "metadata.json").write_text(json.dumps(text))
-  with pytest.raises(CheckpointError, match="'params/head/bias' is not what was saved"):
-    load_weights(tmp_path)
-
-
-def test_weights_of_a_run_that_exported_nothing(copied, tmp_path):
-  with pytest.raises(CheckpointError, match=r"no weights in .*looked for an export"):
-    load_weights(tmp_path / "nowhere")
-  weights, metadata = load_weights(copied)
-  assert metadata["step"] == 2
-  jax.tree.map(np.testing.assert_array_equal, weights, jax.device_get(dict(at(2).ema)))
-  # What it says is what an export says.
-  assert {key: metadata[key] for key in INFO} == json.loads(json.dumps(INFO))
-  assert metadata["results"] == {} and metadata["weights"] == "state of step 2, averaged over steps"
-  damage(copied / "checkpoints" / "2", "truncate")
-  assert load_weights(copied)[1]["step"] == 1
-
-
-def test_weights_of_a_run_that_went_on_after_its_export(copied, caplog):
-  export(copied / "export", weights(7), {**INFO, "step": 2})
-  assert "weights" not in load_weights(copied)[1]
-  text = json.loads((copied / "export" / "metadata.json").read_text())
-  (copied / "export" / "metadata.json").write_text(
-    json.dumps({**text, "step": 1, "checksum": None})
-  )
-  found, metadata = load_weights(copied)
-  assert metadata["step"] == 2
-  assert "export is of step 1 and passed over: the run went on to step 2" in caplog.text
-  jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(weights(2)))
-
-
-@pytest.mark.parametrize("crash", ["before", "between", "after"])
-def test_what_a_crash_leaves_of_an_export_does_no_harm(tmp_path, monkeypatch, crash):
-  directory = tmp_path / "export"
-  export(directory, weights(1), {"step": 1})
-  # The crash: at the first renaming, at the second, or while the old one is deleted.
-  path_type = type(checkpoints.as_path(directory))
-  rename, rmtree, renamed = path_type.rename, path_type.rmtree, []
-
-  def failing_rename(self, to):
-    if len(renamed) == ("before", "between", "after").index(crash):
-      raise OSError("crash")
-    renamed.append(to)
-    return rename(self, to)
-
-  def failing_rmtree(self, *args, **kwargs):
-    if self.name.endswith(".old"):
-      raise OSError("crash")
-    return rmtree(self, *args, **kwargs)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(path_type, "rename", failing_rename)
-    patch.setattr(path_type, "rmtree", failing_rmtree)
-    with pytest.raises(CheckpointError, match="export cannot be written: OSError: crash"):
-      export(directory, weights(2), {"step": 2})
-  assert len(list(tmp_path.iterdir())) == 2
-  for place in (directory, tmp_path):
-    assert load_weights(place)[1]["step"] == (2 if crash == "after" else 1)
-  export(directory, weights(3), {"step": 3})
-  assert [p.name for p in tmp_path.iterdir()] == ["export"]
-  assert load_weights(directory)[1]["step"] == 3
-
-
-@pytest.mark.parametrize("how", ["flip", "truncate"])
-def test_damage_of_an_export_is_named(tmp_path, how):
-  export(tmp_path / "export", weights(1), {"step": 1})
-  files = [p for p in (tmp_path / "export" / "weights").rglob("*") if "d" in p.parts]
-  path = max(files, key=_size)
-  content = bytearray(path.read_bytes())
-  if how == "flip":
-    content[len(content) // 2] ^= 1
-  else:
-    del content[len(content) // 2 :]
-  path.write_bytes(content)
-  with pytest.raises(stored_trees.DamagedError, match=f"^{tmp_path}/export"):
-    load_weights(tmp_path)
-
-
-def test_where_directories_cannot_be_renamed_the_metadata_is_the_last_file(tmp_path, monkeypatch):
-  """As in an object store: until the metadata is there, nothing counts as an export."""
-  monkeypatch.setattr(exports, "is_remote", lambda path: True)
-  path_type = type(checkpoints.as_path(tmp_path))
-
-  def fail(*args, **kwargs):
-    raise AssertionError("not in an object store")
-
-  monkeypatch.setattr(path_type, "rename", fail)
-  directory = tmp_path / "export"
-  for step in (1, 2):
-    export(directory, weights(step), {"step": step})
-    assert load_weights(directory)[1]["step"] == step
-  with monkeypatch.context() as patch:
-    patch.setattr(exports, "metadata_text", fail)
-    with pytest.raises(AssertionError):
-      export(directory, weights(3), {"step": 3})
-  with pytest.raises(CheckpointError, match="no weights in"):
-    load_weights(directory)
-
-
-def test_an_object_store_never_becomes_a_folder(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  for use in (Checkpointer, load_weights, lambda d: export(d, weights(1), {})):
-    with pytest.raises(Exception):  # noqa: B017 (what etils says where the store's back end lacks)
-      use("gs://bucket-of-nobody/run")
-  assert not list(tmp_path.iterdir())
