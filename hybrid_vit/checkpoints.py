@@ -1,80 +1,55 @@
-"""Saving and restoring; the one module that touches orbax.
+"""Whole states of a run, saved and restored.
 
 A work directory holds
 
     checkpoints/<step>/   the last few whole states, for going on
-    best/<step>/          the best one by the task's measure, kept apart so that it cannot push the
-                          newest out
-    export/               parameters and running statistics alone, for fine-tuning and evaluation
+    best/<step>/          the evaluation variables (no optimizer) that measured best, kept apart so
+                          that they cannot push the newest out
+    export/               the last evaluation variables, see `exports`
 
-Each checkpoint carries a fingerprint of every leaf: orbax notices a truncated file but not a
-flipped byte. The fingerprint is a sum modulo 2^32 of the leaf's words, each hashed with its place,
-so that it does not depend on how the leaf lies on devices and any single change shows.
+Each state carries a fingerprint of every leaf (`fingerprints`): orbax notices a truncated file but
+not a flipped byte. It is set aside (its name ends in ".broken…", nothing is deleted) only on the
+verdict of fingerprint or format; whatever else keeps it from being read is tried again and then an
+error, and leaves all as it is (`stored_trees`).
+
+In an object store a state is renamed by copying its files one by one; orbax marks a whole one by a
+file of its own there.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
+from hybrid_vit.exports import export as export
+from hybrid_vit.exports import load_weights as load_weights
+from hybrid_vit.fingerprints import fingerprints, first_difference
+from hybrid_vit.fingerprints import first_nonfinite as first_nonfinite
+from hybrid_vit.paths import as_path
 from hybrid_vit.sharding import leaf_names
-
-_METADATA = "metadata.json"
-_WEIGHTS = "weights"
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint that cannot be used; the message says which and why."""
-
-
-def fingerprint(leaf: jax.Array) -> jax.Array:
-  """Order-independent uint32 checksum of an array (or typed key) and of each value's place."""
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  if leaf.dtype == jnp.bool_:
-    leaf = leaf.astype(jnp.uint8)
-  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-  words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-  place = jnp.zeros(words.shape, jnp.uint32)
-  for axis, size in enumerate(words.shape):
-    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-  # Not a linear function of the words: in a plain weighted sum two flipped signs cancel. Each step
-  # (those of MurmurHash3's finalizer) can be undone, so that one changed word always shows.
-  mixed = words ^ (place * jnp.uint32(0x9E3779B1))
-  mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-  return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-
-@jax.jit
-def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [fingerprint(leaf) for leaf in leaves]
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-  """Fingerprint of every leaf, by its path."""
-  values = jax.device_get(_fingerprints(jax.tree.leaves(tree)))
-  return {name: int(value) for name, value in zip(leaf_names(tree), values)}
-
-
-def _verify(tree: Any, expected: Mapping[str, int], where: str) -> None:
-  found = fingerprints(tree)
-  for name, value in expected.items():
-    if found.get(name) != value:
-      raise CheckpointError(f"{where}: {name!r} is not what was saved (its fingerprint differs)")
+from hybrid_vit.stored_trees import (
+  CheckpointError,
+  DamagedError,
+  OtherNetworkError,
+  metadata_tree,
+  names_in,
+  on_first_process,
+  patiently,
+  read_metadata,
+  read_tree,
+  reason,
+  steps_in,
+)
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
@@ -87,42 +62,66 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
 
 
 class Restored(NamedTuple):
-  """A state, the step it is of, and the configuration of the run that saved it."""
+  """A state, and what was saved beside it.
+
+  Attributes:
+    state: the state, on the shardings asked for.
+    step: that it is of.
+    run_config: the configuration of the run that saved it.
+    sums: the log's sums at that step, as they were given to `save`.
+  """
 
   state: Any
   step: int
   run_config: dict[str, Any]
+  sums: dict[str, Any]
 
 
 class Checkpointer:
   """Saves a run's states and restores the newest one that is whole.
 
   Args:
-    workdir: directory of the run.
+    workdir: directory of the run, local or in an object store.
     keep: how many of the newest states to keep.
     every_steps: save when the step is a multiple of it; None: not by steps.
     every_minutes: save when so long has passed since the last one; None: not by the clock.
+    keep_best: whether `save_best` keeps anything.
     run_config: written beside each state.
+    info: what a user of the weights must know (network, arguments, preprocessing, class names …),
+      written beside each state; `load_weights` gives it back.
+
+  Raises:
+    CheckpointError: the directory cannot be listed or made.
   """
 
   def __init__(
     self,
-    workdir: str | Path,
+    workdir: Any,
     *,
     keep: int = 2,
     every_steps: int | None = None,
     every_minutes: float | None = None,
+    keep_best: bool = True,
     run_config: Mapping[str, Any] | None = None,
+    info: Mapping[str, Any] | None = None,
   ):
-    self._workdir = Path(workdir).absolute()
+    self._workdir = as_path(workdir)
+    self._keep = keep
     self._every_steps = every_steps
     self._every_seconds = every_minutes * 60.0 if every_minutes else None
-    self._run_config = dict(run_config or {})
+    self._beside = {"config": dict(run_config or {}), "info": dict(info or {})}
     self._last_time = time.monotonic()
     # Two managers: one that keeps the best would delete the newest when it is not among the best.
     self._latest = _manager(self._workdir / "checkpoints", keep)
-    self._best = _manager(self._workdir / "best", 1)
-    self._best_value = self._read_best_value()
+    self._best: ocp.CheckpointManager | None = None
+    self._best_value: tuple[float, bool] | None = None
+    # The directories are listed here; from then on what is in them is known.
+    self._steps = set(_listed(self._workdir / "checkpoints"))
+    self._best_steps: set[int] = set()
+    if keep_best:
+      self._best = _manager(self._workdir / "best", 1)
+      self._best_steps = set(_listed(self._workdir / "best"))
+      self._best_value = self._read_best_value()
 
   def should_save(self, step: int, *, ask_clock: bool) -> bool:
     """Whether it is time; the same on every process.
@@ -143,148 +142,240 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """Steps of the kept states, the newest first."""
-    return sorted(self._latest.all_steps(), reverse=True)
+    return sorted(self._steps, reverse=True)
 
   def preempted(self, step: int) -> bool:
     """Whether the cluster has told some process to stop (only under `jax.distributed`)."""
     return jax.process_count() > 1 and self._latest.reached_preemption(step)
 
-  def save(self, state: Any, step: int) -> bool:
-    """Starts saving `state`; returns before the files are written. False if it is saved already."""
-    if step in self._latest.all_steps():
-      return False
-    self._last_time = time.monotonic()
-    _save(self._latest, step, state, {"config": self._run_config})
-    return True
+  def save(self, state: Any, step: int, sums: Mapping[str, Any] | None = None) -> bool:
+    """Starts saving `state`; returns before the files are written. False if it is saved already.
 
-  def save_best(self, state: Any, step: int, value: float) -> bool:
-    """Keeps `state` as the best one if `value` is higher than any before (NaN never is)."""
-    if not (math.isfinite(value) and (self._best_value is None or value > self._best_value)):
-      return False
-    if step in self._best.all_steps():
-      return False
-    self._best_value = value
-    _save(self._best, step, state, {"config": self._run_config, "value": value})
-    return True
-
-  def restore(self, target: Any) -> Restored | None:
-    """The newest whole state, on the shardings of `target`; None where there is none.
-
-    Walks from the newest to the oldest; one that cannot be read, or whose fingerprints differ, is
-    passed over with a warning and left where it is, with ".broken" added to its name.
+    Args:
+      state: tree of arrays.
+      step: that it is of.
+      sums: numbers (in lists and dicts, what JSON knows) that are given back by `restore`.
 
     Raises:
-      CheckpointError: states are there but none is whole, or the newest belongs to another network.
+      CheckpointError: it, or the one before it, cannot be written; the message says why.
     """
-    return _restore_newest(self._workdir / "checkpoints", target, self._latest)
+    if step in self._steps:
+      return False
+    self._last_time = time.monotonic()
+    self._write(self._latest, step, state, {"sums": dict(sums or {})})
+    self._steps = set(sorted({*self._steps, step})[-self._keep :])
+    return True
+
+  def save_best(self, variables: Any, step: int, value: float, higher_is_better: bool) -> bool:
+    """Keeps `variables` if `value` is better than any before, in earlier runs here too.
+
+    Args:
+      variables: {"params", "batch_stats"}: the evaluation variables, not a whole state.
+      step: that they are of.
+      value: of the measure; NaN and infinities never are the best.
+      higher_is_better: its direction. A value of a measure of the other direction does not count.
+
+    Returns:
+      Whether they are kept; never where `keep_best` is off.
+    """
+    if self._best is None or not math.isfinite(value) or step in self._best_steps:
+      return False
+    if self._best_value is not None and self._best_value[1] == higher_is_better:
+      before = self._best_value[0]
+      if not (value > before if higher_is_better else value < before):
+        return False
+    weights = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    more = {"value": value, "higher_is_better": higher_is_better}
+    # The manager keeps the newest. One of a later step is there where the run went on from an older
+    # state than the best.
+    self._set_best_aside([later for later in self._best_steps if later > step])
+    self._write(self._best, step, weights, more)
+    self._best_steps, self._best_value = {step}, (value, higher_is_better)
+    return True
+
+  def restore(self, target: Any, *, begin_anew: bool = False) -> Restored | None:
+    """The newest whole state, on the shardings of `target`; None in a new work directory.
+
+    Walks from the newest to the oldest; one that is damaged is passed over with a warning and left
+    where it is, with ".broken" added to its name.
+
+    Args:
+      target: see `abstract_like`.
+      begin_anew: whether None is the answer too where an earlier run has left something but no
+        whole state. Its best state is set aside then.
+
+    Raises:
+      CheckpointError: a state cannot be read (nothing is set aside then); or none is whole; or the
+        newest belongs to another network; or an earlier run has left metrics, a best state or set
+        aside states, and going on would begin anew.
+    """
+    directory = self._workdir / "checkpoints"
+    found, failures = _newest_whole(directory, target, self._set_aside)
+    if found is not None:
+      return found
+    left = patiently(lambda: self._left_by_others(failures), str(self._workdir), together=True)
+    if left and not begin_anew:
+      raise CheckpointError(
+        f"no checkpoint in {directory} can be read, and {self._workdir} is not new: it holds "
+        f"{left}. Put back a copy of a checkpoint, or give another work directory, or say that the "
+        "run is to begin anew in this one"
+      )
+    self._set_best_aside(sorted(self._best_steps))
+    return None
 
   def wait(self) -> None:
-    """Until everything is on disk."""
-    self._latest.wait_until_finished()
-    self._best.wait_until_finished()
+    """Until everything is on disk.
+
+    Raises:
+      CheckpointError: something cannot be written; the message says why.
+    """
+    try:
+      for manager in (self._latest, self._best):
+        if manager is not None:
+          manager.wait_until_finished()
+    except Exception as error:
+      raise CheckpointError(
+        f"a state cannot be saved in {self._workdir}: {reason(error)}"
+      ) from error
 
   def close(self) -> None:
     """Waits and releases orbax's threads."""
-    self.wait()
-    self._latest.close()
-    self._best.close()
+    try:
+      self.wait()
+    finally:
+      for manager in (self._latest, self._best):
+        if manager is not None:
+          manager.close()
 
-  def _read_best_value(self) -> float | None:
-    steps = sorted(self._best.all_steps(), reverse=True)
+  def _write(
+    self, manager: ocp.CheckpointManager, step: int, tree: Any, more: Mapping[str, Any]
+  ) -> None:
+    shapes = {name: list(leaf.shape) for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree))}
+    beside = {"step": step, "fingerprints": fingerprints(tree), "shapes": shapes}
+    metadata = metadata_tree({**beside, **self._beside, **more})
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
+    )
+    try:
+      manager.save(step, args=items, force=True)
+    except Exception as error:
+      raise CheckpointError(
+        f"step {step} cannot be saved in {manager.directory}: {reason(error)}"
+      ) from error
+
+  def _set_best_aside(self, steps: list[int]) -> None:
+    if self._best is None or not steps:
+      return
+    self._best.wait_until_finished()
     for step in steps:
+      _rename(self._workdir / "best" / str(step), "earlier")
+    self._best.reload()
+    self._best_steps.difference_update(steps)
+    self._best_value = self._best_value if self._best_steps else None
+
+  def _set_aside(self, checkpoint: epath.Path) -> None:
+    _rename(checkpoint, "broken")
+    self._latest.reload()
+    self._steps.discard(int(checkpoint.name))
+
+  def _left_by_others(self, failures: list[str]) -> str:
+    """What an earlier run has left here, in words; "" where there is nothing."""
+    left = []
+    aside = [n for n in names_in(self._workdir / "checkpoints") if ".broken" in n]
+    if failures or aside:
+      why = f" ({'; '.join(failures)})" if failures else ""
+      left.append(f"checkpoints that were set aside{why}")
+    metrics = self._workdir / "metrics.jsonl"
+    if metrics.name in names_in(self._workdir) and metrics.stat().length:
+      left.append("the metrics of an earlier run (metrics.jsonl)")
+    if self._best_steps:
+      left.append(f"its best state (step {max(self._best_steps)})")
+    return " and ".join(left)
+
+  def _read_best_value(self) -> tuple[float, bool] | None:
+    """Value and direction of the best state here, so that a later run measures up to it."""
+    for step in sorted(self._best_steps, reverse=True):
+      path = self._workdir / "best" / str(step)
       try:
-        return float(_read_metadata(self._workdir / "best" / str(step))["value"])
-      except (OSError, KeyError, ValueError, CheckpointError):
-        continue
+        metadata = patiently(lambda path=path: _metadata_of(path), str(path))  # type: ignore[misc]
+        return float(metadata["value"]), bool(metadata.get("higher_is_better", True))
+      except (DamagedError, KeyError) as error:
+        logging.warning("%s does not say how good it is: %s", path, error)
     return None
 
 
-def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-  return ocp.CheckpointManager(directory, options=options)
+def restore_from(directory: Any, target: Any) -> Restored:
+  """Another run's whole state, to go on with in a new work directory.
 
+  Args:
+    directory: a work directory (its newest whole state is taken; damaged ones are passed over with
+      a warning) or one checkpoint. Nothing in it is changed.
+    target: see `abstract_like`.
 
-def _save(manager: ocp.CheckpointManager, step: int, state: Any, extra: dict[str, Any]) -> None:
-  shapes = {name: list(leaf.shape) for name, leaf in zip(leaf_names(state), jax.tree.leaves(state))}
-  metadata = {"step": step, "fingerprints": fingerprints(state), "shapes": shapes, **extra}
-  manager.save(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(_jsonable(metadata))
-    ),
-    force=True,
-  )
-
-
-def _jsonable(value: Any) -> Any:
-  return json.loads(json.dumps(value, default=str))
-
-
-def _read_metadata(checkpoint: Path) -> dict[str, Any]:
-  path = checkpoint / "metadata" / "metadata"
-  if not path.is_file():
-    raise CheckpointError(f"{checkpoint}: no metadata, so it is not a whole checkpoint")
-  return json.loads(path.read_text())
-
-
-def _steps(directory: Path) -> list[int]:
-  if not directory.is_dir():
-    return []
-  return sorted(
-    (int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal()), reverse=True
-  )
-
-
-def _restore_newest(
-  directory: Path, target: Any, manager: ocp.CheckpointManager | None = None
-) -> Restored | None:
-  failures = []
-  for step in _steps(directory):
-    checkpoint = directory / str(step)
-    metadata, state, reason = _read_state(checkpoint, target)
-    if state is not None:
-      try:
-        _verify(state, metadata["fingerprints"], str(checkpoint))
-        return Restored(state, step, metadata["config"])
-      except CheckpointError as error:
-        reason = str(error)
-    logging.warning("checkpoint %s is broken and passed over: %s", checkpoint, reason)
-    failures.append(f"{step}: {reason}")
-    _set_aside(checkpoint, manager)
-  if failures:
+  Raises:
+    CheckpointError: no whole state there, or one of another network, or it cannot be read.
+  """
+  directory = as_path(directory)
+  names = patiently(lambda: names_in(directory), str(directory), together=True)
+  if "state" in names:
+    return _restore_one(directory, target)
+  found, failures = _newest_whole(directory / "checkpoints", target, lambda _: None)
+  if found is None:
+    why = f" ({'; '.join(failures)})" if failures else ""
     raise CheckpointError(
-      f"no checkpoint in {directory} can be read ({'; '.join(failures)}): remove the directory to "
-      "start anew, or put back a copy"
+      f"no whole state in {directory}: looked for a checkpoint (state/ and metadata/) and a work "
+      f"directory (checkpoints/){why}"
     )
-  return None
+  return found
 
 
-def _read_state(checkpoint: Path, target: Any) -> tuple[dict[str, Any], Any, str]:
-  """(metadata, state, ""), or (…, None, why not); alike on every process."""
-  metadata, state, reason = {}, None, ""
+def _manager(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
   try:
-    metadata = _read_metadata(checkpoint)
+    return ocp.CheckpointManager(directory, options=options)
+  except OSError as error:
+    raise CheckpointError(f"{directory} cannot be used: {reason(error)}") from error
+
+
+def _listed(directory: epath.Path) -> list[int]:
+  return patiently(lambda: steps_in(directory), str(directory))
+
+
+def _metadata_of(checkpoint: epath.Path) -> dict[str, Any]:
+  return read_metadata(checkpoint / "metadata" / "metadata")
+
+
+def _newest_whole(
+  directory: epath.Path, target: Any, set_aside: Any
+) -> tuple[Restored | None, list[str]]:
+  """The newest whole state, and why each newer one is not."""
+  failures: list[str] = []
+  for step in patiently(lambda: steps_in(directory), str(directory), together=True):
+    checkpoint = directory / str(step)
+    try:
+      return _restore_one(checkpoint, target), failures
+    except DamagedError as error:
+      logging.warning("checkpoint %s is broken and passed over: %s", checkpoint, error)
+      failures.append(f"{step}: {error}")
+      set_aside(checkpoint)
+  return None, failures
+
+
+def _restore_one(checkpoint: epath.Path, target: Any) -> Restored:
+  def read() -> tuple[dict[str, Any], Any]:
+    metadata = _metadata_of(checkpoint)
     _check_same_leaves(metadata["shapes"], target, checkpoint)
-    # Its own reader: a manager that has saved is bound to its items' handlers.
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-      state = reader.restore(checkpoint / "state", args=ocp.args.StandardRestore(target))
-  except _OtherNetworkError:
-    raise
-  except Exception as error:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-  if jax.process_count() > 1:
-    # A process reads its own shards only: it may be the only one that saw the damage.
-    whole = multihost_utils.process_allgather(np.asarray(state is not None))
-    if not whole.all():
-      state, reason = None, reason or "another process cannot read its part"
-  return metadata, state, reason
+    return metadata, read_tree(checkpoint / "state", target, list(metadata["shapes"]))
+
+  metadata, state = patiently(read, str(checkpoint), together=True)
+  # A computation of all processes, and so outside of what one of them may have to try again.
+  differs = first_difference(state, metadata["fingerprints"])
+  if differs is not None:
+    raise DamagedError(f"{checkpoint}: {differs!r} is not what was saved (its fingerprint differs)")
+  return Restored(state, int(metadata["step"]), metadata["config"], metadata.get("sums", {}))
 
 
-class _OtherNetworkError(CheckpointError):
-  """The checkpoint is whole and is of something else: going back to an older one cannot help."""
-
-
-def _check_same_leaves(saved: Mapping[str, list[int]], target: Any, checkpoint: Path) -> None:
+def _check_same_leaves(saved: Mapping[str, list[int]], target: Any, checkpoint: epath.Path) -> None:
   wanted = {
     name: list(leaf.shape) for name, leaf in zip(leaf_names(target), jax.tree.leaves(target))
   }
@@ -299,114 +390,20 @@ def _check_same_leaves(saved: Mapping[str, list[int]], target: Any, checkpoint: 
     example = f"it has {surplus[0]!r} besides"
   else:
     example = f"{other[0]!r} has shape {saved[other[0]]} in it and {wanted[other[0]]} here"
-  raise _OtherNetworkError(
+  raise OtherNetworkError(
     f"{checkpoint} is of another configuration: {example} ({len(missing)} leaves missing, "
     f"{len(surplus)} surplus, {len(other)} of another shape). Give another --workdir, or the "
     "configuration that wrote it (config.json lies in the work directory)"
   )
 
 
-def _set_aside(checkpoint: Path, manager: ocp.CheckpointManager | None) -> None:
-  """Renames a broken checkpoint, so that its step can be saved again; nothing is deleted."""
-  if jax.process_index() == 0 and checkpoint.is_dir():
-    names = (f"{checkpoint.name}.broken{number or ''}" for number in itertools.count())
-    checkpoint.rename(next(p for p in map(checkpoint.with_name, names) if not p.exists()))
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"set aside {checkpoint.name}")
-  if manager is not None:
-    manager.reload()
+def _rename(checkpoint: epath.Path, word: str) -> None:
+  """Adds ".<word>" to a checkpoint's name, so that its step can be saved again."""
 
+  def rename() -> None:
+    names = set(names_in(checkpoint.parent))
+    if checkpoint.name in names:
+      candidates = (f"{checkpoint.name}.{word}{number or ''}" for number in itertools.count())
+      checkpoint.rename(checkpoint.parent / next(n for n in candidates if n not in names))
 
-def export(
-  directory: str | Path, variables: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> None:
-  """Writes parameters and running statistics alone, for `init_from` and `--mode=evaluate`.
-
-  Whole or absent: the old export is replaced only when the new one is complete. With several
-  processes every one of them calls this.
-
-  Args:
-    directory: where to.
-    variables: {"params", "batch_stats"}.
-    metadata: what a user of the weights must know: the network's name and arguments, its
-      preprocessing, class names, where the weights come from.
-  """
-  directory = Path(directory).absolute()
-  partial = directory.with_name(directory.name + ".partial")
-  if jax.process_index() == 0 and partial.exists():
-    shutil.rmtree(partial)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("export begins")
-  weights = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-  with ocp.StandardCheckpointer() as writer:
-    writer.save(partial / _WEIGHTS, weights)
-  found = fingerprints(weights)
-  if jax.process_index() == 0:
-    text = json.dumps(_jsonable({**metadata, "fingerprints": found}), indent=2)
-    (partial / _METADATA).write_text(text + "\n")
-    if directory.exists():
-      old = directory.with_name(directory.name + ".old")
-      directory.rename(old)
-      partial.rename(directory)
-      shutil.rmtree(old)
-    else:
-      partial.rename(directory)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("export ends")
-
-
-def load_weights(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Weights from an export, a checkpoint or a work directory, and what is known about them.
-
-  A work directory gives its export; without one its best state, else its newest. A state gives its
-  averaged variables where it has them.
-
-  Returns:
-    {"params", "batch_stats"} as numpy arrays, and the metadata.
-
-  Raises:
-    CheckpointError: nothing usable there; the message lists what was looked for.
-  """
-  directory = Path(directory).expanduser().absolute()
-  if (directory / _METADATA).is_file() and (directory / _WEIGHTS).is_dir():
-    metadata = json.loads((directory / _METADATA).read_text())
-    weights = _read_arrays(directory / _WEIGHTS)
-    weights.setdefault("batch_stats", {})
-    _verify(weights, metadata["fingerprints"], str(directory))
-    return weights, metadata
-  if (directory / "state").is_dir():
-    metadata = _read_metadata(directory)
-    state = _read_arrays(directory / "state")
-    branch = state.get("ema") or state
-    prefix = "ema/" if state.get("ema") else ""
-    weights = {"params": branch["params"], "batch_stats": branch.get("batch_stats") or {}}
-    expected = {
-      name.removeprefix(prefix): value
-      for name, value in metadata["fingerprints"].items()
-      if name.startswith((f"{prefix}params/", f"{prefix}batch_stats/"))
-    }
-    _verify(weights, expected, str(directory))
-    return weights, {key: v for key, v in metadata.items() if key != "fingerprints"}
-  if (directory / "export").is_dir():
-    return load_weights(directory / "export")
-  for name in ("best", "checkpoints"):
-    for step in _steps(directory / name):
-      try:
-        return load_weights(directory / name / str(step))
-      except CheckpointError as error:
-        logging.warning("passed over: %s", error)
-  raise CheckpointError(
-    f"no weights in {directory}: looked for an export (weights/ and metadata.json), a checkpoint "
-    "(state/ and metadata/) and a work directory (export/, best/, checkpoints/)"
-  )
-
-
-def _read_arrays(directory: Path) -> dict[str, Any]:
-  """A saved tree as numpy arrays, whatever mesh it was saved from."""
-  try:
-    with ocp.PyTreeCheckpointer() as reader:
-      tree = reader.metadata(directory).item_metadata.tree
-      restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-      return reader.restore(directory, restore_args=restore_args)
-  except Exception as error:
-    raise CheckpointError(f"{directory} cannot be read: {error}") from error
+  on_first_process(rename, f"setting {checkpoint} aside")
