@@ -16,8 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_vit import checkpoints, run
+from etils import epath
+
+from hybrid_vit import checkpoints
 from hybrid_vit.models.registry import model_entry
+from hybrid_vit.paths import as_path
 from hybrid_vit.weights import families, readers
 
 
@@ -47,22 +50,19 @@ def import_weights(
       is None; or `directory` holds something else.
     ModuleNotFoundError: the library that reads such files is not installed.
   """
-  directory = Path(directory).expanduser()
-  if directory.exists() and not (directory / "metadata.json").is_file() and _any_in(directory):
-    raise ValueError(f"{directory} holds something that is no weights; give another --to")
+  target = as_path(directory)
+  if target.exists() and not (target / "metadata.json").is_file() and _any_in(target):
+    raise ValueError(f"{target} holds something that is no weights; give another --to")
   file = readers.read_checkpoint(source, average=average)
   architecture = architecture or _only_architecture(file.weights, source)
   imported = families.import_checkpoint(
     file.weights, architecture, num_classes=num_classes, layout=layout, arguments=arguments
   )
-  spec = run.ModelSpec(
-    name=architecture,
-    arguments=imported.arguments,
-    num_classes=imported.num_classes,
-    preprocessing=dataclasses.asdict(model_entry(architecture).preprocessing),
-  )
   metadata = {
-    **dataclasses.asdict(spec),
+    "name": architecture,
+    "arguments": imported.arguments,
+    "num_classes": imported.num_classes,
+    "preprocessing": dataclasses.asdict(model_entry(architecture).preprocessing),
     "weights": "imported",
     "source": {
       "files": file.sha256,
@@ -72,7 +72,7 @@ def import_weights(
     },
     "initialised_anew": imported.report.initialised,
   }
-  checkpoints.export(directory, imported.variables, metadata)
+  checkpoints.export(target, imported.variables, metadata)
   return imported
 
 
@@ -89,7 +89,7 @@ def _only_architecture(weights: Mapping[str, Any], source: str | Path) -> str:
   raise ValueError(f"{source} is of no registered architecture{near}")
 
 
-def _any_in(directory: Path) -> bool:
+def _any_in(directory: epath.Path) -> bool:
   """Whether `directory` is a file or holds anything."""
   return not directory.is_dir() or any(directory.iterdir())
 

@@ -129,7 +129,8 @@ def import_weights(
 
   Raises:
     ValueError: with the differences and the lengths of the three lists, where something is missing,
-      misshapen or left over and the patterns do not allow it.
+      misshapen or left over and the patterns do not allow it, or where a number is NaN or
+      infinite.
   """
   report = ImportReport()
   filled: dict[str, Any] = {}
@@ -151,6 +152,9 @@ def import_weights(
       if value is not None and value.shape != tuple(leaf.shape):
         reason = f"{key.name} has shape {value.shape}, the model {tuple(leaf.shape)}"
     if not reason and value is not None:
+      strange = _not_finite(value.astype(leaf.dtype))
+      if strange:
+        wrong.append(f"{path}: {' and '.join(key.names)} holds {strange}")
       report.loaded.append(path)
       filled[path] = value.astype(leaf.dtype)
     else:
@@ -178,6 +182,15 @@ def export_weights(variables: Mapping[str, Any], key_map: KeyMap) -> dict[str, n
   for path, leaf in traverse_util.flatten_dict(dict(variables), sep="/").items():
     weights.update(key_map(path).write(np.asarray(leaf)))
   return weights
+
+
+def _not_finite(value: np.ndarray) -> str:
+  """ "3 NaN and 1 infinite of 12 numbers", or "" where all are finite."""
+  if not np.issubdtype(value.dtype, np.floating):
+    return ""
+  counts = {"NaN": int(np.isnan(value).sum()), "infinite": int(np.isinf(value).sum())}
+  found = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+  return f"{found} of {value.size} numbers" if found else ""
 
 
 def _allowed(pattern: str, name: str) -> bool:

@@ -1,19 +1,15 @@
 """Reading checkpoints of other libraries: a file → names and NumPy arrays, and nothing else.
 
-What a file is, is told from its content; its name may say anything. No code of a file is run:
-PyTorch files are opened with `weights_only=True` alone, and objects of classes that are not its own
-(a training's options, say) come back as stand-ins that do nothing.
+What a file is, is told from its content; its name may say anything. No code of a file is run.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,26 +17,14 @@ from typing import Any
 
 import numpy as np
 
-# Where training code keeps the weights, and where their running average.
-_WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")
-_AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema")
-_WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
+from hybrid_vit.paths import is_remote
+from hybrid_vit.weights import branches, kinds, torch_file
+from hybrid_vit.weights.kinds import CheckpointFileError
+
+__all__ = ["CheckpointFile", "CheckpointFileError", "read_checkpoint", "write_safetensors"]
+
+_TF_OBJECT = "/.ATTRIBUTES/VARIABLE_VALUE"
 _TF_AVERAGE = "/ExponentialMovingAverage"
-# What old (not zip) files of the published trainings hold beside tensors: options and figures.
-_OLD_FOREIGN_NAMES = (
-  "argparse.Namespace",
-  "yacs.config.CfgNode",
-  "numpy.core.multiarray.scalar",
-  "numpy._core.multiarray.scalar",
-  "numpy.dtype",
-  "_codecs.encode",
-  "__builtin__.input",
-  "builtins.input",
-)
-
-
-class CheckpointFileError(ValueError):
-  """A file that cannot be read as a checkpoint; the message names it and says what it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +48,9 @@ def read_checkpoint(path: str | Path, *, average: bool | None = None) -> Checkpo
   """Reads a checkpoint of any of the known kinds.
 
   Args:
-    path: a `.pth`/`.pt` (needs PyTorch), `.safetensors` or `.npz` file, or the prefix of a
-      TensorFlow checkpoint (needs TensorFlow): the part before ".index", or its directory.
+    path: a `.pth`/`.pt`/`.bin`, `.safetensors` or `.npz` file, the index of a file in several parts
+      (`.index.json`), a directory with one of these, or the prefix of a TensorFlow checkpoint
+      (needs TensorFlow): the part before ".index", or its directory.
     average: whether to take the running average of the weights; None: the file's only branch.
 
   Raises:
@@ -73,6 +58,8 @@ def read_checkpoint(path: str | Path, *, average: bool | None = None) -> Checkpo
       both weights and their average while `average` is None.
     ModuleNotFoundError: the library that reads this kind is not installed.
   """
+  if is_remote(path):
+    raise CheckpointFileError(f"{path} lies in an object store: copy it to a local disk first")
   path = Path(path).expanduser()
   prefix = _tensorflow_prefix(path)
   if prefix is not None:
@@ -82,56 +69,45 @@ def read_checkpoint(path: str | Path, *, average: bool | None = None) -> Checkpo
     )
     return CheckpointFile(weights, "TensorFlow", branch, _sha256(files))
   if path.is_dir():
-    raise CheckpointFileError(f"{path} is a directory and holds no TensorFlow checkpoint")
+    path = kinds.file_in(path)
   if not path.is_file():
     raise CheckpointFileError(f"{path} does not exist")
-  kind = _kind(path)
-  tree = {"PyTorch": _read_torch, "safetensors": _read_safetensors, "NumPy": _read_npz}[kind](path)
-  weights, branch = _pick_branch(tree, path, average)
-  return CheckpointFile(weights, kind, branch, _sha256([path]))
+  files = [path]
+  if path.name.endswith(".json"):
+    kind, tree, files = _read_parts(path)
+  else:
+    kind = kinds.kind_of(path)
+    tree = _READERS[kind](path)
+  try:
+    weights, branch = branches.pick(tree, average)
+  except branches.BranchError as error:
+    raise CheckpointFileError(f"{path} {error}") from error
+  return CheckpointFile(weights, kind, branch, _sha256(files))
 
 
-def _kind(path: Path) -> str:
-  """ "PyTorch", "safetensors" or "NumPy".
-
-  Raises:
-    CheckpointFileError: anything else.
-  """
-  with path.open("rb") as file:
-    head = file.read(512)
-  if head.startswith(b"PK"):
-    try:
-      with zipfile.ZipFile(path) as archive:
-        members = archive.namelist()
-    except zipfile.BadZipFile as error:
-      raise CheckpointFileError(f"{path} is a zip file cut short: get it again") from error
-    if any(name.endswith("/data.pkl") for name in members):
-      return "PyTorch"
-    if members and all(name.endswith(".npy") for name in members):
-      return "NumPy"
-    raise CheckpointFileError(f"{path} is a zip file of something else: unpack it first")
-  if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
-    return "safetensors"
-  if head[:1] == b"\x80":
-    return "PyTorch"
-  raise CheckpointFileError(f"{path} is {_description(path, head)}")
-
-
-def _description(path: Path, head: bytes) -> str:
-  if not head:
-    return "empty"
-  if head.startswith(b"\x1f\x8b"):
-    return f"gzip-compressed: unpack it first (tar -xzf {path.name}) and give what was in it"
-  if tarfile.is_tarfile(path):
-    return (
-      "a tar file. PyTorch before 0.1.10 wrote its checkpoints so, which only running their "
-      "code can open: rewrite it where you trust it, or unpack it if it is an archive"
+def _read_parts(index: Path) -> tuple[str, dict[str, Any], list[Path]]:
+  """The kind, the tensors and the files of a checkpoint that is written in several."""
+  try:
+    places = json.loads(index.read_text())["weight_map"]
+    names = sorted(set(places.values()))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise CheckpointFileError(
+      f"{index} is no index of a checkpoint in several files (a JSON with weight_map)"
+    ) from error
+  found: dict[str, Any] = {}
+  kind = ""
+  for name in names:
+    part = index.parent / name
+    if Path(name).name != name or not part.is_file():
+      raise CheckpointFileError(f"{index} names {name}, which is not beside it: get it, too")
+    kind = kinds.kind_of(part)
+    found |= {k: v for k, v in _READERS[kind](part).items() if places.get(k) == name}
+  lacking = sorted(set(places) - set(found))
+  if lacking:
+    raise CheckpointFileError(
+      f"{places[lacking[0]]} has no tensor {lacking[0]}, which {index} names; {len(lacking)} lack"
     )
-  if head.lstrip()[:1] == b"<":
-    return "a web page: the download's address gave a page in place of the file"
-  if head.startswith(b"version https://git-lfs"):
-    return "a Git LFS pointer: the real file was not downloaded (git lfs pull)"
-  return "no checkpoint that is known here (.pth, .pt, .safetensors, .npz, TensorFlow)"
+  return kind, found, [index, *(index.parent / name for name in names)]
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -157,106 +133,15 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_torch(path: Path) -> Any:
   try:
-    import torch
-  except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      f"{path} is a PyTorch checkpoint, and PyTorch is not installed: pip install -e '.[torch]'"
-    ) from error
-  serialization = torch.serialization
-  try:
-    foreign: Iterable[str] = _OLD_FOREIGN_NAMES
-    if zipfile.is_zipfile(path):
-      foreign = serialization.get_unsafe_globals_in_checkpoint(path)
-    stand_ins: list[Any] = [
-      (_NumpyStandIn if name.startswith("numpy.") else _StandIn, name) for name in foreign
-    ]
-    with serialization.safe_globals(stand_ins):
-      tree = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # The reader raises whatever a broken or hostile file brings up.
-    text = str(error)
-    said = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.search(r"(.+)", text)
-    reason = said[1].split(". ")[0].strip() if said else type(error).__name__
+    return torch_file.read_torch(path)
+  except Exception as error:  # Whatever a broken or hostile file brings up.
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise CheckpointFileError(
-      f"{path} is a PyTorch file that cannot be read safely (weights_only=True): {reason}"
+      f"{path} is a PyTorch file, or another pickle, that cannot be read: {reason}"
     ) from error
-  return _to_numpy(tree, torch)
 
 
-class _StandIn:
-  """Takes the place of a class that is not PyTorch's: its objects are dicts that do nothing."""
-
-  def __new__(cls, *_: Any) -> Any:
-    # PyTorch's reader fills and builds exact OrderedDicts, not subclasses.
-    return collections.OrderedDict()
-
-
-class _NumpyStandIn:
-  """Takes the place of NumPy's dtype and scalars, whose state is no dict."""
-
-  def __init__(self, *_: Any):
-    pass
-
-  def __setstate__(self, _: Any) -> None:
-    pass
-
-
-def _to_numpy(tree: Any, torch: Any) -> Any:
-  if isinstance(tree, torch.Tensor):
-    tensor = tree.detach()
-    # NumPy has no bfloat16; every one of its values is a float32.
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-  if isinstance(tree, Mapping):
-    return {key: _to_numpy(value, torch) for key, value in tree.items()}
-  return tree
-
-
-def _pick_branch(tree: Any, path: Path, average: bool | None) -> tuple[dict[str, np.ndarray], str]:
-  """The arrays of one branch of what a file holds, and the branch's name."""
-  branch: list[str] = []
-  while not _is_flat(tree):
-    plain = [name for name in _WEIGHTS if _has_arrays(tree, name)]
-    averages = [name for name in _AVERAGES if _has_arrays(tree, name)]
-    if not plain and not averages:
-      found = ", ".join(map(str, list(tree)[:8])) if isinstance(tree, Mapping) else type(tree)
-      raise CheckpointFileError(f"{path} holds no weights that are known here; it holds: {found}")
-    if plain and averages and average is None:
-      raise CheckpointFileError(
-        f"{path} holds the weights ({plain[0]}) and their running average ({averages[0]}): say "
-        "which, by --average or --no-average"
-      )
-    if average and not averages and not branch:
-      raise CheckpointFileError(
-        f"{path} holds no running average; it holds: {', '.join(map(str, tree))}"
-      )
-    if average is False and not plain:
-      raise CheckpointFileError(f"{path} holds the running average ({averages[0]}) alone")
-    name = averages[0] if averages and (average or not plain) else plain[0]
-    branch.append(name)
-    tree = tree[name]
-  if average and not branch:
-    raise CheckpointFileError(f"{path} holds one set of weights, and no running average")
-  arrays = {str(k): v for k, v in tree.items() if isinstance(v, np.ndarray)}
-  wrapped = all(re.match(_WRAPPERS, name) for name in arrays)
-  if wrapped:
-    arrays = {re.sub(_WRAPPERS, "", name): value for name, value in arrays.items()}
-  return arrays, ".".join(branch)
-
-
-def _is_flat(tree: Any) -> bool:
-  return (
-    isinstance(tree, Mapping)
-    and any(isinstance(value, np.ndarray) for value in tree.values())
-    and not any(_has_arrays(tree, name) for name in (*_WEIGHTS, *_AVERAGES))
-  )
-
-
-def _has_arrays(tree: Any, name: str) -> bool:
-  branch = tree.get(name) if isinstance(tree, Mapping) else None
-  if not isinstance(branch, Mapping):
-    return False
-  return any(isinstance(v, np.ndarray) for v in branch.values()) or any(
-    _has_arrays(branch, inner) for inner in (*_WEIGHTS, *_AVERAGES)
-  )
+_READERS = {"PyTorch": _read_torch, "safetensors": _read_safetensors, "NumPy": _read_npz}
 
 
 def _tensorflow_prefix(path: Path) -> Path | None:
@@ -302,6 +187,8 @@ def _pick_tensorflow(
   arrays: Mapping[str, np.ndarray], path: Path, average: bool | None
 ) -> tuple[dict[str, np.ndarray], str]:
   """Variables by their own names, with their averages' values where those are asked for."""
+  if any(name.endswith(_TF_OBJECT) for name in arrays):
+    raise CheckpointFileError(f"{path} {kinds.TENSORFLOW_OBJECTS}")
   averages = {
     name.removesuffix(_TF_AVERAGE): value
     for name, value in arrays.items()

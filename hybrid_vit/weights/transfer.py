@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from hybrid_vit.weights.focal_levels import fit_focal_levels
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
 _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
 _POSITION_GRID = "position_embedding"
-_HEAD = "head"
+# The classifier, and the ones that supervise a network from within.
+_HEAD = r"[^/]+/(?:auxiliary_)?head\d*/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,8 @@ def transfer(
   Args:
     source: {"params", "batch_stats"}, arrays.
     target: newly initialised variables of the network that is to be trained.
-    reinitialize_head: whether a head of another width keeps its new values; it is an error else.
+    reinitialize_head: whether the head keeps its new values, whatever width the source's has. Else
+      it is taken over, and another width is an error.
 
   Returns:
     Variables like `target`, and the report. Tables of relative positions are resized, focal
@@ -78,12 +81,15 @@ def transfer(
   result = {}
   for name, new in wanted.items():
     parts = name.split("/")
-    is_head = len(parts) > 1 and parts[1] == _HEAD
+    if _is_head(name) and reinitialize_head:
+      result[name] = new
+      old_shape = tuple(found[name].shape) if name in found else None
+      reason = f"{old_shape} in the source, {tuple(new.shape)} here" if old_shape else "as asked"
+      initialised.append(f"{name} ({reason})")
+      continue
     if name not in found:
       result[name] = new
-      if is_head and reinitialize_head:
-        initialised.append(f"{name} (the source has no head)")
-      elif name in begun:
+      if name in begun:
         initialised.append(f"{name} ({begun[name]})")
       else:
         missing.append(name)
@@ -100,9 +106,8 @@ def transfer(
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
     else:
       result[name] = new
-      difference = f"{name} ({tuple(old.shape)} in the source, {tuple(new.shape)} here)"
-      (initialised if is_head and reinitialize_head else wrong).append(difference)
-  if wrong and all(name.split("/")[1] == _HEAD for name in wrong) and not missing:
+      wrong.append(f"{name} ({tuple(old.shape)} in the source, {tuple(new.shape)} here)")
+  if wrong and all(map(_is_head, wrong)) and not missing:
     raise ValueError(
       f"the head has another width: {'; '.join(wrong)}. To begin it anew, pass "
       "--config.reinitialize_head=True"
@@ -118,3 +123,7 @@ def transfer(
   for collection in target:
     variables.setdefault(collection, {})
   return variables, TransferReport(tuple(loaded), tuple(initialised), unused)
+
+
+def _is_head(name: str) -> bool:
+  return re.match(_HEAD, name) is not None

@@ -75,12 +75,20 @@ def test_errors_are_one_paragraph_and_leave_nothing(file, imported, tmp_path, ca
   out = tmp_path / "out"
   weights = {**official_weights(), "moat/more": np.zeros(2)}
   np.savez(tmp_path / "surplus.npz", **weights)
+  broken = {k: np.array(v) for k, v in official_weights().items()}
+  broken["moat/logits_head/bias"][2:5] = np.nan, np.nan, np.inf
+  np.savez(tmp_path / "broken.npz", **broken)
   full = tmp_path / "photos"
   full.mkdir()
   (full / "cat.jpg").write_bytes(b"x")
   for arguments, message in [
     (["--from=none.pth", f"--to={out}"], "none.pth does not exist"),
     ([f"--from={tmp_path}/surplus.npz", f"--to={out}", f"--arch={MOAT}"], "moat/more: no variable"),
+    (
+      [f"--from={tmp_path}/broken.npz", f"--to={out}", f"--arch={MOAT}"],
+      "params/head/bias: moat/logits_head/bias holds 2 NaN and 1 infinite of 10 numbers",
+    ),
+    (["--from=gs://bucket/w.pth", f"--to={out}"], "in an object store: copy it"),
     ([f"--from={file}", f"--to={full}", f"--arch={MOAT}"], "is no weights; give another --to"),
     ([f"--from={file}", f"--to={out}", "--arch=tiny_moat_9"], "did you mean"),
   ]:

@@ -1,7 +1,6 @@
 import hashlib
-import importlib.util
 import io
-import pickle
+import json
 import sys
 import tarfile
 import zipfile
@@ -10,10 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hybrid_vit.weights import readers
-
-HAS_TORCH = importlib.util.find_spec("torch") is not None
-needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+from hybrid_vit.weights import branches, readers
 
 
 def arrays():
@@ -92,7 +88,10 @@ def _zip(path):
   ("write", "message"),
   [
     (lambda p: None, "does not exist"),
-    (lambda p: p.mkdir(), "is a directory and holds no TensorFlow checkpoint"),
+    (lambda p: p.mkdir(), "is a directory and holds no checkpoint that is known here; it is empty"),
+    (lambda p: p.write_bytes(b"\x89HDF\r\n" + bytes(50)), r"is a file of Keras: in Keras, numpy"),
+    (lambda p: np.save(p.open("wb"), np.zeros(3)), r"is one array and not a checkpoint: numpy"),
+    (lambda p: p.write_bytes(b"GGUF" + bytes(50)), "is a GGUF file"),
     (lambda p: p.write_bytes(b""), "is empty"),
     (
       lambda p: p.write_bytes(b"\x1f\x8b" + bytes(99)),
@@ -125,18 +124,6 @@ def test_a_file_cut_short_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-150])
     with pytest.raises(readers.CheckpointFileError, match=name):
       readers.read_checkpoint(path)
-
-
-def test_without_pytorch_the_error_names_the_command(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "torch", None)
-  new, old = tmp_path / "new.pth", tmp_path / "old.bin"
-  with zipfile.ZipFile(new, "w") as archive:
-    archive.writestr("archive/data.pkl", pickle.dumps({}))
-  old.write_bytes(pickle.dumps({}, protocol=2))
-  for path in (new, old):
-    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[torch\]'") as caught:
-      readers.read_checkpoint(path)
-    assert str(path) in str(caught.value)
 
 
 def test_without_tensorflow_the_error_names_the_command(tmp_path, monkeypatch):
@@ -176,10 +163,10 @@ def test_averages_of_tensorflow_are_taken_only_when_asked_for(tmp_path):
 
 
 def branch(tree, average=None):
-  return readers._pick_branch(tree, "file.pth", average)
+  return branches.pick(tree, average)
 
 
-@pytest.mark.parametrize("name", ["model", "state_dict", "module"])
+@pytest.mark.parametrize("name", ["model", "state_dict", "module", "network"])
 def test_nestings(name):
   x, ema = np.zeros(2), np.ones(2)
   assert branch({"a": x})[1] == ""
@@ -189,57 +176,163 @@ def test_nestings(name):
   assert branch({"state_dict": {"model": {"a": x}}})[1] == "state_dict.model"
   for average in ("model_ema", "state_dict_ema"):
     both = {name: {"a": x}, average: {"a": ema}}
-    with pytest.raises(readers.CheckpointFileError, match=f"{name}.*{average}.*--average"):
+    with pytest.raises(branches.BranchError, match=f"{name}.*{average}.*--average"):
       branch(both)
     assert branch(both, True)[0]["a"][0] == 1 and branch(both, False)[0]["a"][0] == 0
     assert branch({average: {"a": ema}})[1] == average
-    with pytest.raises(readers.CheckpointFileError, match="alone"):
+    with pytest.raises(branches.BranchError, match="alone"):
       branch({average: {"a": ema}}, False)
-  with pytest.raises(readers.CheckpointFileError, match="no running average; it holds: "):
+  with pytest.raises(branches.BranchError, match=rf"one set of weights \({name}\), and no"):
     branch({name: {"a": x}}, True)
-  with pytest.raises(readers.CheckpointFileError, match="no running average"):
+  with pytest.raises(branches.BranchError, match="no running average"):
     branch({"a": x}, True)
-  with pytest.raises(readers.CheckpointFileError, match=r"no weights that are known.*epoch"):
+  with pytest.raises(branches.BranchError, match=r"no weights that are known.*epoch"):
     branch({"epoch": 3})
 
 
-class _Options(dict):
-  """Like the options that published files hold: a class that the reader does not have."""
+X = np.zeros(2)
 
 
-def _ran():
-  raise AssertionError("code of the file was run")
+@pytest.mark.parametrize(
+  "wrapped",
+  [
+    "module.{}",
+    "_orig_mod.{}",
+    "module._orig_mod.{}",
+    "_orig_mod.module.{}",
+    "model._orig_mod.module.{}",
+    "module.module.{}",
+    "net.{}",
+    "network.module.{}",
+    "_fsdp_wrapped_module.{}",
+  ],
+)
+def test_what_wraps_every_name_comes_off(wrapped):
+  tree = {wrapped.format(name): X for name in ("stem.weight", "module_list.0.bias")}
+  assert set(branch(tree)[0]) == {"stem.weight", "module_list.0.bias"}
+  found = branch({"model": {**tree, "n_averaged": np.array(3)}}, True)
+  assert set(found[0]) == {"stem.weight", "module_list.0.bias"} and found[1] == "model"
 
 
-class _Hostile:
-  def __reduce__(self):
-    return (_ran, ())
+def test_what_wraps_a_part_comes_off_where_no_network_has_such_names():
+  tree = {"a.weight": X, "blocks.0._orig_mod.a.weight": X}
+  tree["blocks.1._checkpoint_wrapped_module._orig_mod.b"] = X
+  assert set(branch(tree)[0]) == {"a.weight", "blocks.0.a.weight", "blocks.1.b"}
+  # A part that is called so is not one.
+  tree = {"stem.module.weight": X, "module.weight": X}
+  assert set(branch(tree)[0]) == set(tree)
+  with pytest.raises(branches.BranchError, match="differ only by wrappers"):
+    branch({"a": X, "_orig_mod.a": X})
 
 
-@needs_torch
-@pytest.mark.parametrize("as_zip", [True, False])
-def test_pytorch_files(tmp_path, as_zip):
-  import torch
-
-  state = {name: torch.from_numpy(np.array(value)) for name, value in arrays().items()}
-  state["brain"] = torch.tensor([1.5, -2.25], dtype=torch.bfloat16)
-  state["parameter"] = torch.nn.Parameter(torch.ones(3))
-  tree = {"model": state, "epoch": 3, "state_dict_ema": None, "max_accuracy": np.float64(81.2)}
-  if as_zip:  # The old format is opened with a list of known names.
-    tree |= {"config": _Options(lr=0.1), "hostile": _Hostile()}
-  path = tmp_path / "w.pth"
-  torch.save(tree, path, _use_new_zipfile_serialization=as_zip)
-  file = readers.read_checkpoint(path)
-  assert (file.kind, file.branch) == ("PyTorch", "model")
-  brain, ones = np.array([1.5, -2.25], np.float32), np.ones(3, np.float32)
-  assert_same(file.weights, {**arrays(), "brain": brain, "parameter": ones})
+def test_weights_and_average_side_by_side_in_one_mapping():
+  tree = {"ema_model.a": X + 1, "online_model.a": X, "initted": np.array(True), "step": np.array(3)}
+  with pytest.raises(branches.BranchError, match=r"\(online_model\).*\(ema_model\).*--average"):
+    branch(tree)
+  assert branch(tree, True)[0]["a"][0] == 1 and branch(tree, False)[0]["a"][0] == 0
+  lightning = {"state_dict": {"model.a": X, "model_ema.a": X + 1}}
+  assert branch(lightning, True) == ({"a": pytest.approx(X + 1)}, "state_dict.model_ema")
 
 
-@needs_torch
-def test_hostile_pytorch_files_of_the_old_format_are_refused(tmp_path):
-  import torch
+def test_unknown_places_of_weights_are_told():
+  tree = {"student": {"a": X, "b": X}, "epoch": 3}
+  with pytest.raises(branches.BranchError, match=r"student \(2 tensors\).*torch.load\(FILE\)"):
+    branch(tree)
 
-  path = tmp_path / "w.pth"
-  torch.save({"a": _Hostile()}, path, _use_new_zipfile_serialization=False)
-  with pytest.raises(readers.CheckpointFileError, match=r"weights_only=True.*_ran"):
-    readers.read_checkpoint(path)
+
+def shards(directory, ending=".safetensors", **changed):
+  weights = arrays()
+  names = {f"model-{i}-of-3{ending}": [name] for i, name in enumerate(weights)}
+  for file, inside in names.items():
+    readers.write_safetensors(directory / file, {n: weights[n] for n in inside}, {})
+  places = {name: file for file, inside in names.items() for name in inside} | changed
+  index = directory / "model.safetensors.index.json"
+  index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+  return index
+
+
+def test_a_checkpoint_in_several_files(tmp_path):
+  index = shards(tmp_path)
+  for path in (index, tmp_path):
+    file = readers.read_checkpoint(path)
+    assert file.kind == "safetensors"
+    assert_same(file.weights, arrays())
+    assert set(file.sha256) == {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_missing_part_of_several_is_named(tmp_path):
+  index = shards(tmp_path)
+  (tmp_path / "model-1-of-3.safetensors").unlink()
+  with pytest.raises(readers.CheckpointFileError, match=r"names model-1-of-3\.safetensors"):
+    readers.read_checkpoint(index)
+  for changed, message in (
+    ({"more": "model-0-of-3.safetensors"}, "no tensor more, which"),
+    ({"more": "../model-0-of-3.safetensors"}, r"names \.\./model"),
+  ):
+    with pytest.raises(readers.CheckpointFileError, match=message):
+      readers.read_checkpoint(shards(tmp_path, **changed))
+  index.write_text("[]")
+  with pytest.raises(readers.CheckpointFileError, match="no index of a checkpoint"):
+    readers.read_checkpoint(index)
+
+
+def write_some(path):
+  readers.write_safetensors(path, {"a": np.full(2, float(len(path.name)), np.float32)}, {})
+
+
+@pytest.mark.parametrize(
+  ("names", "read"),
+  [
+    (("model.safetensors", "pytorch_model.bin", "config.json"), "model.safetensors"),
+    (("open_clip_model.safetensors", "open_clip_config.json"), "open_clip_model.safetensors"),
+    (("pytorch_model.bin", "training_args.bin"), "pytorch_model.bin"),
+    (("weights.safetensors", "README.md"), "weights.safetensors"),
+  ],
+)
+def test_directories_of_other_libraries(tmp_path, names, read):
+  for name in names:
+    write_some(tmp_path / name)
+  file = readers.read_checkpoint(tmp_path)
+  assert list(file.sha256) == [read] and file.weights["a"][0] == len(read)
+
+
+@pytest.mark.parametrize(
+  ("names", "message"),
+  [
+    (("a.pth", "b.pth"), r"several files of weights, name one: a\.pth, b\.pth"),
+    (("saved_model.pb", "assets/x"), r"is a TensorFlow SavedModel: in TensorFlow, .*tf\.saved"),
+    (("_CHECKPOINT_METADATA", "manifest.ocdbt"), "Orbax or Flax, of another program"),
+    (("100/_METADATA", "100/d/0"), "Orbax or Flax, of another program"),
+    (("zero_to_fp32.py", "latest"), "DeepSpeed: python zero_to_fp32.py"),
+    ((".metadata", "__0_0.distcp"), "distributed checkpoint of PyTorch: python -m torch"),
+    (("data.pkl", "data/0", "version"), "a PyTorch file, unpacked"),
+    (("metadata.json", "weights/x"), "this package's own weights, which need no import"),
+    (("config.json", "checkpoints/5/state/x"), "this package's own weights"),
+    (("photo.jpg", "notes.txt"), "no checkpoint that is known here; it holds: notes.txt, photo"),
+  ],
+)
+def test_other_directories_are_told_with_what_to_do(tmp_path, names, message):
+  for name in names:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+  with pytest.raises(readers.CheckpointFileError, match=message) as caught:
+    readers.read_checkpoint(tmp_path)
+  assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_variables_named_by_a_programs_objects_are_told():
+  with pytest.raises(readers.CheckpointFileError, match=r"by the program's objects.*savez"):
+    readers._pick_tensorflow({"v/.ATTRIBUTES/VARIABLE_VALUE": X}, "x", None)
+
+
+def test_other_zips_are_told(tmp_path):
+  for member, message in (
+    ("model.weights.h5", "a file of Keras"),
+    ("archive/constants.pkl", "a TorchScript program"),
+  ):
+    path = tmp_path / "w.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+      archive.writestr(member, b"x")
+      archive.writestr("archive/data.pkl", b"x") if "pkl" in member else None
+    with pytest.raises(readers.CheckpointFileError, match=message):
+      readers.read_checkpoint(path)

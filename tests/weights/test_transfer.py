@@ -61,3 +61,23 @@ def test_weights_of_another_network_are_refused():
     ValueError, match=r"another network: 1 leaves are missing.*params/stage1/bias"
   ):
     transfer(tree(), target, reinitialize_head=True)
+
+
+def test_a_head_of_equal_width_begins_anew_when_asked():
+  source, target = tree(seed=1), tree(seed=2)
+  variables, report = transfer(source, target, reinitialize_head=True)
+  for name in ("kernel", "bias"):
+    np.testing.assert_array_equal(variables["params"]["head"][name], target["params"]["head"][name])
+  np.testing.assert_array_equal(
+    variables["params"]["stem"]["kernel"], source["params"]["stem"]["kernel"]
+  )
+  assert len(report.initialised) == 2 and not report.unused
+  source["params"]["auxiliary_head0"] = {"bias": np.zeros(3)}
+  target["params"]["auxiliary_head0"] = {"bias": np.ones(3)}
+  target["params"]["auxiliary_head1"] = {"bias": np.ones(3)}
+  variables, report = transfer(source, target, reinitialize_head=True)
+  assert variables["params"]["auxiliary_head0"]["bias"][0] == 1
+  assert "params/auxiliary_head1/bias (as asked)" in report.initialised
+  del target["params"]["auxiliary_head1"]
+  kept, _ = transfer(source, target)
+  np.testing.assert_array_equal(kept["params"]["head"]["bias"], source["params"]["head"]["bias"])
