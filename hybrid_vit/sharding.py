@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -60,11 +61,67 @@ def mesh_shape(axis_sizes: Mapping[str, int], num_devices: int) -> tuple[int, in
 
 
 def make_mesh(axis_sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with the axes `AXES` over all devices (of all processes)."""
+  """A mesh with the axes `AXES` over all devices (of all processes), see `arrange`."""
   devices = list(devices) if devices is not None else jax.devices()
   shape = mesh_shape(axis_sizes, len(devices))
   # Auto: Linen's convolutions cannot say their output's sharding, as explicit axes would ask.
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return Mesh(arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+  """Devices in the mesh's places: [data, fsdp, tensor].
+
+  Devices of one slice (a TPU slice, a node of GPUs) are near one another; between slices lies a
+  slower network. See `across_slices` for which axis crosses it.
+
+  Raises:
+    ValueError: slices of unequal sizes, or see `across_slices`.
+  """
+  slices: dict[int, list[Any]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+  # As `jax.make_mesh` decides it: on these the axes need not follow the wires.
+  split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+  if len(slices) == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+  counts = {index: len(members) for index, members in sorted(slices.items())}
+  if len(set(counts.values())) > 1:
+    raise ValueError(
+      f"slices (nodes) of unequal numbers of devices: {counts}; give each of them the same number"
+    )
+  outer = across_slices(shape, len(slices))
+  inner = tuple(size // crossed for size, crossed in zip(shape, outer))
+  return mesh_utils.create_hybrid_device_mesh(
+    inner, outer, devices, allow_split_physical_axes=split
+  )
+
+
+def across_slices(shape: tuple[int, int, int], slices: int) -> tuple[int, int, int]:
+  """How many slices each axis of a mesh spans.
+
+  `data` crosses them first: it sends one sum of gradients a step. `fsdp` gathers parameters layer
+  by layer and `tensor` waits in each layer, so these cross only where `data` is too small.
+
+  Raises:
+    ValueError: the axes cannot be divided among so many slices.
+  """
+  best = None
+  for data in _divisors(slices):
+    for fsdp in _divisors(slices // data):
+      crossed = (data, fsdp, slices // data // fsdp)
+      if all(size % c == 0 for size, c in zip(shape, crossed)) and (best is None or crossed > best):
+        best = crossed
+  if best is None:
+    axes = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, shape))
+    raise ValueError(
+      f"mesh ({axes}) cannot be laid over {slices} slices (nodes) of {math.prod(shape) // slices} "
+      f"devices: make the axis data a multiple of {slices} (config.mesh.data)"
+    )
+  return best
+
+
+def _divisors(number: int) -> list[int]:
+  return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -212,6 +269,29 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     return jax.make_array_from_process_local_data(sharding, rows, shape)
 
   return {key: put(np.asarray(value)) for key, value in batch.items()}
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+  """A tree of host arrays, whole on every process → global arrays.
+
+  Each device is given its own part. (`jax.device_put` onto devices of several processes first
+  compares the arrays of all processes, which gathers every leaf as often as there are processes.)
+
+  Args:
+    tree: NumPy arrays.
+    shardings: a NamedSharding for each leaf.
+
+  Raises:
+    ValueError: the tree holds arrays that lie on devices, or a sharding does not divide a shape.
+  """
+
+  def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+      raise ValueError("put_tree takes NumPy arrays: jax.device_get them first")
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return jax.tree.map(put, tree, shardings)
 
 
 def initialize_distributed() -> None:

@@ -1,4 +1,5 @@
 import functools
+import math
 import types
 
 import jax
@@ -49,6 +50,90 @@ def test_axes_are_automatic():
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
   assert mesh.axis_names == ("data", "fsdp", "tensor")
   assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+def node_devices(slices, per_slice, processes_per_slice=1):
+  """Devices that claim to be of several slices: nodes of GPUs."""
+  per_process = per_slice // processes_per_slice
+  return [
+    types.SimpleNamespace(
+      id=i,
+      slice_index=i // per_slice,
+      process_index=i // per_process,
+      platform="gpu",
+      device_kind="NVIDIA H100 80GB HBM3",
+    )
+    for i in range(slices * per_slice)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("shape", "slices", "expected"),
+  [
+    ((2, 4, 1), 2, (2, 1, 1)),  # data alone crosses
+    ((8, 1, 1), 2, (2, 1, 1)),
+    ((4, 8, 1), 4, (4, 1, 1)),
+    ((2, 8, 2), 4, (2, 2, 1)),  # data is too small: fsdp too
+    ((1, 16, 2), 4, (1, 4, 1)),
+    ((1, 1, 32), 4, (1, 1, 4)),
+    ((3, 4, 2), 6, (3, 2, 1)),
+  ],
+)
+def test_the_slow_network_is_crossed_by_data_first(shape, slices, expected):
+  assert sharding.across_slices(shape, slices) == expected
+  devices = node_devices(slices, math.prod(shape) // slices)
+  array = sharding.arrange(shape, devices)
+  assert array.shape == shape
+  assert sorted(d.id for d in array.flat) == [d.id for d in devices]
+  # Along an axis that crosses nothing, all devices are of one slice.
+  for axis, crossed in enumerate(expected):
+    lines = np.moveaxis(array, axis, -1).reshape(-1, shape[axis])
+    assert {len({d.slice_index for d in line}) for line in lines} == {crossed}
+
+
+def test_meshes_that_do_not_fit_the_slices_are_refused():
+  with pytest.raises(ValueError, match=r"mesh \(data 1, fsdp 4, tensor 1\) .* over 3 slices"):
+    sharding.arrange((1, 4, 1), node_devices(3, 4))
+  with pytest.raises(ValueError, match=r"unequal numbers of devices: \{0: 4, 1: 2\}"):
+    sharding.arrange((6, 1, 1), node_devices(2, 4)[:6])
+
+
+@pytest.mark.parametrize(
+  ("shape", "slices", "processes", "parts"),
+  [
+    ((2, 4, 1), 2, 1, 2),
+    ((4, 8, 1), 4, 1, 4),
+    ((4, 8, 1), 4, 8, 32),  # a process for each device
+    ((2, 2, 8), 4, 2, 4),  # tensor spans the processes of a slice: they read the same rows
+  ],
+)
+def test_each_process_of_several_slices_reads_neighbouring_rows(
+  monkeypatch, shape, slices, processes, parts
+):
+  devices = node_devices(slices, math.prod(shape) // slices, processes)
+  array = sharding.arrange(shape, devices)
+  for process in {d.process_index for d in devices}:
+    part, number = part_of_devices(monkeypatch, array, process)
+    rows = {
+      i
+      for i, line in enumerate(array.reshape(-1, shape[2]))
+      if any(d.process_index == process for d in line)
+    }
+    each = shape[0] * shape[1] // parts
+    assert number == parts and rows == set(range(part * each, (part + 1) * each))
+
+
+def test_host_arrays_are_given_to_the_devices_part_by_part(monkeypatch):
+  layout, state = trained(4, 1)
+  host = jax.device_get(state.params)
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "device_put", None)
+    there = sharding.put_tree(host, layout.params)
+  for leaf, wanted, value in zip(*map(jax.tree.leaves, (there, layout.params, host))):
+    assert leaf.sharding == wanted
+    np.testing.assert_array_equal(leaf, value)
+  with pytest.raises(ValueError, match="takes NumPy arrays"):
+    sharding.put_tree(there, layout.params)
 
 
 @pytest.mark.parametrize(
@@ -196,14 +281,17 @@ def test_rows_that_overlap_in_part_are_refused(monkeypatch):
 
 def part_of(monkeypatch, owners, fsdp, process):
   """`batch_part` on a mesh of devices that belong to processes `owners`, tensor innermost."""
+  devices = np.array([types.SimpleNamespace(process_index=owner) for owner in owners])
+  return part_of_devices(monkeypatch, devices.reshape(1, fsdp, -1), process)
+
+
+def part_of_devices(monkeypatch, array, process):
+  """`batch_part` of a process on a mesh of devices [data, fsdp, tensor]."""
   monkeypatch.setattr(jax, "process_index", lambda: process)
-  tensor = len(owners) // fsdp
-  rows = [
-    (types.SimpleNamespace(process_index=owner), (slice(i // tensor, i // tensor + 1),))
-    for i, owner in enumerate(owners)
-  ]
+  tensor = array.shape[2]
+  rows = [(device, (slice(i // tensor, i // tensor + 1),)) for i, device in enumerate(array.flat)]
   layout = types.SimpleNamespace(
-    mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": fsdp, "tensor": tensor}),
+    mesh=types.SimpleNamespace(shape=dict(zip(sharding.AXES, array.shape))),
     devices_indices_map=lambda shape: types.SimpleNamespace(items=lambda: rows),
   )
   return sharding.batch_part.__wrapped__(layout)
