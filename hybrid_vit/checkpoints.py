@@ -69,12 +69,14 @@ class Restored(NamedTuple):
     step: that it is of.
     run_config: the configuration of the run that saved it.
     sums: the log's sums at that step, as they were given to `save`.
+    info: what was said of the weights, e.g. class names.
   """
 
   state: Any
   step: int
   run_config: dict[str, Any]
   sums: dict[str, Any]
+  info: dict[str, Any]
 
 
 class Checkpointer:
@@ -372,7 +374,13 @@ def _restore_one(checkpoint: epath.Path, target: Any) -> Restored:
   differs = first_difference(state, metadata["fingerprints"])
   if differs is not None:
     raise DamagedError(f"{checkpoint}: {differs!r} is not what was saved (its fingerprint differs)")
-  return Restored(state, int(metadata["step"]), metadata["config"], metadata.get("sums", {}))
+  return Restored(
+    state,
+    int(metadata["step"]),
+    metadata["config"],
+    metadata.get("sums", {}),
+    metadata.get("info", {}),
+  )
 
 
 def _check_same_leaves(saved: Mapping[str, list[int]], target: Any, checkpoint: epath.Path) -> None:

@@ -17,7 +17,7 @@ from hybrid_vit.config import Config, ConfigError, load_config, set_field
 from hybrid_vit.config_files import find_config
 from hybrid_vit.paths import as_path
 from hybrid_vit.timing import parse_steps
-from hybrid_vit.workdir import explain, lock, new_workdir
+from hybrid_vit.workdir import WorkdirError, explain, lock, new_workdir
 
 _CONFIG = flags.DEFINE_string(
   "config",
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
   except _user_errors() as error:
     if os.environ.get(_TRACEBACK):
       raise
-    message = explain(error) if isinstance(error, OSError) else str(error)
+    message = explain(error) or str(error)
     return _tell(f"{message}\n(with {_TRACEBACK}=1 the place in the code is shown)")
 
 
@@ -159,7 +159,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 def _user_errors() -> tuple[type[BaseException], ...]:
   from hybrid_vit.checkpoints import CheckpointError
 
-  return (ValueError, OSError, FloatingPointError, CheckpointError)
+  return (ValueError, OSError, FloatingPointError, CheckpointError, WorkdirError)
 
 
 def _run(config: Config, name: str) -> int:

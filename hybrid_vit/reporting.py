@@ -115,20 +115,20 @@ class Reporter:
     step: int,
     *,
     loss: float | None,
-    images_per_second: float,
-    data_wait_fraction: float,
+    rate: str,
+    phase: str | None = None,
   ) -> None:
     """Shows where the run is.
 
     Args:
       step: steps done so far.
       loss: the latest known loss, or None.
-      images_per_second: of all processes together.
-      data_wait_fraction: part of the time in which the step waited for data, in [0, 1].
+      rate: how fast it goes, in words.
+      phase: which phase it is in, in words; None where there is one only.
     """
     if not self._show:
       return
-    parts = [f"{images_per_second:,.0f} images/s", f"{data_wait_fraction:.0%} waiting for data"]
+    parts = [rate] if phase is None else [phase, rate]
     if loss is not None:
       parts.insert(0, f"loss {loss:.4f}")
     if self._bar is not None:
@@ -169,6 +169,25 @@ class Reporter:
     if self._tensorboard is not None:
       for key, value in numbers.items():
         self._tensorboard.add_scalar(f"{kind}/{key}", value, int(step))
+
+
+class SilentReporter:
+  """The reporter of processes other than the first."""
+
+  def _nothing(self, *args: Any, **kwargs: Any) -> None:
+    del args, kwargs
+
+  scalars = timing = progress = message = close = _nothing
+
+
+def figures(values: Mapping[str, float]) -> str:
+  """Measures in words: accuracies in percent, the number of examples at the end."""
+  text = ", ".join(
+    f"{key} {value:.2%}" if key.startswith("top") else f"{key} {value:.4f}"
+    for key, value in values.items()
+    if key != "examples"
+  )
+  return f"{text} ({values['examples']:.0f} examples)" if "examples" in values else text
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -12,25 +12,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from hybrid_vit import programs, sharding
 from hybrid_vit.build import Run
 from hybrid_vit.checkpoints import Checkpointer
-from hybrid_vit.timing import Clock, Profile
 from hybrid_vit.data.evaluation import EvaluationSet, open_evaluation
 from hybrid_vit.data.pipeline import training_batches
 from hybrid_vit.data.sources import Source
+from hybrid_vit.finishing import finish
 from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
 from hybrid_vit.paths import as_path
 from hybrid_vit.reporting import Reporter, SilentReporter, figures
 from hybrid_vit.starting import Start, begin, check_classes
 from hybrid_vit.stopping import Interrupted, Preempted, StopSignal
 from hybrid_vit.tasks.base import Evaluator
+from hybrid_vit.timing import Clock, Profile
 from hybrid_vit.train_state import TrainState
-from hybrid_vit.finishing import finish
 
 # How many steps the host runs ahead of the device before it looks at their results.
 _LAG = 3

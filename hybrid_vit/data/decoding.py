@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from hybrid_vit.data.errors import CorruptExampleError
+
 DECODERS = ("opencv", "pil")
 
 # Of a picture; OpenCV has the same limit. A header that says more is taken for a damaged one.
@@ -28,7 +30,7 @@ cv2.setNumThreads(0)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
-class CorruptPictureError(ValueError):
+class CorruptPictureError(CorruptExampleError):
   """Bytes that are no picture, only part of one, or one that cannot be worked on."""
 
 

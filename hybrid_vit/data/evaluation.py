@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 
 from hybrid_vit import sharding
 from hybrid_vit.data import loader
-from hybrid_vit.data.decoding import CorruptPictureError
+from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.pipeline import EvaluationSettings, open_source, readable_example
 from hybrid_vit.data.sources import Source
 from hybrid_vit.data.spec import Fields, kinds, on_device, resolve, row
+from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.data.transforms import parse_transform
 
 
@@ -65,10 +66,10 @@ class EvaluationSet:
     """Rows of at most `count` readable examples spread evenly over the set."""
     names = on_device(self._fields)
     rows: list[dict[str, np.ndarray]] = []
-    for index in np.unique(np.linspace(0, len(self) - 1, count).round().astype(int)):
+    for index in sample_indices(len(self), count):
       try:
-        example = self._transform(dict(self.source[int(index)]), np.random.default_rng(int(index)))
-      except CorruptPictureError:
+        example = self._transform(dict(self.source[index]), np.random.default_rng(index))
+      except CorruptExampleError:
         continue
       rows.append({name: row(field, name, example[name]) for name, field in names.items()})
     return {name: np.stack([r[name] for r in rows]) if rows else np.zeros((0,)) for name in names}

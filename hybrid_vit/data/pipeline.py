@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hybrid_vit.data import loader
-from hybrid_vit.data.decoding import CorruptPictureError
+from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.sources import Source, create_source
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def readable_example(source: Source, transform: Any = None) -> Mapping[str, Any]
       if transform is not None:
         transform(dict(example), np.random.default_rng(0))
       return example
-    except CorruptPictureError:
+    except CorruptExampleError:
       continue
   raise ValueError(
     f"none of the first {min(_TRIED, len(source))} examples can be read, e.g. {source.describe(0)}"
