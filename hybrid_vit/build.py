@@ -27,7 +27,7 @@ from hybrid_vit.optimizers import (
   make_optimizer,
   schedule_from_config,
 )
-from hybrid_vit.reporting import SINKS
+from hybrid_vit.sinks import SINKS
 from hybrid_vit.tasks.base import Task
 from hybrid_vit.tasks.registry import Context, create_task, task_names, task_settings
 
@@ -197,7 +197,7 @@ def build(
   data, check = data or DataFacts(), checking or _NoCheck()
   preprocessing = preprocessing or preprocessing_of(config)
   parts: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Run))
-  parts |= dict(preprocessing=preprocessing, config=config.resolved())
+  parts |= {"preprocessing": preprocessing, "config": config.resolved()}
   with check("config.mesh"):
     parts["mesh_axes"] = mesh_axes(config)
     parts["sharding_rules"] = tuple(config.get("sharding_rules", sharding.DEFAULT_RULES))
@@ -412,8 +412,8 @@ def build_tasks(
 def read_evaluation(config: Config, preprocessing: Preprocessing) -> tuple[EvaluationSettings, ...]:
   """`config.evaluation.sets`; what a set does not say is as in `config.data`.
 
-  Its transform is that of `preprocessing`, and its decoder PIL, which published figures are measured
-  with.
+  Its transform is that of `preprocessing`, and its decoder PIL, which published figures are
+  measured with.
   """
   data, sets = config.data, config.group("evaluation").group("sets")
   smoke = config.integer("smoke_steps", None, minimum=1)
@@ -457,8 +457,8 @@ def read_settings(config: Config, task: Task, evaluation: Sequence[EvaluationSet
   accumulation = config.integer("accumulation_steps", 1, minimum=1)
   if accumulation > 1 and not task.separable:
     raise ConfigError(
-      f"`config.accumulation_steps` is {accumulation}, and this task's loss looks at a whole batch: "
-      "1 was expected"
+      f"`config.accumulation_steps` is {accumulation}, and this task's loss looks at a whole "
+      "batch: 1 was expected"
     )
   log_every = config.integer("log_every_steps", 50, minimum=1)
   sinks = tuple(config.get("sinks", ("tensorboard",)))

@@ -385,9 +385,10 @@ def parse_argument(
 
 def load_config(path: str | Path, argument: str | None = None) -> ml_collections.ConfigDict:
   """Runs `get_config` of a file in `configs/`: for notebooks and tests; `main` takes flags."""
-  path = Path(path)
-  if not path.is_file():
-    raise ConfigError(f"no configuration file {str(path)!r}")
+  # Looked for where `main` looks, so that one file can load another from anywhere.
+  from hybrid_vit.config_files import find_config
+
+  path = find_config(str(path))
   spec = importlib.util.spec_from_file_location(f"hybrid_vit_config_{path.stem}", path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)

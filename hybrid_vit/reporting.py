@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import tensorboardX
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tqdm import tqdm
+
+from hybrid_vit.sinks import Sink, create_sink
 
 # Seconds between the plain lines that stand in for the bar where output is no terminal.
 _PLAIN_LINE_SECONDS = 10.0
@@ -46,9 +48,9 @@ class Reporter:
     start_step: the step a restored run continues from. Lines of later steps are dropped from both
       files, as are this step's evaluations, which come again, and a last line that a kill left half
       written; 0 starts both files anew.
-    tensorboard: whether to write TensorBoard event files.
     progress: whether to show a bar (on a terminal) or a line every ten seconds (elsewhere).
-    run_config: the configuration, written to `config.json` and to TensorBoard's text page.
+    run_config: the configuration, written to `config.json` and to the sinks.
+    sinks: where figures go besides, see `hybrid_vit.sinks`.
   """
 
   def __init__(
@@ -57,27 +59,24 @@ class Reporter:
     total_steps: int,
     start_step: int = 0,
     *,
-    tensorboard: bool = True,
     progress: bool = True,
     run_config: dict[str, Any] | None = None,
+    sinks: Sequence[str] = ("tensorboard",),
   ):
     self._workdir = Path(workdir)
     self._workdir.mkdir(parents=True, exist_ok=True)
     self._total_steps = total_steps
     self._metrics = _open_lines(self._workdir / "metrics.jsonl", start_step)
     self._timings = _open_lines(self._workdir / "timings.jsonl", start_step)
-    self._tensorboard: tensorboardX.SummaryWriter | None = None
-    if tensorboard:
-      self._tensorboard = tensorboardX.SummaryWriter(
-        str(self._workdir / "tensorboard"),
-        # Tells TensorBoard to forget what an interrupted run wrote beyond the restored step.
-        purge_step=start_step + 1 if start_step else None,
-      )
+    self._sinks: list[Sink] = [
+      create_sink(name, epath.Path(self._workdir), start_step, run_config or {}) for name in sinks
+    ]
+    self._log = (self._workdir / "log.txt").open("a", encoding="utf-8")
     if run_config is not None:
       text = json.dumps(run_config, indent=2, default=str)
       (self._workdir / "config.json").write_text(text + "\n")
-      if self._tensorboard is not None:
-        self._tensorboard.add_text("config", f"```json\n{text}\n```", start_step)
+      for sink in self._sinks:
+        sink.text("config", text, start_step)
     self._show = progress
     self._bar: tqdm | None = None
     if progress and sys.stderr.isatty():
@@ -102,13 +101,13 @@ class Reporter:
     """
     numbers = _numbers(values)
     _write_line(self._metrics, {"step": int(step), "kind": kind, **numbers})
-    self._add_to_tensorboard(step, numbers, kind)
+    self._add_to_sinks(step, numbers, kind)
 
   def timing(self, step: int, values: Mapping[str, float]) -> None:
     """Writes wall-clock figures (images/s, waiting, compilation) to timings.jsonl."""
     numbers = _numbers(values)
     _write_line(self._timings, {"step": int(step), "unix_time": round(time.time(), 3), **numbers})
-    self._add_to_tensorboard(step, numbers, "timing")
+    self._add_to_sinks(step, numbers, "timing")
 
   def progress(
     self,
@@ -148,7 +147,9 @@ class Reporter:
     print(f"step {step}/{self._total_steps}: {', '.join(parts)}", flush=True)
 
   def message(self, text: str) -> None:
-    """Prints a line without breaking the bar."""
+    """Prints a line without breaking the bar, and keeps it in log.txt with the time."""
+    self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    self._log.flush()
     if self._bar is not None:
       self._bar.write(text, file=sys.stdout)
     else:
@@ -159,16 +160,16 @@ class Reporter:
     if self._bar is not None:
       self._bar.close()
       self._bar = None
-    if self._tensorboard is not None:
-      self._tensorboard.close()
-      self._tensorboard = None
+    for sink in self._sinks:
+      sink.close()
+    self._sinks = []
+    self._log.close()
     self._metrics.close()
     self._timings.close()
 
-  def _add_to_tensorboard(self, step: int, numbers: Mapping[str, float], kind: str) -> None:
-    if self._tensorboard is not None:
-      for key, value in numbers.items():
-        self._tensorboard.add_scalar(f"{kind}/{key}", value, int(step))
+  def _add_to_sinks(self, step: int, numbers: Mapping[str, float], kind: str) -> None:
+    for sink in self._sinks:
+      sink.scalars(int(step), numbers, kind)
 
 
 class SilentReporter:

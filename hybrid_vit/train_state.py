@@ -18,7 +18,7 @@ from hybrid_vit.tasks.base import Batch, Task
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """What decides the next step, all of it in a checkpoint: a run resumed from it goes on bit for bit.
+  """What decides the next step: a run resumed from a checkpoint of it goes on bit for bit.
 
   Attributes:
     step: int32, number of finished steps; the position in the data follows from it.
@@ -27,8 +27,8 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: the optimizer's.
     ema: {"params", "batch_stats"} averaged over the steps, or None.
     rng: typed key; constant, each step folds its number in.
-    skipped: int32, how many steps in a row, up to this one, were skipped for a loss or gradient that
-      was not finite.
+    skipped: int32, how many steps in a row, up to this one, were skipped for a loss or gradient
+      that was not finite.
     bad_step: int32, the step at which more than the allowed number was skipped, -1 while there is
       none. From then on the rest of the state stands still.
   """

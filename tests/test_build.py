@@ -85,7 +85,7 @@ def test_evaluation_strings_are_what_they_are_named_for():
 
 def test_metadata_says_all_that_using_the_weights_needs():
   config = local(task=dict(name="classification", loss="sigmoid"))
-  (task,), metadata = build.build_tasks(config, DIGITS, OTHER, None)
+  _, metadata = build.build_tasks(config, DIGITS, OTHER, None)
   assert metadata["task"] == "classification" and metadata["task_settings"]["loss"] == "sigmoid"
   assert metadata["class_names"] == list("0123456789") and metadata["num_classes"] == 10
   assert metadata["name"] == "tiny_moat_0" and "widths" in metadata["arguments"]
@@ -222,5 +222,5 @@ def test_everything_that_a_run_has_is_read():
 def test_without_data_a_known_number_of_classes_is_enough():
   config = local(model__num_classes=10)
   assert build.build(config).examples_per_epoch == 64 * build.STAND_IN_STEPS
-  with pytest.raises(ValueError, match="`config.model.num_classes` is needed"):
+  with pytest.raises(ValueError, match=r"`config\.model\.num_classes` is needed"):
     build.build(local(model__num_classes=None))

@@ -1,7 +1,7 @@
 """A task from outside the package: registered here, then trained, evaluated, resumed, looked at.
 
-It guesses two numbers of a picture, its mean brightness and where its weight lies, from a source and
-a batch that have no label. Nothing in the package knows of it.
+It guesses two numbers of a picture, its mean brightness and where its weight lies, from batches
+that have no label. Nothing in the package knows of it.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ def test_its_weights_are_evaluated(whole, capsys):
   workdir, results = whole
   found = evaluate.evaluate(Config(config()), workdir)
   assert found == pytest.approx(results)
-  with pytest.raises(ConfigError, match="`config.task.scales` is not read"):
+  with pytest.raises(ConfigError, match=r"`config\.task\.scales` is not read"):
     values = config()
     values.task = dict(name="regression_of_a_test", scales=2.0)
     evaluate.evaluate(Config(values), workdir)

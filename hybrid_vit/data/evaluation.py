@@ -1,4 +1,4 @@
-"""Evaluation sets: opened, read by every process in its part, put on the devices as global arrays."""
+"""Evaluation sets: opened, read by every process in its part, put on devices as global arrays."""
 
 from __future__ import annotations
 

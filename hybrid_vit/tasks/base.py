@@ -47,7 +47,8 @@ class EvaluationData(Protocol):
   def batches(self) -> Iterable[tuple[dict[str, jax.Array], dict[str, list[Any]]]]:
     """One pass: global arrays, and the host-only fields of this process's rows.
 
-    The arrays hold what the task's spec declares, "index", and "mask", 0 for rows that do not count.
+    The arrays hold what the task's spec declares, "index", and "mask": 0 for rows that do not
+    count.
     """
     ...
 

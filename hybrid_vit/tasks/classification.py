@@ -77,16 +77,16 @@ def classification_arguments(settings: Any, context: Context) -> dict[str, Any]:
       "leave it out, or correct it"
     )
   classes = said or len(names)
-  return dict(
-    model=context.make_network(classes),
-    num_classes=classes,
-    mean=tuple(context.preprocessing.mean),
-    std=tuple(context.preprocessing.std),
-    loss_name=settings.loss,
-    label_smoothing=settings.label_smoothing,
-    mixing=settings.mixing,
-    class_names=names,
-  )
+  return {
+    "model": context.make_network(classes),
+    "num_classes": classes,
+    "mean": tuple(context.preprocessing.mean),
+    "std": tuple(context.preprocessing.std),
+    "loss_name": settings.loss,
+    "label_smoothing": settings.label_smoothing,
+    "mixing": settings.mixing,
+    "class_names": names,
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,8 @@ class Classification:
     # Rows that do not count may hold anything: a NaN times 0 would still be one.
     losses = jnp.where(mask > 0, self._losses(logits, one_hot), 0.0)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Ties count against the network, and so does what cannot be compared: neither a constant one nor
-    # one whose logits are NaN may look right.
+    # Ties count against the network, and so does what cannot be compared: neither a constant one
+    # nor one whose logits are NaN may look right.
     rank = jnp.sum(~(logits < own), axis=-1) - 1
     weight = jnp.sum(mask)
     sums = {"loss": (jnp.sum(losses), weight), "top1": (jnp.sum(mask * (rank < 1)), weight)}
