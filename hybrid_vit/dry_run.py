@@ -204,11 +204,22 @@ def _examine_state(plan: Plan, run: Run) -> None:
       continue
     with plan.checking("activations"):
       size = run.curriculum.phases[phase].batch_size
-      rows = max(1, size // (ways * run.settings.accumulation))
+      # The network sees all devices' rows of one part together, and must be able to.
+      together = max(1, size // run.settings.accumulation)
+      _trace_loss(task, plan.state.variables, batch, together)
+      rows = max(1, together // ways)
       part = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
       kept = activation_bytes(_with_groups(task, size), plan.state.variables, part)
       if plan.activation_bytes is None or kept > plan.activation_bytes:
         plan.activation_bytes, plan.rows = kept, rows
+
+
+def _trace_loss(task: Any, variables: Any, batch: Mapping[str, Any], rows: int) -> None:
+  """Raises what the loss of so many rows would raise."""
+  part = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  augmented = jax.eval_shape(task.augment, part, key, jax.ShapeDtypeStruct((), np.int32))
+  jax.eval_shape(task.loss, variables, augmented, key)
 
 
 def _examine_evaluation(plan: Plan, run: Run) -> None:

@@ -90,7 +90,7 @@ def lock(workdir: Any, *, process_index: int = 0) -> Iterator[None]:
   if process_index or is_remote(workdir) or fcntl is None:
     yield
     return
-  path = workdir / _LOCK
+  path, made = workdir / _LOCK, not workdir.exists()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -126,6 +126,16 @@ def lock(workdir: Any, *, process_index: int = 0) -> Iterator[None]:
     yield
   finally:
     os.close(file)
+    if made:
+      _remove_if_bare(workdir)
+
+
+def _remove_if_bare(workdir: epath.Path) -> None:
+  """Takes away a directory that a run made, failed in at once, and left nothing in."""
+  with contextlib.suppress(OSError):
+    if [path.name for path in workdir.iterdir()] == [_LOCK]:
+      (workdir / _LOCK).unlink()
+      workdir.rmdir()
 
 
 def _holder(file: int) -> str:

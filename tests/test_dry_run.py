@@ -70,9 +70,11 @@ def test_sharding_and_ema_change_it(plain):
 
 def test_multiply_adds_and_length(plain):
   twice = examine(data__image_size=64, data__transform="decode|resize(64)")
-  assert plain.evaluation_size == (32, 32) and twice.evaluation_size == (64, 64)
+  assert plain.evaluation_shapes == {"image": (32, 32, 3)}
+  assert twice.evaluation_shapes == {"image": (64, 64, 3)}
   assert 3.5 < twice.multiply_adds / plain.multiply_adds < 5
-  assert plain.length.steps_per_epoch == 22 and plain.length.total_steps == 88
+  # Four epochs of 1,437 pictures in batches of 64.
+  assert plain.run.examples_per_epoch == 1437 and plain.run.curriculum.total_steps == 90
 
 
 def test_activations_of_a_devices_rows(plain):
@@ -91,7 +93,7 @@ def test_recomputation_keeps_less(plain):
 
 def test_activations_by_hand():
   class Task:
-    def augment(self, batch, key):
+    def augment(self, batch, key, step):
       return batch
 
     def loss(self, variables, batch, key):
@@ -121,16 +123,16 @@ def test_grouped_batch_norms_do_not_trouble_few_rows():
       {"optimizer__weight_decay_rules": (("nothing", 0.0), (".*", 1.0))},
       "config.optimizer: .*rule 'nothing' matches no parameter",
     ),
-    ({"optimizer__schedule__warmup_epochs": 9}, "warm-up of 198 steps leaves nothing"),
+    ({"optimizer__schedule__warmup_epochs": 9}, "warm-up of 202 steps leaves nothing"),
     ({"model__name": "moat_9"}, "no model is named 'moat_9'; did you mean"),
     ({"model__arguments__width": 3}, "no argument 'width'; did you mean 'widths'"),
     ({"model__num_classes": 11}, "is 11 and the training data has 10 classes"),
     (
       {"model__arguments__pad_windows": False, "model__arguments__window_sizes": (None, 3)},
-      "the network on pictures of 32x32: .*window of 3x3 does not divide a map of 4x4",
+      "the network on image 32x32x3: .*window of 3x3 does not divide a map of 4x4",
     ),
     ({"data__transform": "decode|resise(32)"}, "unknown transform 'resise'; did you mean resize"),
-    ({"checkpoint__best_metric": "val/top1"}, "'val/top1'; there are: validation/loss"),
+    ({"checkpoint__best_metric": "val/top1"}, "'val/top1'; there are: validation/top1"),
     ({"task__label_smoothing": 1.5}, "label_smoothing is 1.5"),
     ({"batch_norm_groups": 7}, "7 groups do not divide a batch of 64"),
   ],
@@ -142,7 +144,7 @@ def test_what_is_wrong_is_named(changes, message):
 
 def test_all_that_is_wrong_comes_at_once():
   problems = examine(data__batch_size=60, checkpoint__best_metric="x").problems
-  assert len(problems) == 2 and "batch_size 60" in problems[0] and "'x'" in problems[1]
+  assert len(problems) == 2 and "'x'" in problems[0] and "batch_size 60" in problems[1]
 
 
 def test_data_that_is_not_here_is_no_problem(tmp_path):
@@ -151,7 +153,8 @@ def test_data_that_is_not_here_is_no_problem(tmp_path):
   assert any("is not here" in note for note in plan.notes)
   assert any("number of classes: 1000" in note for note in plan.notes)
   known = examine(data__source="tfds:imagenet2012", data__data_dir=str(tmp_path))
-  assert known.length.steps_per_epoch == 1_281_167 // 64
+  assert known.run.examples_per_epoch == 1_281_167
+  assert known.run.curriculum.total_steps == round(4 * 1_281_167 / 64)
 
 
 def test_devices_are_those_of_the_mesh_or_eight():
