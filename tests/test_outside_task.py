@@ -6,6 +6,9 @@ that have no label. Nothing in the package knows of it.
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from hybrid_vit import dry_run, evaluate, main
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.spec import MASK, Field, Spec
 from hybrid_vit.reporting import read_metrics
+from hybrid_vit.stopping import Preempted
 from hybrid_vit.tasks.base import summed
 from hybrid_vit.tasks.registry import register_task
 from tests.command import TINY_NETWORK
@@ -116,6 +120,18 @@ def config(**changes):
   return values
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+  """The runs below share what they compile, as those of the command do."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, name) for name in names]
+  for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0)):
+    jax.config.update(name, value)
+  yield
+  for name, value in zip(names, before):
+    jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("regression") / "whole"
@@ -138,15 +154,51 @@ def test_it_trains_and_is_kept_by_its_own_measure(whole):
 def test_it_goes_on_bit_for_bit_from_any_place(whole, tmp_path, stop):
   """From a copy that ends at `stop`: what comes then is what came in the unbroken run."""
   workdir, _ = whole
-  main.train(config(), tmp_path / "run")  # the same run again
-  broken = tmp_path / "run"
+  broken = shutil.copytree(workdir, tmp_path / "run")
   for path in (broken / "checkpoints").iterdir():
     if path.name.isdecimal() and int(path.name) > stop:
-      for child in sorted(path.rglob("*"), reverse=True):
-        child.rmdir() if child.is_dir() else child.unlink()
-      path.rmdir()
+      shutil.rmtree(path)
   main.train(config(), broken)
   assert (broken / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_being_told_to_stop_is_noticed_within_an_evaluation(whole, tmp_path, monkeypatch):
+  """The state is saved, the figures are written when the run goes on, and only once."""
+  workdir, _ = whole
+  run = Error.run
+
+  def told(self, variables):
+    os.kill(os.getpid(), signal.SIGTERM)
+    run(self, variables)
+    raise AssertionError("the evaluation went on to its end")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Error, "run", told)
+    with pytest.raises(Preempted) as stopped:
+      main.train(config(), tmp_path / "run")
+  assert stopped.value.code == 128 + signal.SIGTERM
+  assert not any(
+    line["kind"].startswith("eval") for line in read_metrics(tmp_path / "run/metrics.jsonl")
+  )
+  main.train(config(), tmp_path / "run")
+  ended = tmp_path / "run" / "metrics.jsonl"
+  assert ended.read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_a_trace_of_the_steps_asked_for(tmp_path):
+  main.train(config(phases=(dict(steps=5),)), tmp_path / "run", profile=(2, 3))
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_another_runs_whole_state_is_gone_on_with(whole, tmp_path):
+  """The step, the moments and the place in the data come along; that run's directory stays."""
+  workdir, _ = whole
+  before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+  longer = config(phases=(dict(steps=6), dict(steps=6, batch_size=48)), resume_from=str(workdir))
+  main.train(longer, tmp_path / "run")
+  train = [x for x in read_metrics(tmp_path / "run/metrics.jsonl") if x["kind"] == "train"]
+  assert [line["step"] for line in train] == [12]
+  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == before
 
 
 def test_its_weights_are_evaluated(whole, capsys):
