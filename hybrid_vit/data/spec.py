@@ -16,7 +16,7 @@ import numpy as np
 
 # How a key follows when the picture is resized, cropped, flipped or padded:
 #   image    [H, W, C], resampled by the operation's filter
-#   map      [H, W], whole numbers (classes, identities), nearest; filled with the operation's `ignore`
+#   map      [H, W], whole numbers (classes), nearest; filled with the operation's `ignore`
 #   depth    [H, W], float32 metres, nearest; filled with 0, "not measured"
 #   boxes    [N, 4], float32 (x0, y0, x1, y1) in pixels, moved and cut at the border
 #   points   [N, 2], float32 (x, y) in pixels, moved
