@@ -142,11 +142,10 @@ def schedule_from_config(
 
 def _rate_or_factor(fields: Config, rate: str, factor: str, peak: float) -> float:
   if rate in fields and factor in fields:
-    raise ConfigError(
-      f"`config.optimizer.schedule.{rate}` is {fields.get(rate)!r} and "
-      f"`config.optimizer.schedule.{factor}` is {fields.get(factor)!r}: give one of them, a rate or "
-      "a part of the peak"
+    both = " and ".join(
+      f"`config.optimizer.schedule.{name}` is {fields.get(name)!r}" for name in (rate, factor)
     )
+    raise ConfigError(f"{both}: give one of them, a rate or a part of the peak")
   if factor in fields:
     return peak * fields.number(factor, minimum=0.0)
   return fields.number(rate, 0.0, minimum=0.0)
