@@ -40,12 +40,17 @@ def finish(
   if jax.process_index():
     return
   if (workdir / "metrics.jsonl").exists():
-    plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
-    drawn.insert(0, "curves.png")
+    try:
+      plot_curves(workdir / "metrics.jsonl", workdir / "curves.png")
+      drawn.insert(0, "curves.png")
+    except (ValueError, OSError) as error:
+      reporter.message(f"curves.png could not be drawn: {error}")
+  board = ", tensorboard/ " if "tensorboard" in run.settings.sinks else ""
+  hint = f" (tensorboard --logdir {workdir})" if board else ""
   reporter.message(
     f"done. In {workdir}:\n"
     f"  {', '.join(drawn):<29} to look at\n"
-    f"  metrics.jsonl, tensorboard/   every figure (tensorboard --logdir {workdir})\n"
+    f"  {'metrics.jsonl' + board:<29} every figure{hint}\n"
     "  checkpoints/                  whole states\n"
     "  export/                       the weights alone\n"
     + (

@@ -114,8 +114,9 @@ def main(arguments: list[str]) -> int:
   except _user_errors() as error:
     if os.environ.get(_TRACEBACK):
       raise
-    message = explain(error) or str(error)
-    return _tell(f"{message}\n(with {_TRACEBACK}=1 the place in the code is shown)")
+    # The cause is the last line of all.
+    print(f"\n(with {_TRACEBACK}=1 the place in the code is shown)", end="", file=sys.stderr)
+    return _tell(explain(error) or str(error))
 
 
 def _read_config(text: str) -> tuple[Path, ConfigDict]:

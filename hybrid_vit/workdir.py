@@ -125,9 +125,10 @@ def lock(workdir: Any, *, process_index: int = 0) -> Iterator[None]:
       ) from error
     yield
   finally:
-    os.close(file)
+    # Before the lock is given back: nobody else can be holding a file that is about to go.
     if made:
       _remove_if_bare(workdir)
+    os.close(file)
 
 
 def _remove_if_bare(workdir: epath.Path) -> None:
