@@ -94,7 +94,6 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
     epochs=30,
   )
   del config.task["mixing"]
-  config.optimizer.schedule.warmup_start_learning_rate = 0.0
   config.optimizer.weight_decay_rules = _WEIGHT_DECAY_RULES
   depths = model_entry(name).arguments["depths"]
   config.optimizer.layer_decay = dict(rate=0.8 if from_22k else 0.7, layers=layer_ids(depths))

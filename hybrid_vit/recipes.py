@@ -165,12 +165,11 @@ def deit(
     learning_rate_batch_size=learning_rate_batch_size,
     weight_decay=weight_decay,
     schedule=dict(
-      name="cosine",
-      warmup_epochs=warmup_epochs,
-      warmup_start_learning_rate=1e-6,
-      end_learning_rate=end_learning_rate,
+      name="cosine", warmup_epochs=warmup_epochs, end_learning_rate=end_learning_rate
     ),
   )
+  if warmup_epochs:
+    config.optimizer.schedule.warmup_start_learning_rate = 1e-6
   if gradient_clip_norm is not None:
     config.optimizer.gradient_clip_norm = gradient_clip_norm
   if ema_decay is not None:
