@@ -164,9 +164,7 @@ def deit(
     learning_rate=learning_rate,
     learning_rate_batch_size=learning_rate_batch_size,
     weight_decay=weight_decay,
-    schedule=dict(
-      name="cosine", warmup_epochs=warmup_epochs, end_learning_rate=end_learning_rate
-    ),
+    schedule=dict(name="cosine", warmup_epochs=warmup_epochs, end_learning_rate=end_learning_rate),
   )
   if warmup_epochs:
     config.optimizer.schedule.warmup_start_learning_rate = 1e-6
