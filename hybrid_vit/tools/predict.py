@@ -2,8 +2,8 @@
 
 python -m hybrid_vit.tools.predict --weights=DIR photo.jpg another.png
 
-DIR is a work directory, a checkpoint, an export, or what `hybrid_vit.tools.import_weights` wrote. Of
-a work directory the export is taken, unless the run went on after it. Photos are prepared as the
+DIR is a work directory, a checkpoint, an export, or what `hybrid_vit.tools.import_weights` wrote.
+Of a work directory the export is taken, unless the run went on after it. Photos are prepared as the
 weights expect. One that cannot be read is named and skipped, and the command then returns 2.
 """
 
