@@ -1,5 +1,6 @@
 """Every file in `configs/`: each variant builds, its default and its local try pass the dry run."""
 
+import configparser
 import functools
 import importlib.util
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_vit import build, dry_run
+from hybrid_vit import build, config_files, dry_run
 from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, ConfigError, load_config
 
@@ -99,6 +100,29 @@ def test_a_file_with_variants_says_what_it_offers():
       assert "runlocal" in variants(path), path
       with pytest.raises(ConfigError, match="unknown variant"):
         load_config(path, "no_such_variant")
+
+
+def test_an_installation_carries_every_package_and_the_recipes():
+  """setup.cfg names packages one by one, and takes the recipes from beside the package."""
+  setup = configparser.ConfigParser()
+  setup.read(CONFIGS.parent / "setup.cfg")
+  listed = set(setup["options"]["packages"].split())
+  there = (CONFIGS.parent / "hybrid_vit").rglob("__init__.py")
+  names = {".".join(path.parent.relative_to(CONFIGS.parent).parts) for path in there}
+  assert listed == names | {"hybrid_vit.configs"}
+  assert setup["options"]["package_dir"].split() == ["hybrid_vit.configs", "=", "configs"]
+
+
+def test_recipes_are_found_by_name_within_an_installed_package_first(tmp_path, monkeypatch):
+  for text in ("moat", "moat.py", "configs/moat.py", str(CONFIGS / "moat.py")):
+    assert config_files.find_config(text).samefile(CONFIGS / "moat.py")
+  for folder in ("configs", "hybrid_vit/configs"):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "own.py").write_text("")
+  monkeypatch.setattr(config_files, "_PACKAGE", tmp_path / "hybrid_vit")
+  assert config_files.find_config("own") == tmp_path / "hybrid_vit" / "configs" / "own.py"
+  with pytest.raises(ConfigError, match="no configuration file 'owm'; did you mean 'own'"):
+    config_files.find_config("owm")
 
 
 def test_local_tries_run_on_the_embedded_digits_in_about_a_minute():
