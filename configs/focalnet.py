@@ -72,7 +72,7 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K, 90 epochs (paper, table 19); the data is a folder, `--config.data.source=…`.
+  """ImageNet-22K, 90 epochs (paper, table 19), from a folder: see `recipes.pretrain_on_22k`.
 
   The paper pretrains at 224; the released large and xlarge went on at 384, their entries' size.
   The authors' 21,842 classes begin with those of ImageNet-1K.
@@ -81,10 +81,9 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
     name,
     *recipes.DEIT_AUGMENTATION,
     batch_size=batch_size,
-    source="folder:data/imagenet22k",
-    num_classes=21842,
     preprocessing=dataclasses.replace(model_entry(name).preprocessing, image_size=224),
   )
+  recipes.pretrain_on_22k(config, num_classes=21842)
   config.model.arguments.drop_path_rate = 0.2  # paper, of base and large; the code's files: 0.5
   if name == "focalnet_base_srf":
     config.model.arguments.layer_scale = 1e-4  # paper: on all layers, where it pretrains

@@ -87,10 +87,9 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
   config = _supervised(name, batch_size)
-  config.data.source = "folder:data/imagenet22k"
-  config.model.num_classes = 21841
+  recipes.pretrain_on_22k(config)
   config.total_epochs = 90
   config.optimizer = dict(
     name="adamw",

@@ -63,14 +63,9 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
-  config = recipes.imagenet(
-    "smt_l_22k",
-    *recipes.DEIT_AUGMENTATION,
-    batch_size=batch_size,
-    source="folder:data/imagenet22k",
-    num_classes=21841,
-  )
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
+  config = recipes.imagenet("smt_l_22k", *recipes.DEIT_AUGMENTATION, batch_size=batch_size)
+  recipes.pretrain_on_22k(config)
   scratch = from_scratch("smt_l", batch_size)
   config.task, config.optimizer = scratch.task, scratch.optimizer
   config.total_epochs = 90

@@ -66,7 +66,7 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
   config = recipes.deit(
     name,
     batch_size=batch_size,
@@ -75,10 +75,8 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
     warmup_epochs=5,
     gradient_clip_norm=5.0,
     epochs=90,
-    source="folder:data/imagenet22k",
-    num_classes=21841,
   )
-  return config
+  return recipes.pretrain_on_22k(config)
 
 
 def fine_tuning(name: str, batch_size: int) -> ConfigDict:
