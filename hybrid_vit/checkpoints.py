@@ -258,6 +258,9 @@ class Checkpointer:
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
     )
+    if jax.process_count() > 1:
+      # Managers name their barriers alike: of two that write at once both would fail.
+      self.wait()
     try:
       manager.save(step, args=items, force=True)
     except Exception as error:

@@ -10,7 +10,7 @@ from etils import epath
 
 from hybrid_vit.build import Run
 from hybrid_vit.checkpoints import export
-from hybrid_vit.reporting import plot_curves
+from hybrid_vit.plots import plot_curves
 from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.train_state import TrainState
 

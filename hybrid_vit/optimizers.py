@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybrid_vit.config import Config
+from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.sharding import path_name
 
 Schedule = Callable[[Any], Any]
@@ -108,31 +108,55 @@ def make_schedule(
 def schedule_from_config(
   config: Config, *, batch_size: int, total_steps: int, steps_per_epoch: float
 ) -> Schedule:
-  """`config.optimizer` → schedule; with `learning_rate_batch_size` the rate is scaled linearly."""
-  reference = config.get("learning_rate_batch_size")
-  rate = float(config.learning_rate) * (batch_size / reference if reference else 1.0)
+  """`config.optimizer` → schedule; with `learning_rate_batch_size` the rate is scaled linearly.
+
+  `schedule.end_learning_rate` and `schedule.warmup_start_learning_rate` are rates as they stand;
+  `schedule.end_learning_rate_factor` and `schedule.warmup_start_factor` are parts of the peak, and
+  so follow the batch as it does.
+
+  Raises:
+    ConfigError: a field of another type or out of range, or a rate given in both ways.
+  """
+  reference = config.integer("learning_rate_batch_size", None, minimum=1)
+  rate = config.number("learning_rate", minimum=0.0) * (batch_size / reference if reference else 1)
   fields = config.group("schedule")
-  warmup_steps = fields.get("warmup_steps")
+  warmup_steps = fields.integer("warmup_steps", None, minimum=0)
   if warmup_steps is None:
-    warmup_steps = round(fields.get("warmup_epochs", 0) * steps_per_epoch)
+    warmup_steps = round(fields.number("warmup_epochs", 0.0, minimum=0.0) * steps_per_epoch)
   name = fields.choice("name", SCHEDULES, "cosine")
   # A constant schedule has no end; reading the field there would hide that it is not used.
-  end = 0.0 if name == "constant" else float(fields.get("end_learning_rate", 0.0))
+  end = start = 0.0
+  if name != "constant":
+    end = _rate_or_factor(fields, "end_learning_rate", "end_learning_rate_factor", rate)
+  if warmup_steps:
+    start = _rate_or_factor(fields, "warmup_start_learning_rate", "warmup_start_factor", rate)
   return make_schedule(
     name,
     peak=rate,
     total_steps=total_steps,
-    warmup_steps=int(warmup_steps),
-    warmup_start=float(fields.get("warmup_start_learning_rate", 0.0)) if warmup_steps else 0.0,
+    warmup_steps=warmup_steps,
+    warmup_start=start,
     end=end,
   )
+
+
+def _rate_or_factor(fields: Config, rate: str, factor: str, peak: float) -> float:
+  if rate in fields and factor in fields:
+    both = " and ".join(
+      f"`config.optimizer.schedule.{name}` is {fields.get(name)!r}" for name in (rate, factor)
+    )
+    raise ConfigError(f"{both}: give one of them, a rate or a part of the peak")
+  if factor in fields:
+    return peak * fields.number(factor, minimum=0.0)
+  return fields.number(rate, 0.0, minimum=0.0)
 
 
 def make_optimizer(config: Config, params: Any, schedule: Schedule) -> optax.GradientTransformation:
   """`config.optimizer` → an optax chain.
 
   Order: clip the global norm, precondition (Adam, LAMB) or accumulate momentum (SGD), decoupled
-  weight decay (for SGD coupled, before the momentum, as torch does), trust ratio (LAMB), then the
+  weight decay (for SGD coupled, before the momentum, as torch does), trust ratio (LAMB; only where
+  the rules of weight decay give a factor that is not 0, the others take Adam's step), then the
   learning rate times each parameter's own factor. Frozen parameters have no optimizer state.
 
   Args:
@@ -143,26 +167,31 @@ def make_optimizer(config: Config, params: Any, schedule: Schedule) -> optax.Gra
     schedule: learning rate by step.
 
   Raises:
+    ConfigError: a field of another type or out of range.
     ValueError: a parameter that rules do not cover, or a rule that matches none.
   """
   name = config.choice("name", OPTIMIZERS)
-  decay = _decay_transform(config, params)
+  weight_decay = config.number("weight_decay", 0.0, minimum=0.0)
+  factors_of_decay = None
+  if weight_decay or name == "lamb":
+    factors_of_decay = _decay_factors(config, params)
+  decay = [_decay_transform(weight_decay, factors_of_decay)] if weight_decay else []
   if name == "sgd":
     core = [
       *decay,
       optax.trace(
-        decay=float(config.get("momentum", 0.9)), nesterov=bool(config.get("nesterov", False))
+        decay=_below_one(config, "momentum", 0.9), nesterov=config.flag("nesterov", False)
       ),
     ]
   else:
     adam = optax.scale_by_adam(
-      b1=float(config.get("b1", 0.9)),
-      b2=float(config.get("b2", 0.999)),
-      eps=float(config.get("eps", 1e-8 if name == "adamw" else 1e-6)),
+      b1=_below_one(config, "b1", 0.9),
+      b2=_below_one(config, "b2", 0.999),
+      eps=config.number("eps", 1e-8 if name == "adamw" else 1e-6, minimum=0.0),
     )
     core = [adam, *decay]
     if name == "lamb":
-      core.append(optax.scale_by_trust_ratio())
+      core.append(_trust_ratio(factors_of_decay))
 
   factors = learning_rate_factors(config, params)
   if factors is not None:
@@ -174,29 +203,74 @@ def make_optimizer(config: Config, params: Any, schedule: Schedule) -> optax.Gra
   if frozen is not None:
     labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
     optimizer = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
-  clip_norm = config.get("gradient_clip_norm")
+  clip_norm = config.number("gradient_clip_norm", None, minimum=0.0)
   if clip_norm:
     # Before the partition, so that a frozen part's gradient, zeroed here, does not count.
     clip: list[optax.GradientTransformation] = []
     if frozen is not None:
       clip.append(_scale_by_tree(jax.tree.map(lambda is_frozen: 0.0 if is_frozen else 1.0, frozen)))
-    optimizer = optax.chain(*clip, optax.clip_by_global_norm(float(clip_norm)), optimizer)
+    optimizer = optax.chain(*clip, optax.clip_by_global_norm(clip_norm), optimizer)
   return optimizer
 
 
-def _decay_transform(config: Config, params: Any) -> list[optax.GradientTransformation]:
-  weight_decay = float(config.get("weight_decay", 0.0))
-  if not weight_decay:
-    return []
-  rules = config.get("weight_decay_rules")
+def _below_one(config: Config, name: str, default: float) -> float:
+  value = config.number(name, default, minimum=0.0)
+  if value >= 1.0:
+    raise ConfigError(f"`config.optimizer.{name}` is {value}; a number below 1 was expected")
+  return value
+
+
+def _rules(config: Config, name: str, field: str) -> tuple[tuple[str, float], ...] | None:
+  """A list of pairs (regex, number); None where it is absent or empty."""
+  rules = config.typed(name, tuple, None)
+  for rule in rules or ():
+    is_pair = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)
+    if not is_pair or isinstance(rule[1], bool) or not isinstance(rule[1], int | float):
+      raise ConfigError(
+        f"`{field}` holds {rule!r}; pairs (regex, number) were expected, e.g. (('bias$', 0.0), "
+        "('.*', 1.0))"
+      )
+    _check_regex(rule[0], field)
+  return tuple((regex, value) for regex, value in rules) if rules else None
+
+
+def _check_regex(regex: str, field: str) -> None:
+  try:
+    re.compile(regex)
+  except re.error as error:
+    raise ConfigError(
+      f"`{field}` holds {regex!r}, which is no regular expression: {error}"
+    ) from None
+
+
+def _decay_factors(config: Config, params: Any) -> Any:
+  """Each parameter's factor of the weight decay."""
+  field = "config.optimizer.weight_decay_rules"
+  rules = _rules(config, "weight_decay_rules", field)
   # Our own default serves every network; rules somebody wrote must each match something.
-  factors = match_rules(
-    params,
-    rules or DEFAULT_WEIGHT_DECAY_RULES,
-    field="config.optimizer.weight_decay_rules",
-    must_match=rules is not None,
+  return match_rules(
+    params, rules or DEFAULT_WEIGHT_DECAY_RULES, field=field, must_match=rules is not None
   )
 
+
+def _trust_ratio(factors_of_decay: Any) -> optax.GradientTransformation:
+  ratio = optax.scale_by_trust_ratio()
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    scaled, state = ratio.update(updates, state, params)
+    chosen = jax.tree.map(
+      lambda u, s, f: s if f else u,
+      updates,
+      scaled,
+      _like(updates, factors_of_decay),
+      is_leaf=_is_masked,
+    )
+    return chosen, state
+
+  return optax.GradientTransformation(ratio.init, update)
+
+
+def _decay_transform(weight_decay: float, factors: Any) -> optax.GradientTransformation:
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     if params is None:
       raise ValueError("weight decay needs the parameters: optimizer.update(grads, state, params)")
@@ -211,7 +285,7 @@ def _decay_transform(config: Config, params: Any) -> list[optax.GradientTransfor
     )
     return updates, state
 
-  return [optax.GradientTransformation(lambda _: optax.EmptyState(), update)]
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def _scale_by_tree(factors: Any) -> optax.GradientTransformation:
@@ -241,9 +315,13 @@ def _like(updates: Any, factors: Any) -> Any:
 
 def frozen_parameters(config: Config, params: Any) -> Any:
   """A tree of booleans, or None where `config.optimizer.freeze` names nothing."""
-  regexes = config.get("freeze", ())
+  regexes = config.typed("freeze", tuple, ())
   if not regexes:
     return None
+  for regex in regexes:
+    if not isinstance(regex, str):
+      raise ConfigError(f"`config.optimizer.freeze` holds {regex!r}; regexes were expected")
+    _check_regex(regex, "config.optimizer.freeze")
   rules = [(regex, True) for regex in regexes] + [(".*", False)]
   return match_rules(params, rules, field="config.optimizer.freeze")
 
@@ -255,15 +333,18 @@ def learning_rate_factors(config: Config, params: Any) -> Any:
   parameter of depth d the factor rate^(deepest - d).
   """
   factors = None
-  layer_decay = config.get("layer_decay")
-  if layer_decay is not None:
-    layers = tuple(layer_decay.layers)
-    rate = float(layer_decay.rate)
+  if "layer_decay" in config:
+    layer_decay, field = config.group("layer_decay"), "config.optimizer.layer_decay.layers"
+    rate = layer_decay.number("rate", above=0.0)
+    layers = _rules(layer_decay, "layers", field)
+    if layers is None:
+      raise ConfigError(f"`{field}` is needed: pairs (regex, depth)")
     deepest = max(depth for _, depth in layers)
-    depths = match_rules(params, layers, field="config.optimizer.layer_decay.layers")
+    depths = match_rules(params, layers, field=field)
     factors = jax.tree.map(lambda depth: rate ** (deepest - depth), depths)
-  rules = config.get("learning_rate_rules")
+  field = "config.optimizer.learning_rate_rules"
+  rules = _rules(config, "learning_rate_rules", field)
   if rules:
-    own = match_rules(params, rules, field="config.optimizer.learning_rate_rules")
+    own = match_rules(params, rules, field=field)
     factors = own if factors is None else jax.tree.map(lambda a, b: a * b, factors, own)
   return factors

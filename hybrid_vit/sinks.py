@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from etils import epath
+
+from hybrid_vit.line_files import LineFile
 
 SINKS = ("tensorboard", "csv", "wandb", "mlflow")
 
@@ -58,6 +61,14 @@ def create_sink(
   return makers[name](workdir, start_step, run_config)
 
 
+def stays(step: int, kind: str, start_step: int) -> bool:
+  """Whether a run that goes on from `start_step` will not write this figure again.
+
+  What was evaluated at that step is evaluated again.
+  """
+  return step <= (start_step - 1 if kind.startswith("eval/") else start_step) and start_step > 0
+
+
 class TensorBoard:
   """Event files in `workdir`/tensorboard."""
 
@@ -67,8 +78,8 @@ class TensorBoard:
 
     self._writer = tensorboardX.SummaryWriter(
       os.fspath(workdir / "tensorboard"),
-      # Tells TensorBoard to forget what an interrupted run wrote beyond the restored step.
-      purge_step=start_step + 1 if start_step else None,
+      # Tells TensorBoard to forget what an earlier run wrote beyond the restored step.
+      purge_step=start_step + 1 if start_step else 0,
     )
 
   def scalars(self, step: int, values: Mapping[str, float], kind: str) -> None:
@@ -90,21 +101,23 @@ class Csv:
 
   def __init__(self, workdir: epath.Path, start_step: int, run_config: Mapping[str, Any]):
     del run_config
-    path, rows = workdir / "metrics.csv", []
-    if start_step and path.exists():
-      with path.open("r") as file:
-        rows = [
-          row for row in list(csv.reader(file))[1:] if len(row) == 4 and _stays(row, start_step)
-        ]
-    self._file = path.open("w")
-    self._writer = csv.writer(self._file, lineterminator="\n")
-    self._writer.writerow(("step", "kind", "name", "value"))
-    self._writer.writerows(rows)
+
+    def keep(line: bytes) -> bool:
+      row = next(csv.reader([line.decode(errors="replace")]))
+      is_row = len(row) == 4 and row[0].isdecimal()
+      return is_row and stays(int(row[0]), row[1], start_step)
+
+    self._file = LineFile(workdir / "metrics.csv", keep, header="step,kind,name,value")
 
   def scalars(self, step: int, values: Mapping[str, float], kind: str) -> None:
     """See `Sink`."""
-    self._writer.writerows((step, kind, key, repr(value)) for key, value in values.items())
-    self._file.flush()
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(
+      # A name on one line, so that a line is a row.
+      (step, kind, " ".join(key.split()), repr(value))
+      for key, value in values.items()
+    )
+    self._file.write(rows.getvalue())
 
   def text(self, name: str, text: str, step: int) -> None:
     """Nothing: a table has no pages."""
@@ -114,22 +127,18 @@ class Csv:
     self._file.close()
 
 
-def _stays(row: list[str], start_step: int) -> bool:
-  """Whether a resumed run will not write this row again."""
-  last = start_step - 1 if row[1].startswith("eval/") else start_step
-  return row[0].isdecimal() and int(row[0]) <= last
-
-
 class WeightsAndBiases:
-  """A run of Weights & Biases, called as the work directory is; its own settings are wandb's."""
+  """A run of Weights & Biases, called as the work directory is; its own settings are wandb's.
+
+  Its identity is in `workdir`/wandb_id.txt, so that a resumed run goes on with it.
+  """
 
   def __init__(self, workdir: epath.Path, start_step: int, run_config: Mapping[str, Any]):
-    del start_step
     wandb = _library("wandb")
-    # The same identity when the run goes on.
-    self._run = wandb.init(
-      name=workdir.name, id=workdir.name, resume="allow", config=dict(run_config)
-    )
+    kept = workdir / "wandb_id.txt"
+    known = _known(kept, start_step)
+    self._run = wandb.init(name=workdir.name, id=known, resume="allow", config=dict(run_config))
+    kept.write_text(f"{self._run.id}\n")
 
   def scalars(self, step: int, values: Mapping[str, float], kind: str) -> None:
     """See `Sink`."""
@@ -144,12 +153,18 @@ class WeightsAndBiases:
 
 
 class MLflow:
-  """A run of MLflow, called as the work directory is; the server is MLFLOW_TRACKING_URI's."""
+  """A run of MLflow, called as the work directory is; the server is MLFLOW_TRACKING_URI's.
+
+  Its identity is in `workdir`/mlflow_id.txt, so that a resumed run goes on with it.
+  """
 
   def __init__(self, workdir: epath.Path, start_step: int, run_config: Mapping[str, Any]):
-    del start_step, run_config
+    del run_config
     self._mlflow = _library("mlflow")
-    self._mlflow.start_run(run_name=workdir.name)
+    kept = workdir / "mlflow_id.txt"
+    known = _known(kept, start_step)
+    run = self._mlflow.start_run(run_id=known, run_name=workdir.name)
+    kept.write_text(f"{run.info.run_id}\n")
 
   def scalars(self, step: int, values: Mapping[str, float], kind: str) -> None:
     """See `Sink`."""
@@ -162,6 +177,11 @@ class MLflow:
   def close(self) -> None:
     """See `Sink`."""
     self._mlflow.end_run()
+
+
+def _known(kept: epath.Path, start_step: int) -> str | None:
+  """The identity to go on with; one that begins anew gets a new one."""
+  return kept.read_text().strip() if start_step and kept.exists() else None
 
 
 def _library(name: str) -> Any:

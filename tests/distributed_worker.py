@@ -73,7 +73,9 @@ def main(directory: Path) -> None:
     checkpointer = Checkpointer(directory, keep=3, every_minutes=0.0001)
     assert checkpointer.should_save(1, ask_clock=True)
     for step in (3, 4):
-      checkpointer.save(state, step)
+      checkpointer.save(state, step, {"loss": [1.5, 16.0]})
+    assert checkpointer.save_best(state.evaluation_variables, 4, 0.5, True)
+    assert not checkpointer.save_best(state.evaluation_variables, 5, 0.4, True)
     checkpointer.wait()
     if jax.process_index() == 0:
       manifest = directory / "checkpoints" / "4" / "state" / "manifest.ocdbt"
@@ -82,7 +84,7 @@ def main(directory: Path) -> None:
     checkpointer = Checkpointer(directory)
     restored = checkpointer.restore(abstract_like(state, layout))
     checkpointer.close()
-    assert restored.step == 3, restored.step
+    assert restored.step == 3 and restored.sums == {"loss": [1.5, 16.0]}, restored.step
     again = restored.state.params["hidden"]["kernel"]
     for one, other in zip(kernel.addressable_shards, again.addressable_shards):
       np.testing.assert_array_equal(one.data, other.data)

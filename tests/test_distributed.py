@@ -69,10 +69,11 @@ def test_two_processes_are_one_device(compilation_cache, tmp_path):
   assert restored.step == 3 and int(restored.state.step) == distributed_worker.STEPS
   bare = [jax.device_get(s.replace(rng=None)) for s in (restored.state, state)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *bare)
-  weights, _ = load_weights(tmp_path)
-  np.testing.assert_array_equal(
-    weights["params"]["head"]["kernel"], restored.state.ema["params"]["head"]["kernel"]
-  )
+  for place in (tmp_path, tmp_path / "best" / "4"):  # the export, and what was best
+    weights, _ = load_weights(place)
+    np.testing.assert_array_equal(
+      weights["params"]["head"]["kernel"], restored.state.ema["params"]["head"]["kernel"]
+    )
 
 
 def test_the_command_in_two_processes(unbroken, tiny_config, compilation_cache, tmp_path):

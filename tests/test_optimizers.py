@@ -34,10 +34,10 @@ def steps(number=1, rate=0.1, **fields):
   return flat(params)
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, rtol=2e-6):
   assert found.keys() == expected.keys()
   for name, value in expected.items():
-    np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
+    np.testing.assert_allclose(found[name], value, rtol=rtol, err_msg=name)
 
 
 BEFORE, GRADIENT = flat(PARAMS), flat(GRADIENTS)
@@ -86,6 +86,66 @@ def test_warm_up_in_epochs_or_steps():
     assert [float(rate(s)) for s in (0, 4)] == pytest.approx([0.2, 1.0])
 
 
+def test_ends_and_starts_as_parts_of_the_peak_follow_the_batch():
+  fields = {"end_learning_rate_factor": 0.1, "warmup_start_factor": 0.5, "warmup_steps": 4}
+  for batch_size, peak in ((512, 0.5), (1024, 1.0), (256, 0.25)):
+    rate = from_config(batch_size, learning_rate=0.5, learning_rate_batch_size=512, schedule=fields)
+    assert float(rate(100)) == pytest.approx(0.1 * peak)
+    # From half of the peak: an eighth of it more with each of four steps.
+    assert [float(rate(s)) for s in (0, 3)] == pytest.approx([0.625 * peak, peak])
+  absolute = from_config(
+    2048,
+    learning_rate=0.5,
+    learning_rate_batch_size=512,
+    schedule={"end_learning_rate": 0.01, "warmup_start_learning_rate": 1.0, "warmup_steps": 4},
+  )
+  assert [float(absolute(s)) for s in (0, 3, 100)] == pytest.approx([1.25, 2.0, 0.01])
+
+
+@pytest.mark.parametrize(
+  ("rate", "factor"),
+  [
+    ("end_learning_rate", "end_learning_rate_factor"),
+    ("warmup_start_learning_rate", "warmup_start_factor"),
+  ],
+)
+def test_a_rate_and_a_part_of_the_peak_exclude_each_other(rate, factor):
+  fields = {rate: 1e-6, factor: 0.25, "warmup_epochs": 1}
+  with pytest.raises(ConfigError) as error:
+    from_config(learning_rate=1.0, schedule=fields)
+  group = "config.optimizer.schedule"
+  assert str(error.value) == (
+    f"`{group}.{rate}` is 1e-06 and `{group}.{factor}` is 0.25: give one of them, a rate or a part "
+    "of the peak"
+  )
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"learning_rate": "1e-3"}, "`config.learning_rate` is '1e-3'; a number was expected"),
+    ({"learning_rate": -1.0}, "`config.learning_rate` is -1.0; at least 0.0 was expected"),
+    ({}, "`config.learning_rate` is needed and was not given"),
+    ({"learning_rate_batch_size": 0}, "`config.learning_rate_batch_size` is 0; at least 1"),
+    ({"learning_rate_batch_size": 25.5}, "is 25.5; a whole number was expected"),
+    ({"schedule": "cosine"}, "`config.schedule` is 'cosine'; a group of fields was expected"),
+    ({"schedule": {"warmup_epochs": "5"}}, "`config.schedule.warmup_epochs` is '5'; a number"),
+    ({"schedule": {"warmup_steps": 1.5}}, "`config.schedule.warmup_steps` is 1.5; a whole number"),
+    ({"schedule": {"warmup_steps": -1}}, "`config.schedule.warmup_steps` is -1; at least 0"),
+    (
+      {"schedule": {"end_learning_rate": None, "end_learning_rate_factor": "x"}},
+      "is 'x'; a number",
+    ),
+    ({"schedule": {"end_learning_rate": True}}, "`config.schedule.end_learning_rate` is True"),
+  ],
+)
+def test_settings_of_a_schedule_are_checked_by_name(fields, message):
+  given = {} if not fields else {"learning_rate": 1.0, **fields}
+  with pytest.raises(ConfigError) as error:
+    from_config(**given)
+  assert message in str(error.value)
+
+
 def test_schedules_that_cannot_be():
   with pytest.raises(ValueError, match="warm-up of 10 steps leaves nothing of a training of 10"):
     optimizers.make_schedule("cosine", peak=1.0, total_steps=10, warmup_steps=10)
@@ -119,15 +179,29 @@ def test_adamw_two_steps_by_hand():
   assert_close(found, expected)
 
 
-def test_lamb_by_hand():
-  found = steps(name="lamb", eps=1e-3, weight_decay=0.2)
+@pytest.mark.parametrize("weight_decay", [0.2, 0.0])
+@pytest.mark.parametrize("freeze", [(), ("^stem/kernel",)])
+def test_lamb_by_hand(weight_decay, freeze):
+  found = steps(name="lamb", eps=1e-3, weight_decay=weight_decay, freeze=freeze)
   expected = {}
   for name, value in BEFORE.items():
     direction = GRADIENT[name] / (np.abs(GRADIENT[name]) + 1e-3)
-    direction = direction + (0.2 * value if name in DECAYED else 0.0)
-    ratio = np.linalg.norm(value) / np.linalg.norm(direction)
+    ratio = 1.0  # what is not decayed takes Adam's step
+    if name in DECAYED:
+      direction = direction + weight_decay * value
+      ratio = np.linalg.norm(value) / np.linalg.norm(direction)
     expected[name] = value - 0.1 * ratio * direction
-  assert_close(found, expected)
+  if freeze:
+    expected["stem/kernel"] = BEFORE["stem/kernel"]
+  assert_close(found, expected, rtol=1e-3)  # 0.00164 is a small difference of two numbers
+
+
+def test_lambs_trust_ratio_follows_rules_of_ones_own():
+  rules = (("^head/", 1.0), (".*", 0.0))
+  found = steps(name="lamb", eps=1e-3, weight_decay=0.2, weight_decay_rules=rules)
+  adam = steps(name="adamw", eps=1e-3)
+  lamb = steps(name="lamb", eps=1e-3, weight_decay=0.2, weight_decay_rules=((".*", 1.0),))
+  assert_close(found, {n: (lamb if n.startswith("head/") else adam)[n] for n in BEFORE})
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -152,7 +226,71 @@ def test_clipping_is_by_the_global_norm():
   assert_close(unclipped, {n: BEFORE[n] - 0.1 * GRADIENT[n] for n in BEFORE})
 
 
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"b1": "0.9"}, "`config.b1` is '0.9'; a number was expected"),
+    ({"b2": 1.0}, "`config.optimizer.b2` is 1.0; a number below 1 was expected"),
+    ({"eps": -1e-8}, "`config.eps` is -1e-08; at least 0.0 was expected"),
+    ({"name": "sgd", "momentum": 1}, "`config.optimizer.momentum` is 1.0; a number below 1"),
+    ({"name": "sgd", "nesterov": "no"}, "`config.nesterov` is 'no'; True or False was expected"),
+    ({"weight_decay": "0.05"}, "`config.weight_decay` is '0.05'; a number was expected"),
+    ({"weight_decay": -0.1}, "`config.weight_decay` is -0.1; at least 0.0 was expected"),
+    ({"gradient_clip_norm": True}, "`config.gradient_clip_norm` is True; a number was expected"),
+    ({"freeze": "^stem"}, "`config.freeze` is '^stem'; a tuple was expected"),
+    ({"freeze": (1,)}, "`config.optimizer.freeze` holds 1; regexes were expected"),
+    ({"freeze": ("(stem",)}, "`config.optimizer.freeze` holds '(stem', which is no regular"),
+    ({"learning_rate_rules": ("head", 2.0)}, "learning_rate_rules` holds 'head'; pairs (regex"),
+    ({"learning_rate_rules": (("head", "2"),)}, "holds ('head', '2'); pairs (regex, number)"),
+    (
+      {"weight_decay": 0.1, "weight_decay_rules": (("*", 1.0),)},
+      "weight_decay_rules` holds '*', which is no regular expression: nothing to repeat",
+    ),
+    ({"layer_decay": 0.8}, "`config.layer_decay` is 0.8; a group of fields was expected"),
+    ({"layer_decay": {"rate": 0.0}}, "`config.layer_decay.rate` is 0.0; more than 0.0"),
+    ({"layer_decay": {"rate": 0.8}}, "layer_decay.layers` is needed: pairs (regex, depth)"),
+  ],
+)
+def test_settings_of_an_optimizer_are_checked_by_name(fields, message):
+  with pytest.raises(ConfigError) as error:
+    optimizers.make_optimizer(Config({"name": "adamw", **fields}), PARAMS, lambda step: 0.1)
+  assert message in str(error.value)
+
+
 # Rules.
+
+
+@pytest.mark.parametrize(
+  ("name", "decayed"),
+  [
+    ("kernel", True),
+    ("block0/attention/query/kernel", True),
+    ("bias", False),
+    ("block0/norm/bias", False),
+    ("norm/scale", False),
+    ("block0/gamma", False),
+    ("gamma", False),
+    ("class_token", False),
+    ("tower/class_token", False),
+    ("position_embedding", False),
+    ("attention/position_table12", False),
+    ("gamma/kernel", True),  # a module's name is not its parameter's
+    ("subclass_token", True),
+    ("relative_position_index", True),
+  ],
+)
+def test_what_is_decayed_by_default(name, decayed):
+  params: dict = {}
+  *modules, last = name.split("/")
+  place = params
+  for module in modules:
+    place = place.setdefault(module, {})
+  place[last] = jnp.ones(2)
+  config = Config({"name": "sgd", "weight_decay": 0.5})
+  optimizer = optimizers.make_optimizer(config, params, lambda step: 1.0)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  assert float(jax.tree.leaves(updates)[0][0]) == (-0.5 if decayed else 0.0)
 
 
 def test_decay_by_rules_of_ones_own():

@@ -1,19 +1,19 @@
-"""The files of a run: exact after a resume, valid JSON whatever the numbers, pictures readable."""
+"""The files of a run: exact after a resume, never shortened without a copy, valid JSON."""
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hybrid_vit import reporting
-from hybrid_vit.reporting import Reporter, plot_curves, plot_predictions, read_metrics
+from hybrid_vit import line_files, reporting
+from hybrid_vit.reporting import Reporter, read_metrics
 
 
 def quiet(workdir, **arguments):
-  return Reporter(workdir, 100, tensorboard=False, progress=False, **arguments)
+  return Reporter(workdir, 100, sinks=(), progress=False, **arguments)
 
 
 def write_steps(reporter, first, last):
@@ -21,7 +21,7 @@ def write_steps(reporter, first, last):
     reporter.scalars(step, {"loss": 1 / step, "learning_rate": 0.1}, kind="train")
     if step % 5 == 0:
       reporter.scalars(step, {"top1": step / 100}, kind="eval/validation")
-    reporter.timing(step, {"images_per_second": 100.0})
+    reporter.timing(step, {"examples_per_second": 100.0})
 
 
 def test_resumed_file_equals_an_unbroken_one_byte_for_byte(tmp_path):
@@ -54,12 +54,73 @@ def test_a_torn_last_line_is_dropped_even_if_it_lies_before_the_restored_step(tm
   assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
-def test_a_run_from_the_start_begins_with_empty_files(tmp_path):
+@pytest.mark.parametrize("sinks", [(), ("csv",)])
+def test_what_is_shortened_is_kept_as_it_was(tmp_path, capsys, sinks):
+  names = ["metrics.jsonl", "timings.jsonl", *(["metrics.csv"] if sinks else [])]
+
+  def contents(suffix=""):
+    return [(tmp_path / (name + suffix)).read_bytes() for name in names]
+
+  def run(start_step, first, last):
+    reporter = Reporter(tmp_path, 100, start_step, progress=False, sinks=sinks)
+    write_steps(reporter, first, last)
+    reporter.close()
+    return contents()
+
+  first = run(0, 1, 14)
+  assert run(14, 15, 13) == first  # nothing to cut, no copy
+  assert not list(tmp_path.glob("*.1"))
+  second = run(9, 10, 12)
+  assert contents(".1") == first
+  # A new beginning in the same directory.
+  run(0, 1, 2)
+  assert contents(".1") == first and contents(".2") == second
+  assert "goes on from step 9; as it was it is kept as metrics.jsonl.1\n" in (
+    capsys.readouterr().out
+  )
+  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_damaged_line_is_cut_out_and_kept_in_the_copy(tmp_path):
+  text = '{"step": 1, "kind": "train"}\nnonsense\n[3]\n{"step": 2, "kind": "train"}\n'
+  (tmp_path / "metrics.jsonl").write_text(text)
+  quiet(tmp_path, start_step=2).close()
+  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+  assert (tmp_path / "metrics.jsonl.1").read_text() == text
+
+
+def test_messages_are_kept_in_a_log_with_the_time(tmp_path):
+  for text in ("first", "second"):
+    reporter = quiet(tmp_path)
+    reporter.message(text)
+    reporter.close()
+  lines = (tmp_path / "log.txt").read_text().splitlines()
+  assert [line[20:] for line in lines] == ["first", "second"]
+  assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line[:19]) for line in lines)
+
+
+def test_an_object_store_gets_whole_files_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+  monkeypatch.setattr(line_files, "is_remote", lambda path: True)
+  monkeypatch.setattr(line_files, "_UPLOAD_SECONDS", math.inf)
   reporter = quiet(tmp_path)
-  reporter.scalars(0, {"top1": 0.1}, kind="eval/validation")
-  reporter.close()
-  quiet(tmp_path).close()
+  write_steps(reporter, 1, 7)
   assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+  monkeypatch.setattr(line_files, "_UPLOAD_SECONDS", 0.0)
+  write_steps(reporter, 8, 8)
+  assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 8
+
+  def fail(*args):
+    raise OSError("not now")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(type(line_files.epath.Path()), "write_text", fail)
+    write_steps(reporter, 9, 9)
+  write_steps(reporter, 10, 10)
+  reporter.close()
+  reporter.close()
+  quiet(tmp_path, start_step=10).close()
+  train = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+  assert [line["step"] for line in train] == list(range(1, 11))
 
 
 def test_lines_are_on_disk_at_once_and_hold_plain_numbers(tmp_path):
@@ -96,14 +157,14 @@ def test_tensorboard_reads_what_was_written(tmp_path):
   reporter = Reporter(tmp_path, 10, progress=False, run_config={"lr": 0.1, "model": {"name": "m"}})
   reporter.scalars(2, {"loss": 0.25}, kind="train")
   reporter.scalars(2, {"top1": 0.5}, kind="eval/validation")
-  reporter.timing(2, {"images_per_second": 640.0})
+  reporter.timing(2, {"examples_per_second": 640.0})
   reporter.close()
   reporter.close()
   events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
   for tag, value in (
     ("train/loss", 0.25),
     ("eval/validation/top1", 0.5),
-    ("timing/images_per_second", 640.0),
+    ("timing/examples_per_second", 640.0),
   ):
     (event,) = events.Scalars(tag)
     assert (event.step, event.value) == (2, value)
@@ -112,35 +173,35 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 def test_plain_lines_come_every_ten_seconds_with_the_time_left(tmp_path, monkeypatch, capsys):
   clock = iter([0.0, 4.0, 11.0, 12.0, 15.0])
-  monkeypatch.setattr(reporting.time, "monotonic", lambda: next(clock))
-  reporter = Reporter(tmp_path, 100, start_step=50, tensorboard=False)
+  monkeypatch.setattr("hybrid_vit.reporting.time.monotonic", lambda: next(clock))
+  reporter = Reporter(tmp_path, 100, start_step=50, sinks=())
   for step in (60, 64, 71, 72, 100):
-    reporter.progress(step, loss=0.5, images_per_second=1234.0, data_wait_fraction=0.07)
+    reporter.progress(step, loss=0.5, rate="1,234 examples/s, 7% waiting for data")
   reporter.message("saved")
   reporter.close()
   assert capsys.readouterr().out.splitlines() == [
-    "step 60/100: loss 0.5000, 1,234 images/s, 7% waiting for data",
+    "step 60/100: loss 0.5000, 1,234 examples/s, 7% waiting for data",
     # 11 steps in 11 s since the first line: 29 more take 29 s.
-    "step 71/100: loss 0.5000, 1,234 images/s, 7% waiting for data, 0:29 left",
-    "step 100/100: loss 0.5000, 1,234 images/s, 7% waiting for data",
+    "step 71/100: loss 0.5000, 1,234 examples/s, 7% waiting for data, 0:29 left",
+    "step 100/100: loss 0.5000, 1,234 examples/s, 7% waiting for data",
     "saved",
   ]
 
 
 def test_a_terminal_gets_a_bar_and_messages_beside_it(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-  reporter = Reporter(tmp_path, 100, start_step=40, tensorboard=False)
-  reporter.progress(70, loss=None, images_per_second=10.0, data_wait_fraction=0.0)
+  reporter = Reporter(tmp_path, 100, start_step=40, sinks=())
+  reporter.progress(70, loss=None, rate="10 examples/s", phase="phase 2/3")
   reporter.message("evaluated")
   reporter.close()
   captured = capsys.readouterr()
   assert captured.out == "evaluated\n"
-  assert "70/100" in captured.err and "10 images/s" in captured.err
+  assert "70/100" in captured.err and "phase 2/3, 10 examples/s" in captured.err
 
 
 def test_no_progress_is_shown_when_not_asked_for(tmp_path, capsys):
   reporter = quiet(tmp_path)
-  reporter.progress(100, loss=0.5, images_per_second=1.0, data_wait_fraction=0.0)
+  reporter.progress(100, loss=0.5, rate="1 examples/s")
   reporter.close()
   captured = capsys.readouterr()
   assert captured.out == "" and captured.err == ""
@@ -149,103 +210,3 @@ def test_no_progress_is_shown_when_not_asked_for(tmp_path, capsys):
 def test_durations_are_written_as_a_clock():
   assert reporting._duration(59.6) == "1:00"
   assert reporting._duration(3725) == "1:02:05"
-
-
-def curves_file(workdir, steps=200):
-  generator = np.random.default_rng(0)
-  reporter = quiet(workdir)
-  for step in range(1, steps + 1):
-    loss = 2.3 * math.exp(-step / 50) + 0.5 + 0.1 * generator.normal()
-    reporter.scalars(
-      step,
-      {
-        "loss": math.nan if step == 100 else loss,
-        "top1": 1 - math.exp(-step / 40),
-        "learning_rate": 1e-3 * math.cos(step / steps * math.pi / 2) ** 2,
-        "gradient_norm": 1 + generator.random(),
-      },
-      kind="train",
-    )
-    if step % 40 == 0:
-      top1 = 1 - math.exp(-step / 30)
-      reporter.scalars(
-        step, {"loss": 0.6 + 1 / step, "top1": top1, "top5": 1.0}, kind="eval/validation"
-      )
-      reporter.scalars(step, {"loss": 0.7, "top1": top1 * 0.9}, kind="eval/ema")
-  reporter.close()
-  return workdir / "metrics.jsonl"
-
-
-def test_curves_are_drawn_panel_by_panel(tmp_path, monkeypatch):
-  drawn = []
-  draw = reporting._draw_panel
-
-  def record(axes, name, members, series):
-    draw(axes, name, members, series)
-    drawn.append((name, axes.get_title(), axes.get_xlabel(), len(axes.lines)))
-
-  monkeypatch.setattr(reporting, "_draw_panel", record)
-  png = tmp_path / "deep" / "curves.png"
-  plot_curves(curves_file(tmp_path), png)
-  last = 1 - math.exp(-200 / 30)
-  assert drawn == [
-    # Train twice (pale and its mean), and two evaluations.
-    ("Loss", "Loss", "step", 4),
-    ("Accuracy", f"Accuracy (validation top-1 {last:.2%} at the end)", "step", 5),
-    ("Learning rate", "Learning rate", "step", 1),
-    ("Gradient norm", "Gradient norm", "step", 2),
-  ]
-  picture = np.asarray(Image.open(png).convert("RGB"))
-  assert picture.shape[0] > 800 and picture.shape[1] > 1000
-  assert picture.std() > 5
-
-
-def test_curves_of_an_empty_file_are_refused(tmp_path):
-  quiet(tmp_path).close()
-  with pytest.raises(ValueError, match="holds no metrics"):
-    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-
-
-def test_running_mean_passes_over_what_is_not_finite():
-  values = np.array([1.0, 1.0, np.nan, 1.0, 1.0, 4.0])
-  np.testing.assert_allclose(reporting._running_mean(values), [1, 1, 1, 1, 2, 2.5])
-
-
-def test_predictions_show_each_picture_in_the_colour_of_its_verdict(tmp_path):
-  images = np.zeros((2, 4, 4, 3), np.uint8)
-  images[0, :, :2] = 255
-  png = tmp_path / "predictions.png"
-  plot_predictions(images, ["cat", "cat"], ["cat", "dog"], [0.9, 0.6], png)
-  picture = np.asarray(Image.open(png).convert("RGB")).astype(int)
-
-  def share(colour, half):
-    colour = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    return np.mean(np.abs(half - colour).max(axis=-1) < 24)
-
-  left, right = np.split(picture[:, : picture.shape[1] // 2 * 2], 2, axis=1)
-  assert share(reporting._RIGHT, left) > 1e-3 and share(reporting._WRONG, left) == 0
-  assert share(reporting._WRONG, right) > 1e-3 and share(reporting._RIGHT, right) == 0
-  # Enlarged without blur: the left picture has its two grey levels, side by side.
-  row = left[left.shape[0] * 2 // 3]
-  assert (row == 255).all(axis=-1).sum() > 30 and (row == 0).all(axis=-1).sum() > 30
-
-
-def test_normalised_pictures_are_stretched_to_what_can_be_shown():
-  image = np.array([[[-2.0, 0.0, 2.0]]])
-  np.testing.assert_allclose(reporting._displayable(image), [[[0.0, 0.5, 1.0]]])
-  inside = np.array([[[0.1, 0.2, 0.3]]], np.float32)
-  np.testing.assert_array_equal(reporting._displayable(inside), inside)
-
-
-def test_pictures_and_names_that_do_not_fit_are_refused(tmp_path):
-  with pytest.raises(ValueError, match=r"\[N, H, W, 3\]"):
-    plot_predictions(np.zeros((2, 4, 4)), ["a"] * 2, ["a"] * 2, [1.0] * 2, tmp_path / "p.png")
-  with pytest.raises(ValueError, match="2 images, but 1 true names"):
-    plot_predictions(np.zeros((2, 4, 4, 3)), ["a"], ["a"] * 2, [1.0] * 2, tmp_path / "p.png")
-
-
-def test_pictures_depend_on_their_content_only(tmp_path):
-  metrics = curves_file(tmp_path)
-  plot_curves(metrics, tmp_path / "a.png")
-  plot_curves(metrics, tmp_path / "b.png")
-  assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -94,8 +94,29 @@ def test_the_slow_network_is_crossed_by_data_first(shape, slices, expected):
 def test_meshes_that_do_not_fit_the_slices_are_refused():
   with pytest.raises(ValueError, match=r"mesh \(data 1, fsdp 4, tensor 1\) .* over 3 slices"):
     sharding.arrange((1, 4, 1), node_devices(3, 4))
-  with pytest.raises(ValueError, match=r"unequal numbers of devices: \{0: 4, 1: 2\}"):
+  with pytest.raises(ValueError) as error:
     sharding.arrange((6, 1, 1), node_devices(2, 4)[:6])
+  assert str(error.value) == (
+    "slices (nodes) of unequal numbers of devices: {0: 4, 1: 2}; give each of them the same number"
+  )
+
+
+def test_a_mesh_is_made_of_devices_of_several_slices(monkeypatch):
+  """What `jax.make_mesh` refuses; also where devices come in no order, and slices are unequal."""
+  monkeypatch.setattr(sharding, "Mesh", lambda array, axes, axis_types: array)
+  devices = node_devices(4, 2)
+  array = sharding.make_mesh({"data": -1, "fsdp": 2}, devices[::-1])
+  assert array.shape == (4, 2, 1)
+  assert all(len({d.slice_index for d in row.flat}) == 1 for row in array)
+  with pytest.raises(ValueError, match=r"^slices \(nodes\) of unequal numbers .*same number$"):
+    sharding.make_mesh({"data": -1}, node_devices(2, 4)[1:])
+  # One slice alone, and devices that know of none, are laid as one.
+  for alone in (node_devices(1, 8), [*map(without_slice, node_devices(1, 8))]):
+    assert sharding.make_mesh({"fsdp": -1}, alone).shape == (1, 8, 1)
+
+
+def without_slice(device):
+  return types.SimpleNamespace(**{k: v for k, v in vars(device).items() if k != "slice_index"})
 
 
 @pytest.mark.parametrize(
@@ -126,9 +147,27 @@ def test_each_process_of_several_slices_reads_neighbouring_rows(
 def test_host_arrays_are_given_to_the_devices_part_by_part(monkeypatch):
   layout, state = trained(4, 1)
   host = jax.device_get(state.params)
+  parts: list[tuple[int, ...]] = []
+  make = jax.make_array_from_callback
+
+  def watched(shape, layout, part):
+    def taken(index):
+      parts.append(part(index).shape)
+      assert parts[-1] == layout.shard_shape(shape)
+      return part(index)
+
+    return make(shape, layout, taken)
+
   with monkeypatch.context() as patch:
+    # Neither of them is asked: both would compare or gather whole arrays.
     patch.setattr(jax, "device_put", None)
+    patch.setattr("jax.experimental.multihost_utils.process_allgather", None)
+    patch.setattr(jax, "make_array_from_callback", watched)
     there = sharding.put_tree(host, layout.params)
+  # A device of the eight is never given more than its fourth of the matrix [128, 64].
+  assert (32, 64) in parts and (128, 64) not in parts
+  kernel = there["hidden"]["kernel"]
+  assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 64)}
   for leaf, wanted, value in zip(*map(jax.tree.leaves, (there, layout.params, host))):
     assert leaf.sharding == wanted
     np.testing.assert_array_equal(leaf, value)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from hybrid_vit.data.mixing import mix_batch, smooth_one_hot
 from hybrid_vit.data.spec import MASK, Field, Spec
-from hybrid_vit.reporting import plot_predictions
+from hybrid_vit.plots import plot_predictions
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
 from hybrid_vit.tasks.registry import Context, register_task
 

@@ -1,0 +1,272 @@
+"""Curves of a metrics.jsonl and pictures with their predictions, as PNG files.
+
+Names (of classes, measures, sets) are drawn letter by letter: none of them is a formula.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from hybrid_vit.paths import as_path
+from hybrid_vit.reporting import RESERVED, read_metrics
+
+_ACCURACY_KEYS = ("top1", "top5", "accuracy")
+_COLOURS = ("#0b63b0", "#d2541b", "#3a8f3e", "#7d4fa8", "#946317", "#b8317b")
+_RIGHT, _WRONG = "#1d7a2b", "#c01c1c"
+
+# Curves with more points than this are drawn pale, with their running mean on top.
+_SMOOTHED_FROM = 60
+_MAX_PICTURES_IN_A_ROW = 8
+
+# Letters of a class's name under its picture, and of a measure's or a set's beside its curve.
+_CLASS_LETTERS, _CURVE_LETTERS = 18, 40
+
+# Fonts with Chinese, Japanese and Korean letters, which matplotlib's own has not; looked into after
+# that where they are installed.
+_MORE_FONTS = (
+  "Noto Sans CJK SC",
+  "Noto Sans CJK JP",
+  "Noto Sans CJK KR",
+  "Source Han Sans SC",
+  "WenQuanYi Micro Hei",
+  "WenQuanYi Zen Hei",
+  "Microsoft YaHei",
+  "PingFang SC",
+  "Hiragino Sans",
+  "Malgun Gothic",
+  "Arial Unicode MS",
+)
+
+
+def plot_curves(metrics_jsonl: Any, png: Any) -> None:
+  """Draws loss, accuracy, learning rate and every other figure of a metrics.jsonl over the steps.
+
+  Training is a line (with its running mean where there are many points), evaluation is marked
+  point by point.
+
+  Raises:
+    ValueError: the file has no line yet.
+  """
+  series = _series(read_metrics(metrics_jsonl))
+  if not series:
+    raise ValueError(f"{metrics_jsonl} holds no metrics to draw")
+  panels: dict[str, list[tuple[str, str]]] = {}
+  for kind, key in series:
+    # How many pictures were evaluated is the same each time.
+    if key != "examples":
+      panels.setdefault(_panel(key), []).append((kind, key))
+  # Loss, accuracy and learning rate first, whatever the order in the file.
+  order = ("Loss", "Accuracy", "Learning rate")
+  names = sorted(panels, key=lambda name: (order.index(name) if name in order else len(order),))
+
+  columns = 2 if len(names) == 4 else min(3, len(names))
+  rows = math.ceil(len(names) / columns)
+  with _plain_text():
+    figure = Figure(figsize=(4.6 * columns, 3.5 * rows), dpi=120, layout="constrained")
+    for position, name in enumerate(names):
+      axes = figure.add_subplot(rows, columns, position + 1)
+      _draw_panel(axes, name, panels[name], series)
+    _save(figure, png)
+
+
+def plot_predictions(
+  images: np.ndarray,
+  true_names: Sequence[str],
+  predicted_names: Sequence[str],
+  probabilities: Sequence[float],
+  png: Any,
+) -> None:
+  """Draws a grid of pictures under their predictions, green where right and red where wrong.
+
+  Args:
+    images: `[N, H, W, 3]`, uint8, or float in [0, 1]; floats beyond it (normalised pictures) are
+      stretched to it picture by picture.
+    true_names: N class names.
+    predicted_names: N class names.
+    probabilities: N probabilities of the predicted class.
+    png: the file to write.
+
+  Raises:
+    ValueError: no picture, another shape, or unequal numbers.
+  """
+  images = np.asarray(images)
+  if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+    raise ValueError(f"images have shape {images.shape}; [N, H, W, 3] with N > 0 was expected")
+  lengths = (len(true_names), len(predicted_names), len(probabilities))
+  if set(lengths) != {len(images)}:
+    raise ValueError(
+      f"{len(images)} images, but {lengths[0]} true names, {lengths[1]} predicted names and "
+      f"{lengths[2]} probabilities"
+    )
+  columns = min(_MAX_PICTURES_IN_A_ROW, len(images))
+  rows = math.ceil(len(images) / columns)
+  height, width = images.shape[1:3]
+  cell_width = 1.5
+  cell_height = cell_width * min(max(height / width, 0.5), 2.0) + 0.35
+  right = sum(true == predicted for true, predicted in zip(true_names, predicted_names))
+  with _plain_text():
+    figure = Figure(
+      figsize=(max(cell_width * columns, 3.0), cell_height * rows + 0.35),
+      dpi=120,
+      layout="constrained",
+    )
+    for position, image in enumerate(images):
+      axes = figure.add_subplot(rows, columns, position + 1)
+      # Enlarged pixels stay pixels; large pictures are averaged down.
+      small = max(height, width) < cell_width * figure.dpi
+      axes.imshow(_displayable(image), interpolation="nearest" if small else "antialiased")
+      axes.set_xticks([])
+      axes.set_yticks([])
+      true, predicted = true_names[position], predicted_names[position]
+      colour = _RIGHT if true == predicted else _WRONG
+      title = f"{_shown(predicted, _CLASS_LETTERS)} ({float(probabilities[position]):.0%})"
+      # Two lines in every title, so that all pictures have one size.
+      second = f"is {_shown(true, _CLASS_LETTERS)}"
+      title = f"\n{title}" if true == predicted else f"{title}\n{second}"
+      axes.set_title(title, color=colour, fontsize=8, pad=3)
+      for spine in axes.spines.values():
+        spine.set_color(colour)
+        spine.set_linewidth(1.0 if true == predicted else 2.5)
+    figure.suptitle(f"Predictions: {right} of {len(images)} right", fontsize=10)
+    _save(figure, png)
+
+
+def _series(
+  lines: Iterable[Mapping[str, Any]],
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+  """(kind, key) → steps and values, in the order in which they first appear."""
+  points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+  for line in lines:
+    for key, value in line.items():
+      if key not in RESERVED:
+        points.setdefault((line["kind"], key), []).append((line["step"], float(value)))
+  return {
+    name: (np.array([s for s, _ in pairs]), np.array([v for _, v in pairs]))
+    for name, pairs in points.items()
+  }
+
+
+def _panel(key: str) -> str:
+  if key in _ACCURACY_KEYS:
+    return "Accuracy"
+  return _shown(key.replace("_", " ").capitalize(), _CURVE_LETTERS)
+
+
+def _draw_panel(
+  axes: Axes,
+  name: str,
+  members: Sequence[tuple[str, str]],
+  series: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]],
+) -> None:
+  several_keys = len({key for _, key in members}) > 1
+  kinds = list(dict.fromkeys(kind for kind, _ in members))
+  title = name
+  for kind, key in members:
+    steps, values = series[kind, key]
+    # The train curve has the same colour in each panel.
+    colour = _COLOURS[0] if kind == "train" else _COLOURS[1 + kinds.index(kind) % 5]
+    style = "--" if key == "top5" else "-"
+    of = _shown(kind.removeprefix("eval/"), _CURVE_LETTERS)
+    # A label that begins with "_" would be left out of the legend.
+    label = ("\N{ZERO WIDTH SPACE}" if of.startswith("_") else "") + of
+    label += f" {_key_label(key)}" if several_keys else ""
+    if kind != "train":
+      axes.plot(
+        steps, values, style, color=colour, marker="o", markersize=4, linewidth=1.2, label=label
+      )
+      if key == "top1" and title == name:
+        title = f"Accuracy ({of} top-1 {values[-1]:.2%} at the end)"
+    elif len(values) >= _SMOOTHED_FROM and name != "Learning rate":
+      axes.plot(steps, values, style, color=colour, alpha=0.25, linewidth=0.8)
+      axes.plot(
+        steps, _running_mean(values), style, color=colour, linewidth=1.6, label=f"{label} (mean)"
+      )
+    else:
+      axes.plot(steps, values, style, color=colour, linewidth=1.4, label=label)
+  axes.set_title(title, fontsize=10)
+  axes.set_xlabel("step")
+  axes.set_ylabel(name.lower())
+  axes.grid(True, color="#dddddd", linewidth=0.6)
+  axes.set_axisbelow(True)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+  if name == "Accuracy":
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+  elif name == "Learning rate":
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+  if len(members) > 1:
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _key_label(key: str) -> str:
+  return {"top1": "top-1", "top5": "top-5"}.get(key, key)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+  """Centred mean over about a thirtieth of the points; non-finite ones are left out."""
+  window = max(len(values) // 30, 3) | 1
+  finite = np.isfinite(values)
+  kernel = np.ones(window)
+  total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+  count = np.convolve(finite.astype(float), kernel, mode="same")
+  return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _displayable(image: np.ndarray) -> np.ndarray:
+  if image.dtype == np.uint8:
+    return image
+  image = np.asarray(image, np.float32)
+  low, high = float(image.min()), float(image.max())
+  if low < 0.0 or high > 1.0:
+    image = (image - low) / max(high - low, 1e-6)
+  return image
+
+
+def _shown(name: str, letters: int) -> str:
+  """A name on one line, in so many letters at most, all of which can be drawn."""
+  line = " ".join(str(name).split())
+  line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+  return line if len(line) <= letters else line[: letters - 1].rstrip() + "…"
+
+
+@contextlib.contextmanager
+def _plain_text() -> Iterator[None]:
+  """Within it text is drawn as it stands, without formulas, and with whatever fonts have it."""
+  installed = {font.name for font in font_manager.fontManager.ttflist}
+  fonts = ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]
+  settings: Any = {"text.parse_math": False, "text.usetex": False, "font.family": fonts}
+  with matplotlib.rc_context(settings), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    yield
+  lost = [w for w in caught if "missing from" in str(w.message)]
+  for warning in caught:
+    if warning not in lost:
+      warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+  if lost:
+    logging.warning(
+      "some names have letters of which no font is installed here: they are drawn as boxes "
+      "(install e.g. Noto Sans CJK)"
+    )
+
+
+def _save(figure: Figure, png: Any) -> None:
+  path = as_path(png)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  content = io.BytesIO()
+  # Without matplotlib's version in it, the file depends on what it shows only.
+  figure.savefig(content, format="png", metadata={"Software": None})
+  path.write_bytes(content.getvalue())
