@@ -6,8 +6,9 @@
     --config=configs/swin.py:swin_large_384_22kto1k --config.init_from=WORKDIR
     --config=configs/swin.py:runlocal                     a minute on a laptop
 
-The rates there are for a batch of 512 and follow the batch. A larger window takes the tables of
-relative positions resized. A head of 22K begins anew on 1K; the authors pick its rows by a list.
+The rates there are for a batch of 512 and follow it, the first and last too. A larger window takes
+the tables of relative positions resized. A head of 22K begins anew on 1K; the authors pick its rows
+by a list.
 """
 
 from ml_collections import ConfigDict
@@ -62,6 +63,8 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
     learning_rate_batch_size=512,
     warmup_epochs=20,
     gradient_clip_norm=5.0,
+    start_factor=1e-3,
+    end_factor=1e-2,
   )
 
 
@@ -74,6 +77,8 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
     learning_rate_batch_size=512,
     warmup_epochs=5,
     gradient_clip_norm=5.0,
+    start_factor=1e-3,
+    end_factor=1e-2,
     epochs=90,
   )
   return recipes.pretrain_on_22k(config)
@@ -92,9 +97,9 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
     warmup_epochs=5,
     weight_decay=1e-8,
     gradient_clip_norm=5.0,
-    end_learning_rate=4e-7,
+    start_factor=1e-3,
+    end_factor=1e-2,
     epochs=30,
   )
-  config.optimizer.schedule.warmup_start_learning_rate = 4e-8
   config.reinitialize_head = name.endswith("_22kto1k")
   return config

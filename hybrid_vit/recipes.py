@@ -144,6 +144,8 @@ def deit(
   weight_decay: float = 0.05,
   gradient_clip_norm: float | None = None,
   end_learning_rate: float = 1e-5,
+  start_factor: float | None = None,
+  end_factor: float | None = None,
   ema_decay: float | None = None,
   epochs: int = 300,
   repeats: int = 1,
@@ -162,7 +164,10 @@ def deit(
     warmup_epochs: of the 300.
     weight_decay: decoupled; biases, norms and tables have none.
     gradient_clip_norm: None for no clipping.
-    end_learning_rate: where the cosine ends.
+    end_learning_rate: where the cosine ends, whatever the batch.
+    start_factor: where the warm-up begins, as a part of the peak, in place of 1e-6: for recipes
+      whose first rate follows the batch.
+    end_factor: the same in place of `end_learning_rate`.
     ema_decay: of the averaged weights; None for none.
     epochs: all of them.
     repeats: how many times a picture comes in a row, each time augmented anew. An epoch stays as
@@ -183,10 +188,17 @@ def deit(
     learning_rate=learning_rate,
     learning_rate_batch_size=learning_rate_batch_size,
     weight_decay=weight_decay,
-    schedule=dict(name="cosine", warmup_epochs=warmup_epochs, end_learning_rate=end_learning_rate),
+    schedule=dict(name="cosine", warmup_epochs=warmup_epochs),
   )
-  if warmup_epochs:
-    config.optimizer.schedule.warmup_start_learning_rate = 1e-6
+  schedule = config.optimizer.schedule
+  if end_factor is None:
+    schedule.end_learning_rate = end_learning_rate
+  else:
+    schedule.end_learning_rate_factor = end_factor
+  if start_factor is not None:
+    schedule.warmup_start_factor = start_factor
+  elif warmup_epochs:
+    schedule.warmup_start_learning_rate = 1e-6
   if gradient_clip_norm is not None:
     config.optimizer.gradient_clip_norm = gradient_clip_norm
   if ema_decay is not None:

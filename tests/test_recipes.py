@@ -126,10 +126,15 @@ def test_every_file_with_a_recipe_of_a_paper_has_its_figures():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["recipe"])
-def test_the_peak_follows_the_batch(row):
-  batch = 2 * int(row["batch"])
-  _, peak, _ = rates(load(row["recipe"], batch_size=batch))
+def test_rates_follow_the_batch_as_in_the_authors_code(row):
+  """The peak does everywhere; where it begins and ends in the codes that scale these too."""
+  start, peak, end = rates(load(row["recipe"], batch_size=2 * int(row["batch"])))
   assert peak == pytest.approx(2 * float(row["rate"]), rel=1e-4)
+  follow = row["recipe"].partition(":")[0] in ("swin", "focalnet", "smt", "revcol")
+  for name, found in (("start", start), ("end", end)):
+    if row[name]:
+      factor = 2 if follow or row["schedule"] == "constant" else 1
+      assert found == pytest.approx(factor * float(row[name]), rel=1e-3, abs=1e-11), name
 
 
 @pytest.mark.parametrize(
