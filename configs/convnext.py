@@ -67,10 +67,9 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
   config = from_scratch(name, batch_size)
-  config.data.source = "folder:data/imagenet22k"
-  config.model.num_classes = 21841
+  recipes.pretrain_on_22k(config)
   config.total_epochs = 90
   config.optimizer.schedule.warmup_epochs = 5
   del config.ema_decay
@@ -94,7 +93,6 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
     epochs=30,
   )
   del config.task["mixing"]
-  config.optimizer.schedule.warmup_start_learning_rate = 0.0
   config.optimizer.weight_decay_rules = _WEIGHT_DECAY_RULES
   depths = model_entry(name).arguments["depths"]
   config.optimizer.layer_decay = dict(rate=0.8 if from_22k else 0.7, layers=layer_ids(depths))

@@ -80,7 +80,7 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes) at 224 (paper); the data is a folder, `--config.data.source=…`.
+  """ImageNet-22K (21,841 classes) at 224 (paper), from a folder: see `recipes.pretrain_on_22k`.
 
   The paper gives no more: length (ours, the usual 90 epochs) and the rest as from scratch.
   """
@@ -91,9 +91,8 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
     preprocessing=dataclasses.replace(
       model_entry(name).preprocessing, image_size=224, crop_ratio=0.875, resize="crop"
     ),
-    source="folder:data/imagenet22k",
-    num_classes=21841,
   )
+  recipes.pretrain_on_22k(config)
   scratch = from_scratch(name, batch_size)
   config.task, config.optimizer = scratch.task, scratch.optimizer
   config.total_epochs = 90

@@ -66,7 +66,7 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
   config = recipes.deit(
     name,
     batch_size=batch_size,
@@ -74,9 +74,8 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
     learning_rate_batch_size=1024,  # ours: linear in the batch
     warmup_epochs=5,  # from 1e-6 to the peak, down to 1e-5
     epochs=90,
-    source="folder:data/imagenet22k",
-    num_classes=21841,
   )
+  recipes.pretrain_on_22k(config)
   config.precision = "float32"
   return config
 

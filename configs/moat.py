@@ -91,15 +91,14 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
   config = recipes.imagenet(
     name,
     "randaugment(2, 5, magnitude_max=30.0)",  # recalled: 2 layers, magnitude 5
     batch_size=batch_size,  # recalled: 4096
     preprocessing=dataclasses.replace(_cropped(name, 224), **_SYMMETRIC),  # published
-    source="folder:data/imagenet22k",
-    num_classes=21841,  # published
   )
+  recipes.pretrain_on_22k(config)  # its 21,841 classes: published; what is held out: ours
   config.total_epochs = 90  # published
   # Drop path: the entry's, which is published for what comes after; ours here.
   config.task = dict(name="classification", loss="sigmoid", label_smoothing=1e-4)  # recalled

@@ -75,9 +75,9 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
     schedule=dict(
       name="cosine",
       warmup_epochs=20,
-      # There, both ends follow the batch as the rate does.
-      warmup_start_learning_rate=1e-5,
-      end_learning_rate=1e-8 if base else 1e-6,
+      # 1e-5 and 1e-6 (base: 1e-8) at this batch; they follow it as the rate does.
+      warmup_start_factor=1e-2,
+      end_learning_rate_factor=1e-5 if base else 1e-3,
     ),
   )
   if base:
@@ -87,10 +87,9 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
   config = _supervised(name, batch_size)
-  config.data.source = "folder:data/imagenet22k"
-  config.model.num_classes = 21841
+  recipes.pretrain_on_22k(config)
   config.total_epochs = 90
   config.optimizer = dict(
     name="adamw",
@@ -103,8 +102,8 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
     schedule=dict(
       name="cosine",
       warmup_epochs=5,
-      warmup_start_learning_rate=1e-5,
-      end_learning_rate=1e-7,
+      warmup_start_factor=1e-5 / 1.25e-4,
+      end_learning_rate_factor=1e-7 / 1.25e-4,
     ),
   )
   return config
@@ -144,7 +143,11 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
     layer_decay=dict(
       rate=layer_decay, layers=layer_ids(arguments["depths"], arguments["num_columns"])
     ),
-    schedule=dict(name="cosine", warmup_epochs=0, end_learning_rate=2e-8 if huge else 2e-7),
+    schedule=dict(
+      name="cosine",
+      warmup_epochs=0,
+      end_learning_rate_factor=(2e-8 if huge else 2e-7) / rate,
+    ),
   )
   if name in ("revcol_xlarge", "revcol_huge"):
     config.ema_decay = 0.9999

@@ -21,6 +21,10 @@ SCRATCH = ("smt_t", "smt_s", "smt_b", "smt_l")
 FINE_TUNING = {"smt_l_22k_ft_224": 1e-5, "smt_l_22k_ft_384": 2e-5}
 VARIANTS = (*SCRATCH, "smt_l_22k", *FINE_TUNING, "runlocal")
 
+# Where warm-up begins and the cosine ends on 22K and after it, as parts of the peak; from scratch
+# it is a tenth of that.
+_ENDS = dict(warmup_start_factor=1e-3, end_learning_rate_factor=1e-2)
+
 
 def get_config(argument: str | None = None) -> ConfigDict:
   """See the head of this file. Key: `batch_size`; the rates follow it."""
@@ -56,26 +60,22 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
     learning_rate_batch_size=512,
     warmup_epochs=5,
     gradient_clip_norm=5.0,
+    start_factor=1e-4,
+    end_factor=1e-3,
   )
   config.task.mixing.mixup_alpha = 0.2  # not the usual 0.8, which stands there as a comment
-  _set_ends(config, start=1e-7, end=1e-6)
   return config
 
 
 def pretraining(batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
-  config = recipes.imagenet(
-    "smt_l_22k",
-    *recipes.DEIT_AUGMENTATION,
-    batch_size=batch_size,
-    source="folder:data/imagenet22k",
-    num_classes=21841,
-  )
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
+  config = recipes.imagenet("smt_l_22k", *recipes.DEIT_AUGMENTATION, batch_size=batch_size)
+  recipes.pretrain_on_22k(config)
   scratch = from_scratch("smt_l", batch_size)
   config.task, config.optimizer = scratch.task, scratch.optimizer
   config.total_epochs = 90
   config.optimizer.learning_rate = 1.25e-4  # for 512 as all of them: 1e-3 at 4,096
-  _set_ends(config, start=1.25e-7, end=1.25e-6)
+  config.optimizer.schedule.update(_ENDS)
   return config
 
 
@@ -85,14 +85,6 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
   config.total_epochs = 30
   # Ours: the authors keep the rows of the 22K head that are classes of ImageNet-1K.
   config.reinitialize_head = True
-  rate = FINE_TUNING[name]
-  config.optimizer.learning_rate = rate
-  _set_ends(config, start=1e-3 * rate, end=1e-2 * rate)
+  config.optimizer.learning_rate = FINE_TUNING[name]
+  config.optimizer.schedule.update(_ENDS)
   return config
-
-
-def _set_ends(config: ConfigDict, *, start: float, end: float) -> None:
-  """Where warm-up begins and the cosine ends, for a batch of 512: they follow the batch too."""
-  scale = config.data.batch_size / 512
-  config.optimizer.schedule.warmup_start_learning_rate = start * scale
-  config.optimizer.schedule.end_learning_rate = end * scale

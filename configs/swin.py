@@ -6,8 +6,9 @@
     --config=configs/swin.py:swin_large_384_22kto1k --config.init_from=WORKDIR
     --config=configs/swin.py:runlocal                     a minute on a laptop
 
-The rates there are for a batch of 512 and follow the batch. A larger window takes the tables of
-relative positions resized. A head of 22K begins anew on 1K; the authors pick its rows by a list.
+The rates there are for a batch of 512 and follow it, the first and last too. A larger window takes
+the tables of relative positions resized. A head of 22K begins anew on 1K; the authors pick its rows
+by a list.
 """
 
 from ml_collections import ConfigDict
@@ -62,11 +63,13 @@ def from_scratch(name: str, batch_size: int) -> ConfigDict:
     learning_rate_batch_size=512,
     warmup_epochs=20,
     gradient_clip_norm=5.0,
+    start_factor=1e-3,
+    end_factor=1e-2,
   )
 
 
 def pretraining(name: str, batch_size: int) -> ConfigDict:
-  """ImageNet-22K (21,841 classes), 90 epochs; the data is a folder, `--config.data.source=…`."""
+  """ImageNet-22K (21,841 classes), 90 epochs, from a folder: see `recipes.pretrain_on_22k`."""
   config = recipes.deit(
     name,
     batch_size=batch_size,
@@ -74,11 +77,11 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
     learning_rate_batch_size=512,
     warmup_epochs=5,
     gradient_clip_norm=5.0,
+    start_factor=1e-3,
+    end_factor=1e-2,
     epochs=90,
-    source="folder:data/imagenet22k",
-    num_classes=21841,
   )
-  return config
+  return recipes.pretrain_on_22k(config)
 
 
 def fine_tuning(name: str, batch_size: int) -> ConfigDict:
@@ -94,9 +97,9 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
     warmup_epochs=5,
     weight_decay=1e-8,
     gradient_clip_norm=5.0,
-    end_learning_rate=4e-7,
+    start_factor=1e-3,
+    end_factor=1e-2,
     epochs=30,
   )
-  config.optimizer.schedule.warmup_start_learning_rate = 4e-8
   config.reinitialize_head = name.endswith("_22kto1k")
   return config

@@ -1,4 +1,4 @@
-"""Where configuration files are: in the checkout, or shipped with the package."""
+"""Where the recipes are: in a checkout beside the package, in an installation within it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 
 from hybrid_vit.config import ConfigError
 
-# The checkout's directory; where the package is installed, the copy that it carries.
-_CHECKOUT = Path(__file__).resolve().parent.parent / "configs"
-_SHIPPED = Path(__file__).resolve().parent / "configs"
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def config_directory() -> Path:
+  """Where the recipes lie."""
+  installed = _PACKAGE / "configs"
+  # Beside an installed package lie other people's packages, of which one may have this name.
+  return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
 def find_config(text: str) -> Path:
@@ -22,13 +27,11 @@ def find_config(text: str) -> Path:
   if path.is_file():
     return path
   name = path.name.removesuffix(".py")
-  directories = [folder for folder in (_CHECKOUT, _SHIPPED) if folder.is_dir()]
   if len(path.parts) == 1 or path.parts[:-1] == ("configs",):
-    for directory in directories:
-      found = directory / f"{name}.py"
-      if found.is_file():
-        return found
-  shipped = sorted({item.stem for folder in directories for item in folder.glob("[a-z]*.py")})
+    found = config_directory() / f"{name}.py"
+    if found.is_file():
+      return found
+  shipped = sorted(item.stem for item in config_directory().glob("[a-z]*.py"))
   near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.5)
   hint = f"; did you mean {near[0]!r}?" if near else f"; shipped are: {', '.join(shipped)}"
   raise ConfigError(f"no configuration file {text!r}{hint}")

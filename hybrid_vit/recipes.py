@@ -25,6 +25,9 @@ DEIT_AUGMENTATION = (
   "random_erasing(0.25)",
 )
 
+# Pictures of ImageNet-22K that no training sees: as many as ImageNet-1K's validation part has.
+HELD_OUT_OF_22K = 50_000
+
 # Side of the pictures in a local try, and what they are cropped from.
 _LOCAL_SIZE, _LOCAL_SHORT_SIDE = 32, 36
 
@@ -53,8 +56,8 @@ def eval_transform(preprocessing: Preprocessing) -> str:
 def train_transform(*augmentations: str, scale: tuple[float, float] = (0.08, 1.0)) -> str:
   """Random resized crop, flip, then `augmentations`, as a transform string.
 
-  Its size and interpolation stand in braces, which the run fills in (`run.fill_transform`), so that
-  `--config.data.image_size=…` and `--config.model.name=…` change them.
+  Its size and interpolation stand in braces, which the run fills in (`build.fill_transform`), so
+  that `--config.data.image_size=…` and `--config.model.name=…` change them.
 
   Args:
     *augmentations: further operations, e.g. "randaugment(2, 9, magnitude_std=0.5)".
@@ -114,6 +117,23 @@ def imagenet(
   return config
 
 
+def pretrain_on_22k(config: ConfigDict, *, num_classes: int = 21_841) -> ConfigDict:
+  """The same recipe on ImageNet-22K: a folder of classes, of which nothing is set apart.
+
+  What figures are measured on during pretraining is held out here: 50,000 pictures, of all classes
+  in proportion, rather than every tenth of 14 million.
+
+  Args:
+    config: a recipe; changed in place. Its length is the caller's.
+    num_classes: of the folder.
+  """
+  config.data.source = "folder:data/imagenet22k"
+  config.data.split = f"all[{HELD_OUT_OF_22K}:]"
+  config.evaluation.sets.validation.split = f"all[:{HELD_OUT_OF_22K}]"
+  config.model.num_classes = num_classes
+  return config
+
+
 def deit(
   model: str,
   *,
@@ -124,10 +144,11 @@ def deit(
   weight_decay: float = 0.05,
   gradient_clip_norm: float | None = None,
   end_learning_rate: float = 1e-5,
+  start_factor: float | None = None,
+  end_factor: float | None = None,
   ema_decay: float | None = None,
   epochs: int = 300,
-  source: str = "tfds:imagenet2012",
-  num_classes: int = 1000,
+  repeats: int = 1,
 ) -> ConfigDict:
   """The recipe of DeiT on ImageNet-1K, which most systems took over with few figures changed.
 
@@ -143,16 +164,19 @@ def deit(
     warmup_epochs: of the 300.
     weight_decay: decoupled; biases, norms and tables have none.
     gradient_clip_norm: None for no clipping.
-    end_learning_rate: where the cosine ends.
+    end_learning_rate: where the cosine ends, whatever the batch.
+    start_factor: where the warm-up begins, as a part of the peak, in place of 1e-6: for recipes
+      whose first rate follows the batch.
+    end_factor: the same in place of `end_learning_rate`.
     ema_decay: of the averaged weights; None for none.
     epochs: all of them.
-    source: see `imagenet`.
-    num_classes: see `imagenet`.
+    repeats: how many times a picture comes in a row, each time augmented anew. An epoch stays as
+      many pictures as the data has, of so many times fewer different ones.
   """
-  config = imagenet(
-    model, *DEIT_AUGMENTATION, batch_size=batch_size, source=source, num_classes=num_classes
-  )
+  config = imagenet(model, *DEIT_AUGMENTATION, batch_size=batch_size)
   config.total_epochs = epochs
+  if repeats > 1:
+    config.data.repeats = repeats
   config.task = dict(
     name="classification",
     loss="softmax",
@@ -164,13 +188,17 @@ def deit(
     learning_rate=learning_rate,
     learning_rate_batch_size=learning_rate_batch_size,
     weight_decay=weight_decay,
-    schedule=dict(
-      name="cosine",
-      warmup_epochs=warmup_epochs,
-      warmup_start_learning_rate=1e-6,
-      end_learning_rate=end_learning_rate,
-    ),
+    schedule=dict(name="cosine", warmup_epochs=warmup_epochs),
   )
+  schedule = config.optimizer.schedule
+  if end_factor is None:
+    schedule.end_learning_rate = end_learning_rate
+  else:
+    schedule.end_learning_rate_factor = end_factor
+  if start_factor is not None:
+    schedule.warmup_start_factor = start_factor
+  elif warmup_epochs:
+    schedule.warmup_start_learning_rate = 1e-6
   if gradient_clip_norm is not None:
     config.optimizer.gradient_clip_norm = gradient_clip_norm
   if ema_decay is not None:
@@ -213,6 +241,8 @@ def run_locally(config: ConfigDict, arguments: Mapping[str, Any], *, epochs: int
       resize="crop",
     )
   )
+  if "repeats" in config.data:
+    del config.data.repeats
   config.optimizer.learning_rate = 4e-3
   if "learning_rate_batch_size" in config.optimizer:
     del config.optimizer["learning_rate_batch_size"]

@@ -1,5 +1,6 @@
 """Every file in `configs/`: each variant builds, its default and its local try pass the dry run."""
 
+import configparser
 import functools
 import importlib.util
 import re
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_vit import dry_run, run
+from hybrid_vit import build, config_files, dry_run
+from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, ConfigError, load_config
-from hybrid_vit.data.transforms import parse_transform
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -29,6 +30,7 @@ def load(path, variant=None):
 
 
 EVERY = [(path, variant) for path in FILES for variant in variants(path)]
+FACTS = DataFacts(num_classes=10)
 DEFAULTS = [(path, None) for path in FILES]
 LOCAL = [(path, v) for path, v in EVERY if v == "runlocal"]
 
@@ -37,20 +39,49 @@ def ids(value):
   return value.stem if isinstance(value, Path) else str(value)
 
 
+# One of each kind of recipe, the smallest: a whole run of it is built, its network traced.
+WHOLE = {
+  "convnext": ("convnext_tiny_22k", "convnext_tiny_22kto1k", "convnext_base_384"),
+  "cswin": ("cswin_base_384", "cswin_large"),
+  "cvt": ("cvt_13_22k", "cvt_13_384"),
+  "focalnet": ("focalnet_base_srf_22k", "focalnet_base_srf_finetune_384"),
+  "l2vit": ("l2vit_base_22k", "l2vit_base_22kto1k"),
+  "mci": ("mci0_finetune",),
+  "moat": ("moat_0_22k", "moat_0_finetune_384"),
+  "revcol": ("revcol_base", "revcol_base_22k", "revcol_base_22kto1k"),
+  "smt": ("smt_l_22k", "smt_l_22k_ft_224"),
+  "swin": ("swin_tiny_22k", "swin_tiny_22kto1k"),
+  "vit": ("deit_base_patch16_384",),
+}
+
+
 @pytest.mark.parametrize(("path", "variant"), EVERY, ids=ids)
 def test_every_variant_builds_its_network_and_transforms(path, variant):
   config = load(path, variant)
-  classes = None if config.model.get("num_classes") else 10
-  task, spec = run.build_task(config, classes)
-  assert spec.name == config.model.name and task.model.num_classes == spec.num_classes
-  for data in (
-    run.data_settings(config),
-    *(
-      run.evaluation_settings(name, config, run.preprocessing_of(config))[0]
-      for name in config.evaluation.sets.names()
-    ),
-  ):
-    parse_transform(data.transform, data.decoder)
+  preprocessing = build.preprocessing_of(config)
+  curriculum = build.read_curriculum(config, 1_000_000, preprocessing)
+  tasks, metadata = build.build_tasks(config, FACTS, preprocessing, curriculum)
+  assert metadata["name"] == config.model.name
+  assert tasks[-1].model.num_classes == metadata["num_classes"]
+  decoder = config.data.as_dataclass(build.TrainingSettings).decoder
+  for phase, task in zip(curriculum.phases, tasks):
+    build.read_transform(phase.transform, decoder, task.spec.train, None)
+  evaluation = build.read_evaluation(config, preprocessing)
+  assert evaluation
+  for item in evaluation:
+    build.read_transform(item.transform, item.decoder, tasks[-1].spec.evaluation, None)
+
+
+@pytest.mark.parametrize(
+  ("path", "variant"),
+  [(CONFIGS / f"{name}.py", variant) for name, listed in WHOLE.items() for variant in listed],
+  ids=ids,
+)
+def test_a_whole_run_of_each_kind_of_recipe_builds(path, variant):
+  config = load(path, variant)
+  made = build.build(config, FACTS)
+  config.assert_all_read()
+  assert made.optimizer is not None and made.settings.best_metric == "validation/top1"
 
 
 @pytest.mark.parametrize(("path", "variant"), DEFAULTS + LOCAL, ids=ids)
@@ -71,14 +102,37 @@ def test_a_file_with_variants_says_what_it_offers():
         load_config(path, "no_such_variant")
 
 
+def test_an_installation_carries_every_package_and_the_recipes():
+  """setup.cfg names packages one by one, and takes the recipes from beside the package."""
+  setup = configparser.ConfigParser()
+  setup.read(CONFIGS.parent / "setup.cfg")
+  listed = set(setup["options"]["packages"].split())
+  there = (CONFIGS.parent / "hybrid_vit").rglob("__init__.py")
+  names = {".".join(path.parent.relative_to(CONFIGS.parent).parts) for path in there}
+  assert listed == names | {"hybrid_vit.configs"}
+  assert setup["options"]["package_dir"].split() == ["hybrid_vit.configs", "=", "configs"]
+
+
+def test_recipes_are_found_by_name_within_an_installed_package_first(tmp_path, monkeypatch):
+  for text in ("moat", "moat.py", "configs/moat.py", str(CONFIGS / "moat.py")):
+    assert config_files.find_config(text).samefile(CONFIGS / "moat.py")
+  for folder in ("configs", "hybrid_vit/configs"):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "own.py").write_text("")
+  monkeypatch.setattr(config_files, "_PACKAGE", tmp_path / "hybrid_vit")
+  assert config_files.find_config("own") == tmp_path / "hybrid_vit" / "configs" / "own.py"
+  with pytest.raises(ConfigError, match="no configuration file 'owm'; did you mean 'own'"):
+    config_files.find_config("owm")
+
+
 def test_local_tries_run_on_the_embedded_digits_in_about_a_minute():
   assert LOCAL
   for path, variant in LOCAL:
     config = load(path, variant)
     assert config.data.source == "digits", path
-    length = run.training_length(config, 1437)
-    # Swin learns slowest: its 16,896 pictures took 30 s on two cores.
-    assert length.total_steps * config.data.batch_size < 17_000, path
+    length = build.read_curriculum(config, 1437, build.preprocessing_of(config))
+    # Swin learns slowest: its 17,000 pictures took 30 s on two cores.
+    assert length.total_examples < 17_500, path
 
 
 def test_the_recipe_of_moat_follows_its_arguments():
@@ -93,25 +147,27 @@ def test_the_recipe_of_moat_follows_its_arguments():
     tuning = load_config(path, f"moat_3_finetune_512,from_22k={from_22k}")
     assert tuning.data.image_size == 512 and tuning.data.mean[0] == mean
     assert tuning.reinitialize_head == from_22k
-    transform = run.data_settings(Config(tuning)).transform
-    assert "random_resized_crop(512" in transform
+    assert "random_resized_crop(512" in training_transform(tuning)
+
+
+def training_transform(config):
+  config = Config(config)
+  return build.read_curriculum(config, 10_000, build.preprocessing_of(config)).phases[0].transform
 
 
 def test_fine_tuning_follows_the_network_that_is_named():
   config = load_config(CONFIGS / "finetune.py")
   config.model.name = "moat_2"
-  assert run.preprocessing_of(Config(config)).resize == "squash"
-  assert "random_resized_crop(384" in run.data_settings(Config(config)).transform
+  expected = build.preprocessing_of(Config(config))
+  assert expected.resize == "squash" and "random_resized_crop(384" in training_transform(config)
   config.data.image_size = 160
-  assert "random_resized_crop(160" in run.data_settings(Config(config)).transform
-  expected = run.preprocessing_of(Config(config))
-  assert (
-    "resize(160" in run.evaluation_settings("validation", Config(config), expected)[0].transform
-  )
+  assert "random_resized_crop(160" in training_transform(config)
+  (validation,) = build.read_evaluation(Config(config), build.preprocessing_of(Config(config)))
+  assert "resize(160" in validation.transform
 
 
 def test_an_unknown_brace_in_a_transform_is_named():
   config = load_config(CONFIGS / "finetune.py")
   config.data.transform = "decode|resize({imagesize})"
   with pytest.raises(ConfigError, match=r"'imagesize'.*there are: image_size, crop_ratio"):
-    run.data_settings(Config(config))
+    training_transform(config)

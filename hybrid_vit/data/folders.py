@@ -117,7 +117,7 @@ class FileSource:
 
 
 def open_files(reader: Reader, split: str) -> FileSource:
-  """A part of a folder or archive: "train", "validation" or "test".
+  """A part of a folder or archive: "train", "validation" or "test"; "all" is every picture.
 
   Raises:
     MissingDataError: no pictures, or none in folders of classes.
@@ -134,8 +134,11 @@ def open_files(reader: Reader, split: str) -> FileSource:
   number = {name: i for i, name in enumerate(classes)}
   parts = layout.parts
   apart = parts["validation"] or parts["test"]
-  # One of the two is there: it serves as the other, too.
-  chosen_part = parts["train"] if split == "train" or not apart else parts[split] or apart
+  # Where one of the two is there, it serves as the other, too.
+  if split == "all":
+    chosen_part = [pair for part in parts.values() for pair in part]
+  else:
+    chosen_part = parts["train"] if split == "train" or not apart else parts[split] or apart
   strange = [(name, d) for name, d in chosen_part if name not in number]
   if strange:
     name, directory = strange[0]
@@ -147,7 +150,7 @@ def open_files(reader: Reader, split: str) -> FileSource:
   # Class by class; a class's pictures in the order of their paths.
   in_order = sorted(label_of, key=lambda directory: (label_of[directory], directory))
   chosen = _ranges(listing, in_order)
-  if not apart:
+  if not apart and split != "all":
     _tell(
       f"{reader.root}: no validation part is set apart",
       "every tenth picture of each class, in the order of names, is held out for it",

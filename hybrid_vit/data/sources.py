@@ -76,6 +76,8 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
     raise ValueError(f"unknown data source {spec!r}; there are: {_KINDS}")
   name, part = parse_split(split)
   source: Source
+  if name == "all" and kind in ("digits", "fashion_mnist"):
+    raise ValueError(f"split {split!r}: {kind} has train, validation and test; all is for others")
   if kind == "digits":
     source = digits(name)
   elif kind == "fashion_mnist":

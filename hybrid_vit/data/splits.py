@@ -6,13 +6,14 @@ import re
 
 import numpy as np
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "all")
 SPLIT_FOLDERS = {
   "train": ("train", "training"),
   "validation": ("val", "valid", "validation"),
   "test": ("test", "testing"),
 }
 SPLIT_OF = {alias: name for name, aliases in SPLIT_FOLDERS.items() for alias in aliases}
+_NAMES = {**SPLIT_OF, "all": "all"}
 
 # 2^64 divided by the golden ratio: multiples of it fill a circle evenly, however many there are.
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -21,12 +22,12 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def parse_split(split: str) -> tuple[str, str]:
   """ "train[:90%]" → ("train", ":90%")."""
   match = re.fullmatch(r"(\w+)(?:\[([^\[\]]*)\])?", split)
-  if not match or SPLIT_OF.get(match[1]) is None:
+  if not match or match[1] not in _NAMES:
     raise ValueError(
       f"split {split!r}: one of {', '.join(SPLITS)} was expected, with a slice where one is wanted "
       '("train[:90%]", "train[100:200]")'
     )
-  return SPLIT_OF[match[1]], match[2] or ":"
+  return _NAMES[match[1]], match[2] or ":"
 
 
 def part_slice(part: str, length: int) -> slice:

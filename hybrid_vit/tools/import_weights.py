@@ -63,6 +63,12 @@ def import_weights(
     "arguments": imported.arguments,
     "num_classes": imported.num_classes,
     "preprocessing": dataclasses.asdict(model_entry(architecture).preprocessing),
+    # Files of weights do not say what their outputs are called or by which loss they came about.
+    "class_names": [],
+    "task": "classification",
+    "task_settings": {},
+    "step": None,
+    "results": {},
     "weights": "imported",
     "source": {
       "files": file.sha256,

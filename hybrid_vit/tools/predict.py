@@ -2,7 +2,8 @@
 
 python -m hybrid_vit.tools.predict --weights=DIR photo.jpg another.png
 
-DIR is a work directory, or what `hybrid_vit.tools.import_weights` wrote. Photos are prepared as the
+DIR is a work directory, a checkpoint, an export, or what `hybrid_vit.tools.import_weights` wrote.
+Of a work directory the export is taken, unless the run went on after it. Photos are prepared as the
 weights expect. One that cannot be read is named and skipped, and the command then returns 2.
 """
 
@@ -19,16 +20,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from hybrid_vit import checkpoints, recipes
-from hybrid_vit.data.transforms import CorruptPictureError, parse_transform
+from hybrid_vit.data.errors import CorruptExampleError
+from hybrid_vit.data.splits import sample_indices
+from hybrid_vit.data.transforms import parse_transform
+from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing
 from hybrid_vit.weights.stored import StoredNetwork, load_network
 
 _BATCH_SIZE = 8
 _MAX_IN_A_PICTURE = 24
+# By the loss of the training: what makes probabilities of the logits.
+_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 _BAR, _TEXT = "#9ecae1", "#222222"
 
 
@@ -41,7 +48,8 @@ class Prediction:
     image: as the network saw it, uint8 `[S, S, 3]`.
     classes: indices, the likeliest first.
     names: of those classes.
-    probabilities: of those classes.
+    probabilities: of those classes; after training with a sigmoid, of each by itself, so that they
+      need not add up to 1.
   """
 
   photo: Path
@@ -60,16 +68,24 @@ def predict(
     (predictions in the order of the photos, the reason for each photo that could not be read).
 
   Raises:
-    ValueError: the weights have no classifier.
+    ValueError: the weights have no classifier, are of another task, or hold what is no number.
   """
   if not network.num_classes:
     raise ValueError(f"these weights of {network.name} have no classifier")
+  if network.loss not in _ACTIVATIONS:
+    task = network.metadata.get("task")
+    raise ValueError(
+      f"these weights of {network.name} were trained for the task {task!r} with the loss "
+      f"{network.loss!r}; {' or '.join(_ACTIVATIONS)} was expected: their outputs are no classes"
+    )
+  if (bad := first_nonfinite(network.variables)) is not None:
+    raise ValueError(f"these weights of {network.name} hold NaN or infinity, first in {bad!r}")
   names = class_names(network)
   images, skipped = {}, {}
   for photo in map(Path, photos):
     try:
       images[photo] = prepare(photo, network.preprocessing)
-    except (CorruptPictureError, OSError) as error:
+    except (CorruptExampleError, OSError) as error:
       # PIL names the buffer it was given, which nobody knows.
       skipped[photo] = re.sub(r" <_io\.BytesIO .*>", "", str(error))
   predictions = []
@@ -92,7 +108,7 @@ def prepare(photo: str | Path, preprocessing: Preprocessing) -> np.ndarray:
   """A photo as the weights expect it, before normalising: uint8 `[S, S, 3]`.
 
   Raises:
-    CorruptPictureError: it is no picture, or only part of one.
+    CorruptExampleError: it is no picture, or only part of one.
     OSError: it cannot be opened.
   """
   # PIL's resizing is the one that published figures were measured with.
@@ -120,27 +136,33 @@ def imagenet_class_names() -> tuple[str, ...]:
 
 
 def draw(predictions: Sequence[Prediction], png: str | Path) -> None:
-  """Draws each picture as the network saw it, with bars for its likeliest classes."""
-  shown = predictions[:_MAX_IN_A_PICTURE]
+  """Draws pictures as the network saw them, with bars for their likeliest classes.
+
+  Of more than two dozen, so many spread evenly are drawn. Names are drawn letter by letter: none is
+  a formula.
+  """
+  shown = [predictions[i] for i in sample_indices(len(predictions), _MAX_IN_A_PICTURE)]
   columns = min(len(shown), 2)
   rows = math.ceil(len(shown) / columns)
-  figure = Figure(figsize=(6.4 * columns, 2.6 * rows), dpi=110, layout="constrained")
-  grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
-  for axes in grid.flat:
-    axes.axis("off")
-  for i, prediction in enumerate(shown):
-    picture, bars = grid[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
-    picture.imshow(prediction.image)
-    picture.set_title(_short(prediction.photo.name, 26), fontsize=9)
-    places = range(len(prediction.names))
-    bars.barh(places, prediction.probabilities, color=_BAR, height=0.8)
-    bars.set_xlim(0, 1)
-    bars.set_ylim(len(prediction.names) - 0.4, -0.6)
-    for place, name, probability in zip(places, prediction.names, prediction.probabilities):
-      text = f"{_short(name, 34)}  {probability:.1%}"
-      bars.text(0.015, place, text, va="center", fontsize=9, color=_TEXT)
-  Path(png).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(png, format="png", metadata={"Software": None})
+  # Texts are read for formulas when they are drawn, not when they are set.
+  with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+    figure = Figure(figsize=(6.4 * columns, 2.6 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
+    for axes in grid.flat:
+      axes.axis("off")
+    for i, prediction in enumerate(shown):
+      picture, bars = grid[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
+      picture.imshow(prediction.image)
+      picture.set_title(_short(prediction.photo.name, 26), fontsize=9)
+      places = range(len(prediction.names))
+      bars.barh(places, prediction.probabilities, color=_BAR, height=0.8)
+      bars.set_xlim(0, 1)
+      bars.set_ylim(len(prediction.names) - 0.4, -0.6)
+      for place, name, probability in zip(places, prediction.names, prediction.probabilities):
+        text = f"{_short(name, 34)}  {probability:.1%}"
+        bars.text(0.015, place, text, va="center", fontsize=9, color=_TEXT)
+    Path(png).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, format="png", metadata={"Software": None})
 
 
 def _probabilities(
@@ -150,13 +172,14 @@ def _probabilities(
   mean = np.asarray(network.preprocessing.mean, np.float32)
   std = np.asarray(network.preprocessing.std, np.float32)
   photos = list(images)
+  activation = _ACTIVATIONS[network.loss]
   # One compiled shape for all batches.
   size = min(_BATCH_SIZE, len(photos))
 
   @jax.jit
   def run(variables, batch):
     logits, _ = network.model.apply(variables, batch, train=False)
-    return jax.nn.softmax(logits.astype(jnp.float32))
+    return activation(logits.astype(jnp.float32))
 
   for start in range(0, len(photos), size or 1):
     part = photos[start : start + size]
@@ -166,7 +189,14 @@ def _probabilities(
 
 
 def _short(text: str, length: int) -> str:
+  text = _printable(text)
   return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _printable(text: object) -> str:
+  """On one line, and without what no terminal or font shows: parts of letters, control codes."""
+  line = " ".join(str(text).split())
+  return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,19 +215,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
   expected = network.preprocessing
-  print(f"{network.name}, weights from {args.weights}")
+  origin = network.metadata.get("weights")
+  print(f"{network.name}, weights from {args.weights}" + (f": {origin}" if origin else ""))
   print(
     f"pictures prepared by {recipes.eval_transform(expected)}, mean {expected.mean}, std "
-    f"{expected.std}"
+    f"{expected.std}: {network.preprocessing_said_by}"
   )
+  if network.loss == "sigmoid":
+    print("trained with a sigmoid: the probability of each class stands by itself")
   for prediction in predictions:
-    print(prediction.photo)
+    print(_printable(prediction.photo))
     for name, probability in zip(prediction.names, prediction.probabilities):
-      print(f"  {probability:6.1%}  {name}")
+      print(f"  {probability:6.1%}  {_printable(name)}")
   for photo, reason in skipped.items():
-    print(f"skipped {photo}: {reason}", file=sys.stderr)
+    print(f"skipped {_printable(photo)}: {_printable(reason)}", file=sys.stderr)
   if predictions:
-    draw(predictions, args.output)
+    try:
+      draw(predictions, args.output)
+    except OSError as error:
+      print(f"error: {args.output} cannot be written: {error}", file=sys.stderr)
+      return 1
     print(f"drawn in {args.output}")
   return 2 if skipped else 0
 

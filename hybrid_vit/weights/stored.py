@@ -22,7 +22,10 @@ class StoredNetwork:
     variables: {"params", "batch_stats"}, NumPy arrays.
     num_classes: width of the head; 0 where there is none.
     preprocessing: what the weights expect of a picture.
+    preprocessing_said_by: where that is from, for people.
     class_names: of the head's outputs; empty where the weights do not say.
+    loss: of the training, which says what the outputs are: "softmax", "sigmoid" or a task's own; ""
+      for a task that names none, "softmax" where the weights say nothing.
     metadata: everything else that lies beside the weights.
   """
 
@@ -31,7 +34,9 @@ class StoredNetwork:
   variables: dict[str, Any]
   num_classes: int
   preprocessing: Preprocessing
+  preprocessing_said_by: str
   class_names: tuple[str, ...]
+  loss: str
   metadata: dict[str, Any]
 
 
@@ -65,6 +70,20 @@ def load_network(directory: str | Path, name: str | None = None) -> StoredNetwor
     variables=weights,
     num_classes=classes,
     preprocessing=Preprocessing(**fields) if fields else model_entry(name).preprocessing,
+    preprocessing_said_by=(
+      "as the weights say"
+      if fields
+      else f"by the registry's entry of {name}; the weights say nothing"
+    ),
     class_names=tuple(metadata.get("class_names") or ()),
+    loss=_loss(metadata),
     metadata=metadata,
   )
+
+
+def _loss(metadata: dict[str, Any]) -> str:
+  # A state without `info` has its task in the configuration alone.
+  configured = metadata.get("config", {}).get("task") or {}
+  task = metadata.get("task") or configured.get("name") or "classification"
+  settings = metadata.get("task_settings") or configured
+  return str(settings.get("loss") or ("softmax" if task == "classification" else ""))

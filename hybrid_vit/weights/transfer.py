@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import numpy as np
 
 from hybrid_vit.models.layers import resize_relative_table
 from hybrid_vit.models.swin import resize_bicubic_table
@@ -64,7 +65,8 @@ def transfer(
       it is taken over, and another width is an error.
 
   Returns:
-    Variables like `target`, and the report. Tables of relative positions are resized, focal
+    Variables like `target`, as NumPy arrays of its types but for what begins anew, which is
+    `target`'s own, and the report. Tables of relative positions are resized, focal
     modulations fitted to other kernels and more levels.
 
   Raises:
@@ -96,13 +98,15 @@ def transfer(
       continue
     old = found[name]
     if tuple(old.shape) == tuple(new.shape):
-      result[name] = jax.numpy.asarray(old, new.dtype)
+      result[name] = np.asarray(old, new.dtype)
       loaded.append(f"{name} ({fitted[name]})" if name in fitted else name)
     elif parts[-1] in _RESIZED and old.shape[0] == new.shape[0]:
-      result[name] = _RESIZED[parts[-1]](jax.numpy.asarray(old), tuple(new.shape[1:]))
+      resized = _RESIZED[parts[-1]](jax.numpy.asarray(old), tuple(new.shape[1:]))
+      result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
     elif parts[-1] == _POSITION_GRID and old.shape[1:] == new.shape[1:]:
-      result[name] = resize_square_grid(jax.numpy.asarray(old), new.shape[0])
+      resized = resize_square_grid(jax.numpy.asarray(old), new.shape[0])
+      result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
     else:
       result[name] = new

@@ -248,3 +248,17 @@ def test_names_that_are_no_utf8_and_two_links_to_one_folder(tmp_path):
   assert source.info["class_names"] == ("a", "b", "ünï") and len(source) == 4
   assert [source[i]["label"] for i in range(4)] == [0, 1, 2, 2]
   assert {source[i]["image"] for i in (2, 3)} == {b"", b"odd"}
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_all_is_every_picture_and_slices_of_it_hold_out_a_number_of_ones_own(tmp_path, top):
+  write_folder(tmp_path, {f"{top}cat": 30, f"{top}dog": 10, **({"val/cat": 4} if top else {})})
+  spec, count = f"folder:{tmp_path}", 44 if top else 40
+  whole = create_source(spec, "all")
+  held_out, rest = create_source(spec, "all[:8]"), create_source(spec, "all[8:]")
+  assert (len(whole), len(held_out), len(rest)) == (count, 8, count - 8)
+  assert sorted(names(held_out) + names(rest)) == sorted(names(whole))
+  labels = [held_out[i]["label"] for i in range(8)]
+  assert labels.count(1) == 2 and whole.info["class_names"] == ("cat", "dog")
+  with pytest.raises(ValueError, match="digits has train, validation and test"):
+    create_source("digits", "all")

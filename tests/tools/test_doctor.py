@@ -47,3 +47,16 @@ def test_an_accelerator_that_jax_does_not_see(monkeypatch):
   monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
   finding = look("devices", monkeypatch, doctor._devices)
   assert not finding.good and "pip install 'hybrid_vit[cuda]'" in finding.text
+
+
+def test_no_home_is_needed(monkeypatch):
+  """As in a container under a number that no one has a name for."""
+
+  def unknown(number):
+    raise KeyError(f"getpwuid(): uid not found: {number}")
+
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.setattr("pwd.getpwuid", unknown)
+  for part in ("machine", "pictures", "checkpoints", "data"):
+    finding = look(part, monkeypatch, getattr(doctor, f"_{part}"))
+    assert finding.good, finding

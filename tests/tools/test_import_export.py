@@ -38,7 +38,9 @@ def test_the_import_says_all_that_its_users_must_know(file, imported):
   variables, metadata = checkpoints.load_weights(imported)
   jax.tree.map(np.testing.assert_array_equal, variables, made_variables(MOAT, 10))
   assert metadata["name"] == MOAT and metadata["num_classes"] == 10
-  assert metadata["weights"] == "imported"
+  assert metadata["weights"] == "imported" and metadata["arguments"] == {}
+  assert (metadata["task"], metadata["task_settings"]) == ("classification", {})
+  assert (metadata["class_names"], metadata["step"], metadata["results"]) == ([], None, {})
   assert metadata["preprocessing"]["image_size"] == model_entry(MOAT).preprocessing.image_size
   digest = hashlib.sha256(file.read_bytes()).hexdigest()
   assert metadata["source"]["files"] == {"tiny_moat0.npz": digest}

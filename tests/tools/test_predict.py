@@ -2,14 +2,18 @@ import functools
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
 from hybrid_vit import checkpoints
 from hybrid_vit.models.registry import Preprocessing, create_model
 from hybrid_vit.tools import predict
+from hybrid_vit.train_state import create_state
 from hybrid_vit.weights.stored import load_network
+from tests import small
 from tests.models.contract import drawn_variables
 from tests.models.test_moat import SMALL
 
@@ -28,14 +32,22 @@ def photo(path, height, width, seed=0):
   return path
 
 
+@functools.cache
+def drawn():
+  return jax.device_get(drawn_variables(create_model("tiny_moat_0", 7, **SMALL)))
+
+
+def about(preprocessing=CROP, **metadata):
+  fields = preprocessing.__dict__ | {"mean": list(preprocessing.mean)}
+  return {"name": "tiny_moat_0", "arguments": SMALL, "preprocessing": fields, **metadata}
+
+
 def weights(directory, preprocessing=CROP, num_classes=7, **metadata):
-  variables = jax.device_get(drawn_variables(create_model("tiny_moat_0", 7, **SMALL)))
+  variables = drawn()
   if not num_classes:
     body = {k: v for k, v in variables["params"].items() if not k.startswith("head")}
     variables = {**variables, "params": body}
-  fields = preprocessing.__dict__ | {"mean": list(preprocessing.mean)}
-  about = {"name": "tiny_moat_0", "arguments": SMALL, "preprocessing": fields, **metadata}
-  checkpoints.export(directory, variables, about)
+  checkpoints.export(directory, variables, about(preprocessing, **metadata))
   return directory
 
 
@@ -72,11 +84,15 @@ def test_photos_are_prepared_as_pil_does_pixel_by_pixel(tmp_path, preprocessing,
 
 
 @functools.cache
-def probabilities_by_hand(directory, paths):
+def logits_by_hand(directory, paths):
   network = load_network(directory)
   batch = np.stack([by_hand(path, CROP) for path in paths]) / 255.0
   batch = ((batch - CROP.mean) / CROP.std).astype(np.float32)
-  logits = np.asarray(jax.jit(network.model.apply)(network.variables, batch)[0], np.float64)
+  return np.asarray(jax.jit(network.model.apply)(network.variables, batch)[0], np.float64)
+
+
+def probabilities_by_hand(directory, paths):
+  logits = logits_by_hand(directory, paths)
   exponentials = np.exp(logits - logits.max(-1, keepdims=True))
   return exponentials / exponentials.sum(-1, keepdims=True)
 
@@ -146,3 +162,97 @@ def test_names_of_classes(trained, tmp_path):
   assert predict.class_names(load_network(trained)) == tuple(NAMES)
   unnamed = load_network(weights(tmp_path / "w", class_names=None))
   assert predict.class_names(unnamed)[6] == "class 6"
+
+
+def save_state(workdir, step, scale=1.0, **info):
+  """A checkpoint as a training leaves it: the drawn weights times `scale`."""
+  variables = jax.tree.map(lambda leaf: jnp.asarray(leaf * scale), drawn())
+  task = small.make_task()
+  state = create_state(jax.random.key(0), task, optax.sgd(0.1), small.make_batch(), ema=False)
+  state = state.replace(**variables, opt_state=(), step=jnp.int32(step))
+  checkpointer = checkpoints.Checkpointer(
+    workdir, run_config={"model": {"name": "tiny_moat_0"}}, info=about(**info), keep_best=False
+  )
+  assert checkpointer.save(state, step, {})
+  checkpointer.close()
+
+
+def test_a_run_without_export_is_predicted_by_what_its_state_says(tmp_path):
+  """Fails where the registry's preprocessing is taken, or the names of the classes are lost."""
+  save_state(
+    tmp_path, 3, preprocessing=SQUASH, class_names=NAMES, task_settings={"loss": "sigmoid"}
+  )
+  for directory in (tmp_path, tmp_path / "checkpoints" / "3"):
+    network = load_network(directory)
+    assert network.preprocessing == SQUASH and network.class_names == tuple(NAMES)
+    assert network.loss == "sigmoid" and network.preprocessing_said_by == "as the weights say"
+    assert network.metadata["step"] == 3
+
+
+def test_a_finished_run_that_goes_on_is_predicted_by_its_newest_state(tmp_path, capsys):
+  path = photo(tmp_path / "good.png", 40, 50)
+  weights(tmp_path / "run" / "export", class_names=NAMES, step=5)
+  exported, _ = predict.predict(load_network(tmp_path / "run"), [path])
+  save_state(tmp_path / "run", 5, scale=0.5, class_names=NAMES)
+  same, _ = predict.predict(load_network(tmp_path / "run"), [path])
+  assert same[0].probabilities == exported[0].probabilities
+  save_state(tmp_path / "run", 6, scale=0.5, class_names=NAMES)
+  arguments = [f"--weights={tmp_path / 'run'}", f"--output={tmp_path / 'seen.png'}", str(path)]
+  assert predict.main(arguments) == 0
+  said = capsys.readouterr().out
+  assert "state of step 6" in said and f"{exported[0].probabilities[0]:6.1%}" not in said
+
+
+def test_weights_trained_with_a_sigmoid_are_shown_as_sigmoids(tmp_path, capsys):
+  paths = tuple(photo(tmp_path / f"{i}.png", 40 + i, 60 - i, seed=i) for i in range(2))
+  directory = weights(tmp_path / "w", class_names=NAMES, task_settings={"loss": "sigmoid"})
+  predictions, _ = predict.predict(load_network(directory), paths, top=7)
+  for prediction, logits in zip(predictions, logits_by_hand(directory, paths)):
+    expected = np.sort(1 / (1 + np.exp(-logits)))[::-1]
+    np.testing.assert_allclose(prediction.probabilities, expected, rtol=1e-4)
+    assert not np.isclose(sum(prediction.probabilities), 1)
+  arguments = [f"--weights={directory}", f"--output={tmp_path / 'seen.png'}", str(paths[0])]
+  assert predict.main(arguments) == 0
+  assert "the probability of each class stands by itself" in capsys.readouterr().out
+
+
+def test_weights_of_another_task_are_not_shown_as_classes(tmp_path):
+  network = load_network(weights(tmp_path / "w", task="depth", task_settings={"loss": "silog"}))
+  with pytest.raises(ValueError, match=r"task 'depth' with the loss 'silog'.*are no classes"):
+    predict.predict(network, [photo(tmp_path / "good.png", 40, 50)])
+
+
+def test_weights_that_are_no_numbers_are_named_before_any_figure(tmp_path, capsys):
+  broken = jax.tree.map(np.array, drawn())
+  broken["params"]["head"]["bias"][3] = np.nan
+  checkpoints.export(tmp_path / "w", broken, about())
+  path = str(photo(tmp_path / "good.png", 40, 50))
+  arguments = [f"--weights={tmp_path / 'w'}", f"--output={tmp_path / 'seen.png'}", path]
+  assert predict.main(arguments) == 1
+  out, err = capsys.readouterr()
+  assert not out and "hold NaN or infinity, first in 'params/head/bias'" in err
+
+
+def test_pictures_are_read_by_what_training_reads(tmp_path):
+  """Sixteen bits of grey, which PIL alone shows nearly white, and more pixels than PIL allows."""
+  grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+  Image.fromarray(grey).save(tmp_path / "grey.png")
+  expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+  plain = Preprocessing(32, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
+  np.testing.assert_array_equal(predict.prepare(tmp_path / "grey.png", plain), expected)
+  # 201 megapixels, in a shape that is quickly read.
+  Image.new("L", (65500, 3069), 77).save(tmp_path / "large.jpg")
+  assert (predict.prepare(tmp_path / "large.jpg", SQUASH) == 77).all()
+
+
+def test_names_are_drawn_as_they_stand(tmp_path):
+  names = ["$", "$x_1", r"$\no_such_letter$", "a\nb", "\x1b[31mred", "caf\u00e9", "x" * 90]
+  directory = weights(tmp_path / "w", class_names=names)
+  path = photo(tmp_path / "$5 and \udcff$.png", 40, 50)
+  output = tmp_path / "seen.png"
+  arguments = [f"--weights={directory}", f"--output={output}", "--top=7", str(path)]
+  assert predict.main(arguments) == 0
+  assert Image.open(output).width > 300
+  blocked = tmp_path / "file"
+  blocked.write_text("")
+  assert predict.main([arguments[0], f"--output={blocked}/seen.png", str(path)]) == 1

@@ -81,3 +81,24 @@ def test_a_head_of_equal_width_begins_anew_when_asked():
   del target["params"]["auxiliary_head1"]
   kept, _ = transfer(source, target)
   np.testing.assert_array_equal(kept["params"]["head"]["bias"], source["params"]["head"]["bias"])
+
+
+def test_what_is_loaded_has_the_types_of_the_target(recwarn):
+  """float64, as NumPy makes it, and halves become the target's floats, without a word."""
+  source, target = tree(table=(3, 3), seed=1), tree(table=(5, 7), seed=2)
+  source["params"]["stem"]["kernel"] = source["params"]["stem"]["kernel"].astype(np.float64)
+  source["params"]["head"]["bias"] = source["params"]["head"]["bias"].astype(np.float16)
+  target["params"]["stem"]["kernel"] = target["params"]["stem"]["kernel"].astype(np.float64)
+  variables, _ = transfer(source, target)
+  found = {
+    "stem": variables["params"]["stem"]["kernel"],
+    "head": variables["params"]["head"]["bias"],
+    "table": variables["params"]["attention"]["position_table"],
+  }
+  assert all(isinstance(leaf, np.ndarray) for leaf in found.values())
+  assert {k: v.dtype.name for k, v in found.items()} == {
+    "stem": "float64",
+    "head": "float32",
+    "table": "float32",
+  }
+  assert not recwarn.list
