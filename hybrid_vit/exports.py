@@ -107,7 +107,7 @@ def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   """Weights from an export, a checkpoint or a work directory, and what is known about them.
 
   A work directory gives its export, unless a newer state shows that the run went on since: then, as
-  without an export, its best state, else its newest. A state gives its averaged variables where it
+  without an export, its newest state (its best ones are in best/, to be named). A state gives its averaged variables where it
   has them. Each process reads for itself; none waits for another.
 
   Returns:
@@ -142,7 +142,7 @@ def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
       step,
       newest,
     )
-  for name in ("best", "checkpoints"):
+  for name in ("checkpoints", "best"):
     for step in _steps(directory / name):
       try:
         return load_weights(directory / name / str(step))
@@ -150,7 +150,7 @@ def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         logging.warning("passed over: %s", error)
   raise CheckpointError(
     f"no weights in {directory}: looked for an export (weights/ and metadata.json), a checkpoint "
-    "(state/ and metadata/) and a work directory (export/, best/, checkpoints/); "
+    "(state/ and metadata/) and a work directory (export/, checkpoints/, best/); "
     + (f"there are: {_few(names)}" if names else "there is nothing")
   )
 

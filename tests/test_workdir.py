@@ -184,6 +184,6 @@ def test_the_command_ends_with_the_cause(options, environment, last, tmp_path):
     timeout=180,
   )
   assert done.returncode == 1
-  *_, error, hint = done.stderr.strip().splitlines()
+  *_, hint, error = done.stderr.strip().splitlines()
   assert error.startswith("error: work directory") and last in error
   assert hint.startswith("(with HYBRID_VIT_TRACEBACK=1") and "Traceback" not in done.stderr
