@@ -223,7 +223,7 @@ def test_modulation_by_its_definition():
   gathered = (gathered + everywhere * gates[..., 2:]) / 3
   modulator = gathered @ p["projection_context"]["kernel"] + p["projection_context"]["bias"]
   expected = query * modulator @ p["projection_out"]["kernel"] + p["projection_out"]["bias"]
-  out = contract.jit(layer.apply)({"params": params}, x)[0]
+  out = jax.jit(layer.apply)({"params": params}, x)[0]
   np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
 
 
