@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
+from jax import flatten_util
 
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.data.transforms import parse_transform
@@ -185,9 +186,11 @@ def check_trains(model: nn.Module, size: int = 32, steps: int = 12, rate: float 
   x, labels = digits(size)
   variables = initialize(model, x[:1])
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+  # One vector of all parameters: the same steps as leaf by leaf, in a tenth of the operations.
+  vector, leaves = flatten_util.ravel_pytree(variables["params"])
 
   @jax.jit
-  def step(params, stats, state, key):
+  def step(vector, stats, state, key):
     def loss(params):
       (logits, _), new = model.apply(
         {"params": params, "batch_stats": stats},
@@ -199,14 +202,14 @@ def check_trains(model: nn.Module, size: int = 32, steps: int = 12, rate: float 
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
       return losses.mean(), new.get("batch_stats", {})
 
-    (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, state = optimizer.update(gradient, state, params)
-    return optax.apply_updates(params, updates), stats, state, value
+    (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(leaves(vector))
+    gradient = flatten_util.ravel_pytree(gradient)[0]
+    updates, state = optimizer.update(gradient, state, vector)
+    return vector + updates, stats, state, value
 
-  params, stats = variables["params"], variables.get("batch_stats", {})
-  state, losses = jax.jit(optimizer.init)(params), []
+  stats, state, losses = variables.get("batch_stats", {}), optimizer.init(vector), []
   for i in range(steps):
-    params, stats, state, value = step(params, stats, state, jax.random.key(i))
+    vector, stats, state, value = step(vector, stats, state, jax.random.key(i))
     losses.append(float(value))
   assert np.isfinite(losses).all(), losses
   assert min(losses[-3:]) < 0.8 * losses[0], losses
