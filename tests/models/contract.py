@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jax import flatten_util
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.models.registry import create_model, model_entry
+from hybrid_vit.tools.summarize import count_multiply_adds
 
 Make = Callable[..., nn.Module]
 
@@ -58,20 +59,52 @@ def drawn_variables(model: nn.Module, size: tuple[int, int] = (32, 32)) -> Any:
   return jax.tree.map(draw, jax.device_get(start))
 
 
+class Traced(NamedTuple):
+  """What a network's program says of it without being run."""
+
+  logits: Any
+  endpoints: Any
+  variables: Any
+  multiply_adds: int
+
+
+@functools.cache
+def traced(model: nn.Module, size: tuple[int, int]) -> Traced:
+  """Shapes and count of a network with one picture; equal networks are traced once."""
+  shapes: Any = None
+
+  def forward(key: jax.Array, x: jax.Array) -> Any:
+    nonlocal shapes
+    out = model.init_with_output(key, x)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), out)
+    return out
+
+  x = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+  # Making variables takes no multiply-adds.
+  count = count_multiply_adds(forward, jax.random.key(0), x)
+  (logits, endpoints), variables = shapes
+  return Traced(logits, endpoints, variables, count)
+
+
+def multiply_adds(name: str) -> int:
+  """Of a registered network at its own input size."""
+  size = model_entry(name).preprocessing.image_size
+  return traced(create_model(name), (size, size)).multiply_adds
+
+
 def check_entry(name: str, size: tuple[int, int] = (224, 224)) -> None:
   """A registered network by its shapes: exact parameters, float32 leaves, pyramid, endpoints."""
   entry = model_entry(name)
   model = create_model(name)
-  x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
-  (logits, endpoints), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+  logits, endpoints, variables, _ = traced(model, size)
   count = sum(p.size for p in jax.tree.leaves(variables["params"]))
   assert count == entry.published.parameters, (name, count, entry.published.parameters)
-  assert logits.shape == (2, model.num_classes) and logits.dtype == jnp.float32
+  assert logits.shape == (1, model.num_classes) and logits.dtype == jnp.float32
   assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
   assert model.features and "pre_logits" in endpoints and "stem" in endpoints
   for feature in model.features:
     rows, columns = (-(-n // feature.stride) for n in size)
-    expected = (2, rows, columns, feature.channels)
+    expected = (1, rows, columns, feature.channels)
     assert endpoints[feature.name].shape == expected, (name, feature, endpoints[feature.name])
 
 
