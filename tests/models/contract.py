@@ -39,6 +39,12 @@ def initialize(model: nn.Module, x: Any) -> Any:
   return jax.jit(model.init)(jax.random.key(0, impl="rbg"), x)
 
 
+@functools.lru_cache(maxsize=2)
+def initial(model: nn.Module, size: int) -> Any:
+  """New variables for square pictures."""
+  return initialize(model, images(1, size, size))
+
+
 @functools.lru_cache(maxsize=4)
 def drawn_variables(model: nn.Module, size: tuple[int, int] = (32, 32)) -> Any:
   """Variables whose every number is drawn, so that nothing hides behind zeros and ones.
@@ -217,7 +223,8 @@ def digits(size: int) -> tuple[np.ndarray, np.ndarray]:
 def check_trains(model: nn.Module, size: int = 32, steps: int = 12, rate: float = 2e-3) -> None:
   """A few steps on real pictures: the loss falls below its start and stays finite."""
   x, labels = digits(size)
-  variables = initialize(model, x[:1])
+  # The type of the computation changes no parameter.
+  variables = initial(model.clone(dtype=jnp.float32), size)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
   # One vector of all parameters: the same steps as leaf by leaf, in a tenth of the operations.
   vector, leaves = flatten_util.ravel_pytree(variables["params"])
