@@ -3,8 +3,9 @@
 import jax
 import pytest
 
-from tests import command
+from tests import command, compiling
 
+compiling.compile_quickly()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

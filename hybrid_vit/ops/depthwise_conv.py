@@ -142,22 +142,19 @@ def depthwise_conv_shift_add_once(x, kernel, strides, pads):
   """As `depthwise_conv_shift_add`, for a result that several consumers read.
 
   XLA would fuse the whole sum into each of them and compute it as often; it does not fuse across a
-  conditional. Both branches give the same: the second one, row by row, is what a NaN kernel takes.
+  conditional. Both branches give the same: the second one, which compiles to one call, is what a
+  NaN kernel takes.
   """
   padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-  kh = kernel.shape[0]
 
   def whole(padded, kernel):
     return _sum_of_shifts(padded, kernel, strides).astype(x.dtype)
 
-  def row_by_row(padded, kernel):
-    def row(i):
-      rows = lax.dynamic_slice_in_dim(padded, i * strides[0], kh, axis=1)
-      return _sum_of_shifts(rows, kernel, strides)[:, 0].astype(x.dtype)
+  def library(padded, kernel):
+    out = _reference(padded.astype(jnp.float32), kernel.astype(jnp.float32), strides, "VALID")
+    return out.astype(x.dtype)
 
-    return jnp.moveaxis(lax.map(row, jnp.arange((padded.shape[1] - kh) // strides[0] + 1)), 0, 1)
-
-  return lax.cond(jnp.isnan(kernel[0, 0, 0, 0]), row_by_row, whole, padded, kernel)
+  return lax.cond(jnp.isnan(kernel[0, 0, 0, 0]), library, whole, padded, kernel)
 
 
 def _sum_of_shifts(padded, kernel, strides):
@@ -179,7 +176,7 @@ def _sum_of_shifts(padded, kernel, strides):
 def depthwise_conv_kernel_gradient(x, g, kernel_size, strides, pads):
   """Gradient `[kh, kw, 1, C]`, float32: for each kernel position, the sum of shifted `x` times `g`.
 
-  It goes row by row with one accumulator a kernel position and sums the rest at the end: XLA's
+  It goes row by row with one accumulator a kernel column and sums the rest at the end: XLA's
   reductions over leading axes are scalar loops on a CPU, element-wise accumulation is not.
   """
   kh, kw = kernel_size
@@ -187,16 +184,15 @@ def depthwise_conv_kernel_gradient(x, g, kernel_size, strides, pads):
   batch, rows, columns, channels = g.shape
 
   def add_row(row, sums):
-    g_row = lax.dynamic_index_in_dim(g, row, axis=1, keepdims=False).astype(jnp.float32)
+    # [B, 1, W, C] times [B, kh, W, C]: what a row meets in each row of the kernel.
+    g_row = lax.dynamic_slice_in_dim(g, row, 1, axis=1).astype(jnp.float32)
     x_rows = lax.dynamic_slice_in_dim(padded, row * strides[0], kh, axis=1).astype(jnp.float32)
-    products = []
-    for i in range(kh):
-      for j in range(kw):
-        limit = (batch, j + strides[1] * (columns - 1) + 1, channels)
-        shifted = lax.slice(x_rows[:, i], (0, j, 0), limit, (1, strides[1], 1))
-        products.append(sums[i * kw + j] + shifted * g_row)
-    return tuple(products)
+    last = strides[1] * (columns - 1) + 1
+    return tuple(
+      column + lax.slice_in_dim(x_rows, j, j + last, strides[1], axis=2) * g_row
+      for j, column in enumerate(sums)
+    )
 
-  zeros = tuple(jnp.zeros((batch, columns, channels), jnp.float32) for _ in range(kh * kw))
+  zeros = tuple(jnp.zeros((batch, kh, columns, channels), jnp.float32) for _ in range(kw))
   sums = lax.fori_loop(0, rows, add_row, zeros)
-  return jnp.stack([s.sum((0, 1)) for s in sums]).reshape(kh, kw, 1, channels)
+  return jnp.stack([s.sum((0, 2)) for s in sums], axis=1).reshape(kh, kw, 1, channels)

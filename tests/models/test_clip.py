@@ -73,8 +73,9 @@ def test_open_clip():
   )
   model = clip.CLIP(image, words, max_scale=None)
   image, words, scale = run(model, "open_clip", description, expected["tokens"])
+  # Measured 0.9e-5 optimised, 1.05e-5 not: a rounding of a cosine alone is 0.3e-5 of the deviation.
   golden.assert_matches(
-    {"similarity": expected["similarity"]}, {"similarity": scale * image @ words.T}
+    {"similarity": expected["similarity"]}, {"similarity": scale * image @ words.T}, 2e-5
   )
   np.testing.assert_allclose(scale, expected["logit_scale"], rtol=1e-6)
 

@@ -6,7 +6,6 @@ from flax import traverse_util
 
 from hybrid_vit.models import focalnet
 from hybrid_vit.models.registry import create_model, list_models, model_entry
-from hybrid_vit.tools import summarize
 from hybrid_vit.weights import keymap_focalnet
 from tests.models import contract
 
@@ -54,7 +53,7 @@ def test_parameters_and_pyramid(name):
 @pytest.mark.parametrize("name", list_models("focalnet*"))
 def test_multiply_adds(name):
   published = model_entry(name).published
-  counted = summarize.summarize(name).multiply_adds
+  counted = contract.multiply_adds(name)
   if "ablations" not in published.source:
     assert abs(counted - published.multiply_adds) < 6e6, (counted, published.multiply_adds)
     return
@@ -223,7 +222,7 @@ def test_modulation_by_its_definition():
   gathered = (gathered + everywhere * gates[..., 2:]) / 3
   modulator = gathered @ p["projection_context"]["kernel"] + p["projection_context"]["bias"]
   expected = query * modulator @ p["projection_out"]["kernel"] + p["projection_out"]["bias"]
-  out = contract.jit(layer.apply)({"params": params}, x)[0]
+  out = jax.jit(layer.apply)({"params": params}, x)[0]
   np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
 
 

@@ -5,7 +5,6 @@ import pytest
 
 from hybrid_vit.models import l2vit
 from hybrid_vit.models.registry import create_model, list_models
-from hybrid_vit.tools.summarize import summarize
 from hybrid_vit.weights import keymap_l2vit
 from tests.models import contract
 
@@ -38,7 +37,7 @@ def test_entry(name):
 
 @pytest.mark.parametrize("name", [n for n in MULTIPLY_ADDS if n != "l2vit_base_22kto1k"])
 def test_multiply_adds(name):
-  counted = summarize(name).multiply_adds
+  counted = contract.multiply_adds(name)
   assert round(counted / 1e9, 2) == MULTIPLY_ADDS[name]
 
 

@@ -80,4 +80,5 @@ def test_mci0():
   maps, embedding = answers(model, load(model, weights, x), x)
   actual = {f"image.{k}": v for k, v in maps.items()}
   expected = {k: v for k, v in expected.items() if k.startswith("image.") or k == "image_embedding"}
-  golden.assert_matches(expected, {**actual, "image_embedding": embedding})
+  # A map's largest number is 30 of its deviations: three roundings of it are 1.1e-5.
+  golden.assert_matches(expected, {**actual, "image_embedding": embedding}, 2e-5)

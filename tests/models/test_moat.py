@@ -33,8 +33,7 @@ def small_variables():
 def test_entries(name):
   contract.check_entry(name, (70, 96))
   model = create_model(name)
-  x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  (_, endpoints), _ = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+  endpoints = contract.traced(model, (70, 96)).endpoints
   blocks = {f"stage{s + 1}_block{b}" for s, n in enumerate(model.depths) for b in range(n)}
   assert set(endpoints) == {"stem", "pre_logits"} | blocks | {f.name for f in model.features}
 

@@ -11,7 +11,6 @@ from flax import traverse_util
 
 from hybrid_vit.models import resnet
 from hybrid_vit.models.registry import create_model, list_models, model_entry
-from hybrid_vit.tools.summarize import summarize
 from hybrid_vit.weights import convert, keymap_resnet
 from tests import golden
 from tests.models import contract
@@ -30,7 +29,7 @@ def test_entries():
 
 @pytest.mark.parametrize("name", list_models("resnet*"))
 def test_multiply_adds(name):
-  found = summarize(name).multiply_adds
+  found = contract.multiply_adds(name)
   assert found == pytest.approx(model_entry(name).published.multiply_adds, rel=0.005), found / 1e9
 
 

@@ -12,7 +12,6 @@ from hybrid_vit.models import revcol
 from hybrid_vit.tasks.intermediate_supervision import IntermediateSupervision
 from hybrid_vit.weights import convert, keymap_revcol
 from tests import golden
-from tests.models import contract
 
 GRADIENTS = golden.names("revcol", "*_gradients")
 COLUMNS = golden.names("revcol", "column_*")
@@ -87,7 +86,7 @@ def test_network(name):
   description, expected = golden.load("revcol", name)
   model = network(description)
   variables, _ = imported(description, model)
-  actual, _ = contract.jit(functools.partial(answers, model))(variables, golden.image(description))
+  actual, _ = jax.jit(functools.partial(answers, model))(variables, golden.image(description))
   compare(expected, actual)
 
 
@@ -118,7 +117,7 @@ def test_column_alone(name):
     return convert.OfficialKey(key.name.removeprefix("subnet0."), key.to_ours, key.to_theirs)
 
   variables, _ = convert.import_weights(golden.weights(description), template, key_map)
-  new = contract.jit(lambda v: column.apply(v, stem, maps, False))(variables)
+  new = jax.jit(lambda v: column.apply(v, stem, maps, False))(variables)
   actual = {f"c{i}": x for i, x in enumerate(new)}
   for i in range(4):
     actual[f"after/alpha{i}"] = revcol.clamp_alpha(variables["params"][f"alpha{i}"])
@@ -132,7 +131,7 @@ def gradient_run(name):
   model = network(description)
   variables, key_map = imported(description, model)
 
-  @contract.jit
+  @jax.jit
   def run(params, x):
     def total(params, x):
       actual, heads = answers(model, {"params": params}, x)
@@ -192,9 +191,7 @@ def test_compound_loss():
   def loss(params):
     return task.loss({"params": params}, batch, jax.random.key(0))
 
-  (total, aux), gradients = contract.jit(jax.value_and_grad(loss, has_aux=True))(
-    r.variables["params"]
-  )
+  (total, aux), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(r.variables["params"])
   np.testing.assert_allclose(total, expected["compound_loss"], rtol=1e-5)
   metrics = {k: float(s / w) for k, (s, w) in aux["metrics"].items()}
   np.testing.assert_allclose(metrics["loss"], expected["compound_loss"], rtol=1e-5)

@@ -6,7 +6,6 @@ from flax import traverse_util
 
 from hybrid_vit.models import smt
 from hybrid_vit.models.registry import create_model, list_models, model_entry
-from hybrid_vit.tools import summarize
 from hybrid_vit.weights import convert, families, keymap_smt
 from tests.models import contract
 
@@ -39,7 +38,7 @@ def test_parameters_and_pyramid(name):
 @pytest.mark.parametrize("name", list_models("smt*"))
 def test_multiply_adds(name):
   published = model_entry(name).published.multiply_adds
-  counted = summarize.summarize(name).multiply_adds
+  counted = contract.multiply_adds(name)
   assert abs(counted - published) < 6e5, (counted, published)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from hybrid_vit.models import vit
 from hybrid_vit.models.registry import list_models, model_entry
-from hybrid_vit.tools.summarize import summarize
 from hybrid_vit.weights import keymap_vit
 from hybrid_vit.weights.transfer import transfer
 from tests.models import contract
@@ -41,7 +40,7 @@ def small(**overrides):
 @pytest.mark.parametrize("name", MULTIPLY_ADDS)
 def test_entries(name):
   contract.check_entry(name, (224, 160))
-  counted, published = summarize(name).multiply_adds, model_entry(name).published.multiply_adds
+  counted, published = contract.multiply_adds(name), model_entry(name).published.multiply_adds
   assert counted == MULTIPLY_ADDS[name] and abs(counted / published - 1) < 0.01
 
 

@@ -61,6 +61,14 @@ def test_forms_agree_in_bfloat16(kernel_size, stride):
       np.testing.assert_allclose(a, e, atol=2**-7 * np.abs(e).max())
 
 
+def test_a_broken_kernel_breaks_its_own_channel_alone():
+  """The branch that the fast form takes only then, in the output and in the input's gradient."""
+  x, kernel = inputs((9, 12), 3)
+  for reference, fast in zip(*both_forms(x, kernel.at[:, :, :, 0].set(jnp.nan))):
+    np.testing.assert_array_equal(np.isnan(fast), np.isnan(reference))
+    np.testing.assert_allclose(fast[..., 1:], reference[..., 1:], rtol=1e-4, atol=1e-4)
+
+
 def test_against_a_plain_sum():
   x = np.arange(2 * 3 * 4 * 1, dtype=np.float32).reshape(2, 3, 4, 1)
   kernel = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32).reshape(2, 2, 1, 1)
