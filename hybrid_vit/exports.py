@@ -104,11 +104,11 @@ def _heal(directory: epath.Path) -> None:
 
 
 def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Weights from an export, a checkpoint or a work directory, and what is known about them.
+  """Weights from an export, a checkpoint, a directory of such or a work directory, and their facts.
 
   A work directory gives its export, unless a newer state shows that the run went on since: then, as
-  without an export, its newest state (its best ones are in best/, to be named). A state gives its averaged variables where it
-  has them. Each process reads for itself; none waits for another.
+  without an export, its newest state (its best one is in best/, to be named). A state gives its
+  averaged variables where it has them. Each process reads for itself; none waits for another.
 
   Returns:
     {"params", "batch_stats"} as numpy arrays, and the metadata: of an export what was given to
@@ -142,10 +142,11 @@ def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
       step,
       newest,
     )
-  for name in ("checkpoints", "best"):
-    for step in _steps(directory / name):
+  # A directory of states itself, then those of a work directory.
+  for place in (directory, directory / "checkpoints", directory / "best"):
+    for step in _steps(place):
       try:
-        return load_weights(directory / name / str(step))
+        return load_weights(place / str(step))
       except DamagedError as error:
         logging.warning("passed over: %s", error)
   raise CheckpointError(

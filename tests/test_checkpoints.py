@@ -263,7 +263,8 @@ def test_the_newest_are_kept_and_the_best_beside_them(tmp_path):
   assert restore(tmp_path).step == 5
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
   assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"]
-  found, known = load_weights(tmp_path)
+  assert load_weights(tmp_path)[1]["step"] == 5
+  found, known = load_weights(tmp_path / "best")
   assert known["step"] == 2 and known["class_names"] == ["a", "b"]
   jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(weights(2)))
   # A later run knows how good the best one is, and that it may come after the state restored.
