@@ -6,14 +6,17 @@ import re
 
 import numpy as np
 
-SPLITS = ("train", "validation", "test", "all")
+PARTS = ("train", "validation", "test")
+# Every picture of a set, whatever its part.
+WHOLE = "all"
+SPLITS = (*PARTS, WHOLE)
 SPLIT_FOLDERS = {
   "train": ("train", "training"),
   "validation": ("val", "valid", "validation"),
   "test": ("test", "testing"),
 }
 SPLIT_OF = {alias: name for name, aliases in SPLIT_FOLDERS.items() for alias in aliases}
-_NAMES = {**SPLIT_OF, "all": "all"}
+_NAMES = {**SPLIT_OF, WHOLE: WHOLE}
 
 # 2^64 divided by the golden ratio: multiples of it fill a circle evenly, however many there are.
 _GOLDEN = 0x9E3779B97F4A7C15

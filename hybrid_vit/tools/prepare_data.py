@@ -30,7 +30,7 @@ import tqdm
 from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.sources import create_source
-from hybrid_vit.data.splits import SPLITS
+from hybrid_vit.data.splits import PARTS
 from hybrid_vit.data.tfds_source import shard_format
 from hybrid_vit.data.tfrecord import check_count, read_records
 from hybrid_vit.paths import as_path, is_remote
@@ -190,7 +190,7 @@ def store_pictures(spec: str, to: Path) -> dict[str, int]:
       f"{to}: DATA_DIR/NAME/VERSION was expected, with a name in small letters and a version such "
       "as 1.0.0, e.g. /data/flowers/1.0.0"
     )
-  sources = {split: create_source(spec, split) for split in SPLITS}
+  sources = {split: create_source(spec, split) for split in PARTS}
   names = {split: _names(source) for split, source in sources.items()}
   if names["test"] == names["validation"]:
     del sources["test"]
