@@ -237,8 +237,7 @@ def test_pictures_keep_their_automatic_split(tmp_path):
 
 PROGRAM = """
 import sys
-from hybrid_vit import trainer
-from hybrid_vit.config import Config
+from hybrid_vit import main
 from hybrid_vit.tools import prepare_data
 from configs.quickstart import get_config
 from pathlib import Path
@@ -257,7 +256,7 @@ if __name__ == "__main__":
   config.data.update(source="tfds:pets", data_dir=str(new.parent.parent), batch_size=5)
   config.total_epochs = 1
   config.optimizer.schedule.warmup_epochs = 0
-  trainer.train(Config(config), workdir / "run")
+  main.train(config, workdir / "run")
   assert (workdir / "run" / "metrics.jsonl").read_text()
   assert "tensorflow_datasets" in sys.modules
   assert "tensorflow" not in sys.modules
