@@ -10,10 +10,12 @@ differences:
   deeper map to the size of the one it is added to; in the others that addition fails. With
   intermediate supervision, whose pictures have the size of whole cells, 32 has to divide them.
 * Intermediate supervision takes 4, 8, 12, … columns; there, other numbers fail inside.
-* A map is kept in `dtype`; there, under mixed precision, it is float32.
+* A map is kept in `dtype`; there, under mixed precision, it is float32, as it is here where the
+  network is `reversible`.
+* The reversible backward pass keeps the maps of the last column alone; there, those of every column.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +25,7 @@ import numpy as np
 
 from hybrid_vit.models import layers
 from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
+from hybrid_vit.ops.reversible import inverse_errors, reversible_sequence
 
 # The authors cut the draw at +-2, a hundred deviations: plain normal.
 _INIT = nn.initializers.normal(0.02)
@@ -65,6 +68,9 @@ class RevCol(nn.Module):
     head_init_scale: factor of the classifier's first kernel; fine-tuning takes 0.001.
     drop_path_rate: of the last block of every column; its first has 0, evenly between.
     remat: recompute each level in the backward pass instead of storing its inside.
+    reversible: in training, rebuild every column's maps from the next one's (section 3.2, and
+      `ops/reversible.py`), so that activations do not grow with the columns. Of the endpoints of
+      single columns there is none then. Maps are float32, in evaluation, too.
     dtype: of the computation; parameters, norm statistics and gains are float32.
 
   Every level's sides are those of the level above, halved and rounded down; the first has H // 4.
@@ -86,6 +92,7 @@ class RevCol(nn.Module):
   head_init_scale: float = 1.0
   drop_path_rate: float = 0.0
   remat: bool = False
+  reversible: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -102,28 +109,14 @@ class RevCol(nn.Module):
     stem = Stem(self.widths[0], self.dtype, name="stem")(images.astype(self.dtype))
     endpoints["stem"] = stem
 
-    interval = self.num_columns // _QUARTERS
-    maps: Maps | None = None
-    for i in range(self.num_columns):
-      maps = Column(
-        widths=self.widths,
-        depths=self.depths,
-        kernel_size=self.kernel_size,
-        expansion=self.expansion,
-        bottom_to_top=self.bottom_to_top,
-        layer_scale_init=self.layer_scale_init,
-        drop_path_rate=self.drop_path_rate,
-        remat=self.remat,
-        dtype=self.dtype,
-        name=f"column{i}",
-      )(stem, maps, train)
-      endpoints |= {f"column{i}_level{level}": x for level, x in enumerate(maps)}
-      if self.intermediate_supervision and (i + 1) % interval == 0 and i + 1 < self.num_columns:
-        part = i // interval
-        head = AuxiliaryHead(self.num_classes, name=f"auxiliary_head{part}")
-        endpoints[f"auxiliary_logits{part}"] = head(maps[-1])
-        endpoints[f"reconstruction{part}"] = self._decoder(part)(maps[-1])
-    assert maps is not None
+    if self.reversible and train and self.num_columns > 1 and not self.is_initializing():
+      maps, quarters = self._reversed_columns(stem)
+    else:
+      maps, quarters = self._columns(stem, train, endpoints)
+    for part, deepest in enumerate(quarters):
+      head = AuxiliaryHead(self.num_classes, name=f"auxiliary_head{part}")
+      endpoints[f"auxiliary_logits{part}"] = head(deepest)
+      endpoints[f"reconstruction{part}"] = self._decoder(part)(deepest)
     endpoints |= {f"stage{level + 1}": x for level, x in enumerate(maps)}
 
     x = maps[-1].mean((1, 2), dtype=jnp.float32)
@@ -133,6 +126,78 @@ class RevCol(nn.Module):
       logits = _classifier(self.num_classes, self.head_init_scale, "head")(x)
     endpoints["pre_logits"] = x
     return logits, endpoints
+
+  def inverse_errors(self, images: jax.Array) -> jax.Array:
+    """How well the maps before each column but the first are rebuilt from those after the last.
+
+    Args:
+      images: `[B, H, W, 3]`.
+
+    Returns:
+      `[num_columns - 1, 4]`, float32, relative; see `ops.reversible.inverse_errors`.
+    """
+    parameters = self.variables["params"]
+    stem = Stem(self.widths[0], self.dtype, parent=None)
+    shared = stem.apply({"params": parameters["stem"]}, images.astype(self.dtype))
+    first = self._column(parent=None)
+    maps = first.apply({"params": parameters["column0"]}, shared, None, False)
+    return inverse_errors(*self._sequence(False), shared, maps, jax.random.key(0))
+
+  def _columns(
+    self, stem: jax.Array, train: bool, endpoints: dict[str, jax.Array]
+  ) -> tuple[Maps, list[jax.Array]]:
+    """The last column's maps, and the deepest ones at the quarters; adds every map's endpoint."""
+    maps: Maps | None = None
+    quarters = []
+    for i in range(self.num_columns):
+      maps = self._column(name=f"column{i}")(stem, maps, train)
+      endpoints |= {f"column{i}_level{level}": x for level, x in enumerate(maps)}
+      if i in self._quarters():
+        quarters.append(maps[-1])
+    assert maps is not None
+    return maps, quarters
+
+  def _reversed_columns(self, stem: jax.Array) -> tuple[Maps, list[jax.Array]]:
+    """As `_columns`, in training: only the last column's maps are kept."""
+    first_class = nn.remat(Column, static_argnums=(3,))
+    first = self._column(first_class, name="column0")(stem, None, True)
+    key = self.make_rng("dropout") if self.drop_path_rate else jax.random.key(0)
+    taps = [(i - 1, _LEVELS - 1) for i in self._quarters() if i]
+    (c0, c1, c2, c3), tapped = reversible_sequence(*self._sequence(True), stem, first, key, taps)
+    quarters = ([first[-1]] if 0 in self._quarters() else []) + list(tapped)
+    return (c0, c1, c2, c3), quarters
+
+  def _sequence(self, train: bool) -> tuple[Any, Any, Any]:
+    """Functions, parameters and gains of the levels of all columns but the first."""
+    level_classes = self._column(parent=None).levels()
+    functions = tuple(_level_function(level, self.bottom_to_top, train) for level in level_classes)
+    numbers = range(1, self.num_columns)
+    columns = [self.variables["params"][f"column{i}"] for i in numbers]
+    parameters = [[column[f"level{j}"] for j in range(_LEVELS)] for column in columns]
+    gains = [[clamp_alpha(column[f"alpha{j}"]) for j in range(_LEVELS)] for column in columns]
+    return [functions for _ in numbers], parameters, gains
+
+  def _quarters(self) -> range:
+    """Numbers of the columns after which a head and a decoder come."""
+    if not self.intermediate_supervision:
+      return range(0)
+    interval = self.num_columns // _QUARTERS
+    return range(interval - 1, self.num_columns - 1, interval)
+
+  def _column(self, column_class: Any = None, **place: Any) -> Any:
+    return (column_class or Column)(
+      widths=self.widths,
+      depths=self.depths,
+      kernel_size=self.kernel_size,
+      expansion=self.expansion,
+      bottom_to_top=self.bottom_to_top,
+      layer_scale_init=self.layer_scale_init,
+      drop_path_rate=self.drop_path_rate,
+      remat=self.remat,
+      dtype=self.dtype,
+      map_dtype=jnp.float32 if self.reversible else self.dtype,
+      **place,
+    )
 
   def _decoder(self, part: int) -> nn.Module:
     name = f"decoder{part}"
@@ -148,6 +213,10 @@ class RevCol(nn.Module):
         )
     if self.num_columns < 1:
       raise ValueError(f"RevCol: num_columns is {self.num_columns}; there must be at least one")
+    if self.reversible and self.remat:
+      raise ValueError(
+        "RevCol: remat and reversible both make the backward pass compute anew; give one of them"
+      )
     if self.kernel_size % 2 == 0:
       raise ValueError(f"RevCol: kernel_size is {self.kernel_size}; it must be odd")
     if self.intermediate_supervision and self.num_columns % _QUARTERS:
@@ -180,7 +249,8 @@ def clamp_alpha(alpha: jax.Array) -> jax.Array:
 class Column(nn.Module):
   """One copy of the pyramid: each level's new map is its gain times its old map plus a level.
 
-  Attributes as in `RevCol`.
+  Attributes as in `RevCol`, and
+    map_dtype: of the maps that come out; None for that of the computation.
   """
 
   widths: Sequence[int]
@@ -192,6 +262,26 @@ class Column(nn.Module):
   drop_path_rate: float
   remat: bool
   dtype: Any
+  map_dtype: Any = None
+
+  def levels(self) -> list["Level"]:
+    """The levels as modules of no place, for `Level.apply`."""
+    return [Level(**arguments, parent=None) for arguments in self._level_arguments()]
+
+  def _level_arguments(self) -> list[dict[str, Any]]:
+    rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
+    return [
+      {
+        "width": width,
+        "downsample": i > 0,
+        "kernel_size": self.kernel_size,
+        "expansion": self.expansion,
+        "layer_scale_init": self.layer_scale_init,
+        "drop_path_rates": tuple(rates[i]),
+        "dtype": self.dtype,
+      }
+      for i, width in enumerate(self.widths)
+    ]
 
   @nn.compact
   def __call__(self, stem: jax.Array, maps: Maps | None, train: bool) -> Maps:
@@ -203,26 +293,19 @@ class Column(nn.Module):
         first column, which has gains too, though nothing to apply them to.
       train: whether drop path is on.
     """
-    rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
     level_class = nn.remat(Level, static_argnums=(4,)) if self.remat else Level
+    map_dtype = self.map_dtype or self.dtype
     new: list[jax.Array] = []
     x = stem
-    for i, width in enumerate(self.widths):
+    for i, arguments in enumerate(self._level_arguments()):
+      width = self.widths[i]
       alpha = self.param(f"alpha{i}", nn.initializers.constant(_ALPHA_INIT), (width,), jnp.float32)
       below = maps[i + 1] if maps is not None and i + 1 < _LEVELS else None
       deepest = maps[-1] if maps is not None and self.bottom_to_top and i == 0 else None
-      x = level_class(
-        width=width,
-        downsample=i > 0,
-        kernel_size=self.kernel_size,
-        expansion=self.expansion,
-        layer_scale_init=self.layer_scale_init,
-        drop_path_rates=rates[i],
-        dtype=self.dtype,
-        name=f"level{i}",
-      )(x, below, deepest, train)
+      x = level_class(**arguments, name=f"level{i}")(x, below, deepest, train)
       if maps is not None:
-        x = (clamp_alpha(alpha) * maps[i].astype(jnp.float32) + x).astype(self.dtype)
+        x = clamp_alpha(alpha) * maps[i].astype(jnp.float32) + x
+      x = x.astype(map_dtype)
       new.append(x)
     return new[0], new[1], new[2], new[3]
 
@@ -289,6 +372,23 @@ class Level(nn.Module):
         name=f"block{i}",
       )(x, train)
     return x
+
+
+def _level_function(level: Level, bottom_to_top: bool, train: bool) -> Callable[..., jax.Array]:
+  """A level as `ops.reversible` takes it."""
+
+  def apply(parameters: Any, stem: Any, above: Any, below: Any, key: jax.Array) -> Any:
+    deepest = below[-1] if bottom_to_top and not above else None
+    return level.apply(
+      {"params": parameters},
+      above[-1] if above else stem,
+      below[0] if below else None,
+      deepest,
+      train,
+      rngs={"dropout": key},
+    )
+
+  return apply
 
 
 class Up(nn.Module):
