@@ -12,7 +12,9 @@ differences:
 * Intermediate supervision takes 4, 8, 12, … columns; there, other numbers fail inside.
 * A map is kept in `dtype`; there, under mixed precision, it is float32, as it is here where the
   network is `reversible`.
-* The reversible backward pass keeps the maps of the last column alone; there, those of every column.
+* The reversible backward pass keeps the maps of every third column, or of the last one alone;
+  there, those of every column. The paper's constant memory is that of the last one alone, which
+  float32 bears for few columns: see `ops/reversible.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,6 +73,8 @@ class RevCol(nn.Module):
     reversible: in training, rebuild every column's maps from the next one's (section 3.2, and
       `ops/reversible.py`), so that activations do not grow with the columns. Of the endpoints of
       single columns there is none then. Maps are float32, in evaluation, too.
+    keep_every: of `reversible`: after how many columns their maps are kept, so that rounding starts
+      afresh; 0 to keep the last column's alone.
     dtype: of the computation; parameters, norm statistics and gains are float32.
 
   Every level's sides are those of the level above, halved and rounded down; the first has H // 4.
@@ -93,6 +97,7 @@ class RevCol(nn.Module):
   drop_path_rate: float = 0.0
   remat: bool = False
   reversible: bool = False
+  keep_every: int = 3
   dtype: Any = jnp.float32
 
   @property
@@ -141,7 +146,8 @@ class RevCol(nn.Module):
     shared = stem.apply({"params": parameters["stem"]}, images.astype(self.dtype))
     first = self._column(parent=None)
     maps = first.apply({"params": parameters["column0"]}, shared, None, False)
-    return inverse_errors(*self._sequence(False), shared, maps, jax.random.key(0))
+    key, every = jax.random.key(0), self.keep_every or None
+    return inverse_errors(*self._sequence(False), shared, maps, key, keep_every=every)
 
   def _columns(
     self, stem: jax.Array, train: bool, endpoints: dict[str, jax.Array]
@@ -163,7 +169,9 @@ class RevCol(nn.Module):
     first = self._column(first_class, name="column0")(stem, None, True)
     key = self.make_rng("dropout") if self.drop_path_rate else jax.random.key(0)
     taps = [(i - 1, _LEVELS - 1) for i in self._quarters() if i]
-    (c0, c1, c2, c3), tapped = reversible_sequence(*self._sequence(True), stem, first, key, taps)
+    (c0, c1, c2, c3), tapped = reversible_sequence(
+      *self._sequence(True), stem, first, key, taps, keep_every=self.keep_every or None
+    )
     quarters = ([first[-1]] if 0 in self._quarters() else []) + list(tapped)
     return (c0, c1, c2, c3), quarters
 
@@ -217,6 +225,8 @@ class RevCol(nn.Module):
       raise ValueError(
         "RevCol: remat and reversible both make the backward pass compute anew; give one of them"
       )
+    if self.keep_every < 0:
+      raise ValueError(f"RevCol: keep_every is {self.keep_every}; 0 or more was expected")
     if self.kernel_size % 2 == 0:
       raise ValueError(f"RevCol: kernel_size is {self.kernel_size}; it must be odd")
     if self.intermediate_supervision and self.num_columns % _QUARTERS:

@@ -4,22 +4,24 @@ A state of L maps goes through a chain of columns. Column i makes, one level aft
 
     new[j] = alpha[i][j] * old[j] + F[i][j](new[0 … j-1], old[j+1 … L-1])
 
-(RevCol, arXiv:2212.11696, equations 1 to 3). Two levels and gains of 1 are RevNet and the reversible
-transformers; a first level that looks at the last one is RevCol-H. Since old[j] follows from the
-new maps and from the older maps of deeper levels, the deepest first, nothing but the last column's
-maps has to be kept: activation memory does not grow with the number of columns. The price is one
-more evaluation of each F.
+(RevCol, arXiv:2212.11696, equations 1 to 3). Two levels and gains of 1 are RevNet and the
+reversible transformers; a first level that looks at the last one is RevCol-H. Since old[j] follows
+from the new maps and from the older maps of deeper levels, the deepest first, nothing but the last
+column's maps has to be kept: activation memory does not grow with the number of columns. The price
+is one more evaluation of each F.
 
 The authors' code keeps the four maps of every column and rebuilds inside one column only, so that
 theirs grows; the numbers are the same up to rounding.
 
-Rounding is what is paid with besides: an error of old[j] is that of new[j] over alpha, and the next
-column's grows from there. Hence the state is float32 whatever the levels compute in, and
-`inverse_errors` measures it.
+Rounding is what is paid with besides: an error of old[j] is that of new[j] over alpha, and through
+F it reaches the other levels. With four levels and gains of 1/2 it grows about eightfold a column:
+after 15 columns nothing of a float32 state is left. Hence the state is float32 whatever the levels
+compute in, `inverse_errors` measures what is lost, and `keep_every` keeps the maps of some columns.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,41 +43,73 @@ def reversible_sequence(
   maps: Maps,
   key: jax.Array,
   taps: Sequence[Tap] = (),
+  keep_every: int | None = None,
 ) -> tuple[Maps, tuple[jax.Array, ...]]:
   """Runs a state through all columns; gradients without their activations.
 
   Args:
-    levels: F of each column and level; pure. What it draws, it draws from its key, which is the same
-      when it is evaluated again.
+    levels: F of each column and level; pure. What it draws, it draws from its key, which is the
+      same when it is evaluated again.
     parameters: of each column and level: a tree of arrays.
     alphas: gain of each column and level, broadcast against the map; none may be 0.
     shared: arrays that every level sees, such as a stem's map.
     maps: the state before the first column, one array a level, of any shapes; float32.
     key: folded with the number of column and level for each of them.
     taps: maps that are wanted besides: their gradients come in where they were made.
+    keep_every: number of columns after which the maps are kept and rebuilding starts afresh; None
+      to keep those of the last column alone.
 
   Returns:
     The state after the last column, float32, and the tapped maps.
 
   Raises:
-    ValueError: lists of unequal length, a map that is not float32, or a tap that is not there.
+    ValueError: lists of unequal length, a map that is not float32, a tap that is not there, or
+      `keep_every` below 1.
   """
   _check(levels, parameters, alphas, maps, taps)
-  taps = tuple(taps)
+  if keep_every is not None and keep_every < 1:
+    raise ValueError(f"keep_every is {keep_every}; at least 1 was expected, or None")
+  length = keep_every or len(levels)
+  maps = tuple(maps)
+  found: dict[Tap, jax.Array] = {}
+  for first in range(0, len(levels), length):
+    part = slice(first, first + length)
+    own = tuple(tap for tap in taps if first <= tap[0] < first + length)
+    maps, tapped = _reversible_part(
+      levels[part], parameters[part], alphas[part], shared, maps, key, own, first
+    )
+    found.update(zip(own, tapped))
+  return maps, tuple(found[tap] for tap in taps)
+
+
+def _reversible_part(
+  levels: Any,
+  parameters: Any,
+  alphas: Any,
+  shared: Any,
+  maps: Maps,
+  key: Any,
+  taps: Any,
+  first: int,
+) -> tuple[Maps, tuple[jax.Array, ...]]:
+  """Columns whose backward pass is given the last maps alone; the first is number `first`."""
 
   @jax.custom_vjp
   def run(parameters: Any, alphas: Any, shared: Any, maps: Maps, key: jax.Array) -> Any:
-    return _forward(levels, parameters, alphas, shared, maps, key, taps)
+    return _forward(levels, parameters, alphas, shared, maps, key, taps, first)
 
   def forward(parameters: Any, alphas: Any, shared: Any, maps: Maps, key: jax.Array) -> Any:
-    last, tapped = _forward(levels, parameters, alphas, shared, maps, key, taps)
+    last, tapped = _forward(levels, parameters, alphas, shared, maps, key, taps, first)
     # Without the barrier XLA would recognise the last column's second evaluation as the first one,
     # and keep its inside from one to the other.
     return (last, tapped), (parameters, alphas, shared, jax.lax.optimization_barrier(last), key)
 
   def backward(kept: Any, gradients: Any) -> Any:
     parameters, alphas, shared, last, key = kept
-    return (*_backward(levels, parameters, alphas, shared, last, key, taps, *gradients), None)
+    return (
+      *_backward(levels, parameters, alphas, shared, last, key, taps, first, *gradients),
+      None,
+    )
 
   run.defvjp(forward, backward)
   return run(tuple(map(tuple, parameters)), tuple(map(tuple, alphas)), shared, tuple(maps), key)
@@ -92,7 +126,7 @@ def plain_sequence(
 ) -> tuple[Maps, tuple[jax.Array, ...]]:
   """The reference form of `reversible_sequence`: the same, differentiated by JAX."""
   _check(levels, parameters, alphas, maps, taps)
-  return _forward(levels, parameters, alphas, shared, tuple(maps), key, tuple(taps))
+  return _forward(levels, parameters, alphas, shared, tuple(maps), key, tuple(taps), 0)
 
 
 def inverse_errors(
@@ -102,6 +136,7 @@ def inverse_errors(
   shared: Any,
   maps: Maps,
   key: jax.Array,
+  keep_every: int | None = None,
 ) -> jax.Array:
   """How far the rebuilt maps are from the true ones.
 
@@ -115,9 +150,11 @@ def inverse_errors(
   states = [tuple(maps)]
   for i, column in enumerate(levels):
     states.append(_column(column, parameters[i], alphas[i], shared, states[-1], key, i))
-  new = jax.lax.optimization_barrier(states[-1])
   errors = []
+  new = jax.lax.optimization_barrier(states[-1])
   for i in reversed(range(len(levels))):
+    if keep_every and (i + 1) % keep_every == 0:
+      new = jax.lax.optimization_barrier(states[i + 1])
     old: list[jax.Array] = list(new)
     for j in reversed(range(len(new))):
       own = _key(key, i, j, len(new))
@@ -131,12 +168,19 @@ def inverse_errors(
 
 
 def _forward(
-  levels: Any, parameters: Any, alphas: Any, shared: Any, maps: Maps, key: Any, taps: Any
+  levels: Any,
+  parameters: Any,
+  alphas: Any,
+  shared: Any,
+  maps: Maps,
+  key: Any,
+  taps: Any,
+  first: int,
 ) -> tuple[Maps, tuple[jax.Array, ...]]:
   found = {}
   for i, column in enumerate(levels):
-    maps = _column(column, parameters[i], alphas[i], shared, maps, key, i)
-    found.update({(i, j): maps[j] for j in range(len(maps)) if (i, j) in taps})
+    maps = _column(column, parameters[i], alphas[i], shared, maps, key, first + i)
+    found.update({(first + i, j): maps[j] for j in range(len(maps)) if (first + i, j) in taps})
   return maps, tuple(found[tap] for tap in taps)
 
 
@@ -159,6 +203,7 @@ def _backward(
   new: Maps,
   key: Any,
   taps: Any,
+  first: int,
   gradients: Any,
   tapped_gradients: Any,
 ) -> tuple[Any, Any, Any, Maps]:
@@ -168,37 +213,73 @@ def _backward(
   of_shared = jax.tree.map(jnp.zeros_like, shared)
   for i in reversed(range(len(levels))):
     for tap, own in zip(taps, tapped_gradients):
-      if tap[0] == i:
+      if tap[0] == first + i:
         gradient[tap[1]] = gradient[tap[1]] + own
-    old: list[jax.Array] = list(new)
-    of_old: list[jax.Array | None] = [None] * len(new)
-    column_parameters, column_alphas = [], []
-    for j in reversed(range(len(new))):
-      own_key = _key(key, i, j, len(new))
-      # Again, and with it what its gradient needs: of this level alone.
-      out, pull = jax.vjp(
-        lambda p, s, above, below, j=j, own_key=own_key: levels[i][j](p, s, above, below, own_key),
-        parameters[i][j],
-        shared,
-        tuple(new[:j]),
-        tuple(old[j + 1 :]),
-      )
-      old[j] = (new[j] - out.astype(jnp.float32)) / alphas[i][j]
-      own_parameters, own_shared, above, below = pull(gradient[j].astype(out.dtype))
-      column_parameters.append(own_parameters)
-      of_shared = jax.tree.map(jnp.add, of_shared, own_shared)
-      for k, more in enumerate(above):
-        gradient[k] = gradient[k] + more
-      for k, more in enumerate(below, start=j + 1):
-        of_old[k] = of_old[k] + more
-      of_old[j] = alphas[i][j] * gradient[j]
-      column_alphas.append(_sum_like(old[j] * gradient[j], alphas[i][j]))
-    of_parameters.append(tuple(column_parameters[::-1]))
-    of_alphas.append(tuple(column_alphas[::-1]))
-    # One column after the other: a scheduler that ran ahead would hold several columns' maps.
-    new, gradient, of_shared = jax.lax.optimization_barrier((tuple(old), of_old, of_shared))
+    keys = [_key(key, first + i, j, len(new)) for j in range(len(new))]
+    undo = functools.partial(_undo_column, levels[i])
+    arguments = (parameters[i], alphas[i], shared, new, tuple(gradient), of_shared, keys)
+    new, gradient, of_shared, own_parameters, own_alphas = _as_one(undo, arguments, new[0])
     gradient = list(gradient)
+    of_parameters.append(own_parameters)
+    of_alphas.append(own_alphas)
   return tuple(of_parameters[::-1]), tuple(of_alphas[::-1]), of_shared, tuple(gradient)
+
+
+def _undo_column(
+  column: Any,
+  parameters: Any,
+  alphas: Any,
+  shared: Any,
+  new: Maps,
+  gradients: Maps,
+  of_shared: Any,
+  keys: Any,
+) -> tuple[Maps, Maps, Any, Any, Any]:
+  """The maps before a column, their gradients, and those of all that went into it."""
+  gradient = list(gradients)
+  old: list[Any] = list(new)
+  of_old: list[Any] = [None] * len(new)
+  of_parameters: list[Any] = [None] * len(new)
+  of_alphas: list[Any] = [None] * len(new)
+  for j in reversed(range(len(new))):
+
+    def evaluate(p: Any, s: Any, above: Any, below: Any, j: int = j) -> Any:
+      return column[j](p, s, above, below, keys[j])
+
+    # Again, and with it what its gradient needs: of this level alone.
+    out, pull = jax.vjp(evaluate, parameters[j], shared, tuple(new[:j]), tuple(old[j + 1 :]))
+    old[j] = (new[j] - out.astype(jnp.float32)) / alphas[j]
+    of_parameters[j], own_shared, above, below = pull(gradient[j].astype(out.dtype))
+    of_shared = jax.tree.map(jnp.add, of_shared, own_shared)
+    for k, more in enumerate(above):
+      gradient[k] = gradient[k] + more
+    for k, more in enumerate(below, start=j + 1):
+      of_old[k] = of_old[k] + more
+    of_old[j] = alphas[j] * gradient[j]
+    of_alphas[j] = _sum_like(old[j] * gradient[j], alphas[j])
+  return tuple(old), tuple(of_old), of_shared, tuple(of_parameters), tuple(of_alphas)
+
+
+def _as_one(function: Any, arguments: Any, witness: jax.Array) -> Any:
+  """`function(*arguments)`, done whole before anything else is.
+
+  A scheduler that put off the gradients of parameters, or rebuilt further columns ahead of them,
+  would hold several columns' insides. XLA for CPUs drops barriers before it schedules, but what
+  stands in a conditional is one instruction: there a NaN in `witness` gives NaN without computing.
+  """
+
+  def barrier(arguments: Any, witness: jax.Array) -> Any:
+    return jax.lax.optimization_barrier(function(*jax.lax.optimization_barrier(arguments)))
+
+  def conditional(arguments: Any, witness: jax.Array) -> Any:
+    shapes = jax.eval_shape(function, *arguments)
+
+    def nothing(*_: Any) -> Any:
+      return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes)
+
+    return jax.lax.cond(jnp.isnan(witness[(0,) * witness.ndim]), nothing, function, *arguments)
+
+  return jax.lax.platform_dependent(arguments, witness, cpu=conditional, default=barrier)
 
 
 def _key(key: jax.Array, column: int, level: int, num_levels: int) -> jax.Array:
@@ -222,8 +303,8 @@ def _check(levels: Any, parameters: Any, alphas: Any, maps: Any, taps: Any) -> N
   for i, (column, own, gains) in enumerate(zip(levels, parameters, alphas)):
     if not len(column) == len(own) == len(gains) == len(maps):
       raise ValueError(
-        f"column {i} has {len(column)} levels, {len(own)} trees of parameters and {len(gains)} gains "
-        f"for {len(maps)} maps"
+        f"column {i} has {len(column)} levels, {len(own)} trees of parameters and {len(gains)} "
+        f"gains for {len(maps)} maps"
       )
   for j, x in enumerate(maps):
     if x.dtype != jnp.float32:

@@ -100,6 +100,56 @@ def test_remat():
   contract.check_remat(still)
 
 
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    {"num_columns": 6, "bottom_to_top": True},
+    {"num_columns": 4, "intermediate_supervision": True},
+    {"num_columns": 8, "intermediate_supervision": True, "keep_every": 0, "layer_scale_init": 1e-6},
+  ],
+  ids=["bottom to top", "supervised after each", "supervised after every second"],
+)
+def test_reversible_gradients_are_the_plain_ones(overrides):
+  plain = still(**overrides)
+  variables, x = contract.drawn_variables(plain), contract.images(2, 32, 32)
+
+  def gradients(model):
+    def loss(params, x):
+      logits, ends = model.apply({"params": params}, x, train=True)
+      more = [v for k, v in ends.items() if k.startswith(("auxiliary", "reconstruction"))]
+      return sum(jnp.sum(jnp.sin(v)) for v in (logits, *more))
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(variables["params"], x)
+
+  expected, found = gradients(plain), gradients(plain.clone(reversible=True))
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  # The eightfold growth of rounding in each column: what keeping every third one is for.
+  tolerance = 1e-4 if overrides.get("keep_every") is None else 5e-2
+  for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+    assert float(jnp.linalg.norm(a - b)) <= tolerance * float(jnp.linalg.norm(b))
+
+
+def test_reversible():
+  def make(**overrides):
+    return small(**{"drop_path_rate": 0.0, "num_columns": 3, "reversible": True, **overrides})
+
+  contract.check_drop_path(make)
+  model, variables, x = make(), contract.drawn_variables(make()), contract.images(2, 32, 32)
+  key = jax.random.key(0)
+  (_, ends), _ = contract.run(make(dtype=jnp.bfloat16), variables, x, True, key)
+  # The state is float32, and nothing of single columns is there to be kept.
+  assert all(ends[f"stage{i}"].dtype == jnp.float32 for i in range(1, 5))
+  assert not any(name.startswith("column") for name in ends)
+  _, ends = contract.run(make(dtype=jnp.bfloat16), variables, x)
+  assert ends["column1_level0"].dtype == jnp.float32
+  errors = jax.jit(lambda v, x: model.apply(v, x, method="inverse_errors"))(variables, x)
+  assert errors.shape == (2, 4) and 0 < float(errors.max()) < 1e-4
+  with pytest.raises(ValueError, match="remat and reversible both"):
+    jax.eval_shape(make(remat=True).init, key, x)
+  with pytest.raises(ValueError, match="keep_every is -1"):
+    jax.eval_shape(make(keep_every=-1).init, key, x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_trains(dtype):
