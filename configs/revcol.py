@@ -52,6 +52,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         layer_scale_init=1.0,
         drop_path_rate=0.0,
         intermediate_supervision=True,
+        reversible=True,
       ),
     )
     # 88 steps are too few for an average over 10,000.
@@ -112,6 +113,7 @@ def pretraining(name: str, batch_size: int) -> ConfigDict:
 def _supervised(name: str, batch_size: int) -> ConfigDict:
   config = recipes.imagenet(name, *recipes.DEIT_AUGMENTATION, batch_size=batch_size)
   config.model.arguments.intermediate_supervision = True
+  config.model.arguments.reversible = True
   config.task = dict(
     name="intermediate_supervision",
     loss="softmax",
@@ -131,6 +133,7 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
   config.total_epochs = 20 if huge else 30
   config.task = dict(name="classification", loss="softmax", label_smoothing=0.1)
   config.model.arguments.head_init_scale = 0.001
+  config.model.arguments.reversible = True
   config.reinitialize_head = True
   arguments = model_entry(name).arguments
   config.optimizer = dict(

@@ -24,6 +24,8 @@ from hybrid_vit.tasks.registry import Context, register_task
 LOSSES = ("softmax", "sigmoid")
 # Pictures in a drawing of predictions.
 _DRAWN = 24
+# Pictures by which the error of a reversible network's inverse is measured.
+_INVERTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,16 @@ class Classification:
   def measures(self) -> dict[str, str]:
     """See `Task`."""
     several = {"top5": "max"} if self.num_classes > 5 else {}
-    return {"top1": "max", **several, "loss": "min"}
+    inverse = {"inverse_error": "min"} if getattr(self.model, "reversible", False) else {}
+    return {"top1": "max", **several, "loss": "min", **inverse}
+
+  def inverse_error(self, variables: Variables, images: jax.Array) -> jax.Array:
+    """Of a reversible network: the largest relative error of a map that its backward pass rebuilds.
+
+    Gradients are about as exact; where it nears 1 they are noise (`ops/reversible.py`).
+    """
+    x = self.normalize(images)
+    return jnp.max(self.model.apply(variables, x, method="inverse_errors"))
 
   def stored_info(self) -> dict[str, Any]:
     """See `Task`."""
@@ -245,6 +256,7 @@ class ClassificationEvaluator:
     self._data = data
     self._evaluate_batch = evaluate_batch
     self._predict = predict
+    self._inverse_error = jax.jit(task.inverse_error)
 
   def run(self, variables: Variables) -> dict[str, float]:
     """See `Evaluator`; "examples" is the number of pictures that counted.
@@ -256,6 +268,9 @@ class ClassificationEvaluator:
     if not totals or not totals["loss"][1]:
       raise ValueError(f"evaluation set {self.name!r} holds no readable picture")
     means = {key: total / weight for key, (total, weight) in totals.items()}
+    if "inverse_error" in self._task.measures:
+      sample = self._data.sample(_INVERTED)["image"]
+      means["inverse_error"] = float(self._inverse_error(variables, sample))
     return {**means, "examples": totals["loss"][1]}
 
   def draw(self, variables: Variables, path: Path) -> bool:

@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import jax
@@ -5,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit.tasks.classification import count_correct
+from hybrid_vit.models.registry import create_model
+from hybrid_vit.tasks.classification import Classification, count_correct
 from tests import small
 
 
@@ -82,3 +84,35 @@ def test_measures_have_directions_and_labels_have_limits():
   assert "top5" not in small.make_task(num_classes=3).measures
   label = task.spec.train["label"]
   assert (label.minimum, label.maximum) == (0, 9)
+
+
+def test_a_reversible_network_has_its_inverse_measured():
+  arguments = dict(widths=(4, 4, 8, 8), depths=(1, 1, 1, 1), num_columns=3)
+  model = create_model("revcol_tiny", 3, **arguments, reversible=True)
+  task = Classification(model, 3, mean=(0.5,) * 3, std=(0.5,) * 3)
+  images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+
+  class Data:
+    name, info = "held_out", {}
+
+    def __len__(self):
+      return 1
+
+    def batches(self):
+      yield {"image": images, "label": np.zeros(4, np.int32), "mask": np.ones(4, np.float32)}, {}
+
+    def sample(self, count):
+      return {"image": images[:count], "label": np.zeros(4, np.int32)}
+
+  variables = jax.jit(lambda: task.init(jax.random.key(0), {"image": images}))()
+  (evaluator,) = task.evaluators([Data()])
+  error = evaluator.run(variables)["inverse_error"]
+  assert 0 < error < 1e-4 and task.measures["inverse_error"] == "min"
+  # A gain that hides what it is multiplied with: what is rebuilt is worth less.
+  alphas = {f"alpha{i}": np.full(w, 0.01, np.float32) for i, w in enumerate(arguments["widths"])}
+  worse = {"params": {**variables["params"]}}
+  for column in ("column1", "column2"):
+    worse["params"][column] = {**worse["params"][column], **alphas}
+  assert evaluator.run(worse)["inverse_error"] > 100 * error
+  plain = dataclasses.replace(task, model=model.clone(reversible=False))
+  assert "inverse_error" not in plain.measures
