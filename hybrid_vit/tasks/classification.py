@@ -141,8 +141,8 @@ class Classification:
 
     Gradients are about as exact; where it nears 1 they are noise (`ops/reversible.py`).
     """
-    x = self.normalize(images)
-    return jnp.max(self.model.apply(variables, x, method="inverse_errors"))
+    errors: Any = self.model.apply(variables, self.normalize(images), method="inverse_errors")
+    return jnp.max(errors)
 
   def stored_info(self) -> dict[str, Any]:
     """See `Task`."""
