@@ -8,8 +8,8 @@ Efficient Visual Backbone Training", TPAMI 2024, arXiv:2405.08768. After the aut
     for stage in stages("efficienttrain++", epochs=200):
       steps = round(stage.epochs * steps_per_epoch)
       for step in range(steps):
-        images = augmented(stage.magnitude)                       # RandAugment, at the full size
-        images = lanczos_resize(images, stage.size)               # hybrid_vit.ops.low_frequency_crop
+        images = augmented(stage.magnitude)                      # RandAugment, at the full size
+        images = lanczos_resize(images, stage.size)              # hybrid_vit.ops.low_frequency_crop
         done = stage.begin + (stage.end - stage.begin) * step / steps
         rate = learning_rate(stage, done, peak=4e-3, end=1e-6)
 
@@ -278,9 +278,7 @@ class ReplayBuffer:
     self._times, self._most, self._pieces = times, batches * pieces, pieces
     self._kept: list[dict[str, np.ndarray]] = []
 
-  def mix(
-    self, batch: Mapping[str, np.ndarray], rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
+  def mix(self, batch: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """The loaded rows `[B, …]` of each key, then replayed ones: `[times * B, …]`.
 
     Raises:
