@@ -97,7 +97,8 @@ def make_schedule(
     else:
       rate = jnp.full_like(progress, peak)
     if warmup_steps:
-      fraction = (step + 1.0) / warmup_steps
+      # Phases may lay their steps between whole ones: the last would overshoot.
+      fraction = jnp.minimum((step + 1.0) / warmup_steps, 1.0)
       warm = warmup_start + (peak - warmup_start) * fraction
       rate = jnp.where(step < warmup_steps, warm, rate)
     return rate
