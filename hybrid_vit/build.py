@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import optax
 from hybrid_vit import recipes, sharding
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.curriculum import Curriculum, Phase
+from hybrid_vit.curriculum_reading import curriculum_phases
 from hybrid_vit.data.pipeline import EvaluationSettings, TrainingSettings
 from hybrid_vit.data.spec import Field, batch_shapes, kinds, resolve
 from hybrid_vit.data.transforms import Transform, parse_transform
@@ -28,6 +30,7 @@ from hybrid_vit.optimizers import (
   schedule_from_config,
 )
 from hybrid_vit.sinks import SINKS
+from hybrid_vit.table_resizing import resize_tables
 from hybrid_vit.tasks.base import Task
 from hybrid_vit.tasks.registry import Context, create_task, task_names, task_settings
 
@@ -236,6 +239,7 @@ def build(
     with check(f"the network on {_shapes(parts['batches'][0])}"):
       task, batch = parts["tasks"][0], parts["batches"][0]
       parts["params"] = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
+      _check_phases(parts["tasks"], parts["batches"], parts["params"])
   if parts["params"] is not None:
     with check("config.optimizer"):
       parts |= build_optimizer(
@@ -297,7 +301,7 @@ def _stand_in_steps(config: Config) -> int:
 def read_curriculum(
   config: Config, num_examples: int, preprocessing: Preprocessing, *, known: bool = True
 ) -> Curriculum:
-  """`config.phases`, or the one phase of `config.total_steps` or `config.total_epochs`.
+  """`config.curriculum`, `config.phases`, or one phase of `config.total_steps` or `total_epochs`.
 
   Args:
     config: all of it.
@@ -306,8 +310,12 @@ def read_curriculum(
     known: whether that number is the data's, or stands in for it.
 
   Raises:
-    ConfigError: a phase of no steps, or a batch larger than the data.
+    ConfigError: a phase of no steps, or a batch larger than the data; see `curriculum_phases`.
   """
+  if "curriculum" in config:
+    size = preprocessing.image_size
+    transform = fill_transform(config.data.transform, preprocessing)
+    return Curriculum(curriculum_phases(config, transform, num_examples, size, known=known))
   given = config.groups("phases")
   total_steps = config.integer("total_steps", None, minimum=1)
   open_ended = not given or any("steps" not in g and "epochs" not in g for g in given)
@@ -347,6 +355,7 @@ def read_curriculum(
         size,
         group.number("share", None, above=0.0),
         group.typed("task", dict, {}),
+        group.typed("arguments", dict, {}),
       )
     )
     group.assert_all_read()
@@ -380,27 +389,33 @@ def build_tasks(
   elif groups > 1:
     raise ConfigError(f"`config.batch_norm_groups` is {groups}, and {name} has no batch norm")
 
-  def make_network(num_classes: int) -> Any:
-    return create_model(name, num_classes=num_classes, **own_arguments, **run_arguments)
+  def make_network(num_classes: int, arguments: Mapping[str, Any]) -> Any:
+    return create_model(
+      name, num_classes=num_classes, **{**own_arguments, **run_arguments, **arguments}
+    )
 
   said = fields.integer("num_classes", None, minimum=1)
   classes = said if said is not None else data.num_classes
-  context = Context(data.info, classes, preprocessing, make_network)
   group = config.group("task")
   task_name = group.choice("name", task_names(), "classification")
   settings_class = task_settings(task_name)
   settings: Any = group.as_dataclass(settings_class)
-  tasks = []
+  tasks: list[Task] = []
+  arguments: Mapping[str, Any] = {}
   for phase in curriculum.phases if curriculum is not None else [None]:
     own = settings
     if phase is not None and phase.task:
       merged = Config({**dataclasses.asdict(settings), **phase.task}, "config.phases.task")
       own = merged.as_dataclass(settings_class)
       merged.assert_all_read()
+    arguments = phase.arguments if phase is not None else {}
+    make = functools.partial(make_network, arguments=arguments)
+    context = Context(data.info, classes, preprocessing, make)
     tasks.append(create_task(task_name, own, context))
   metadata = {
     "name": name,
-    "arguments": own_arguments,
+    # Of the last phase, as the weights are evaluated and exported.
+    "arguments": {**own_arguments, **arguments},
     "preprocessing": dataclasses.asdict(preprocessing),
     "task": task_name,
     "task_settings": dataclasses.asdict(settings),
@@ -500,19 +515,29 @@ def build_optimizer(
   """
   fields = config.optimizer
   batch_size = config.data.batch_size
-  of_whole = schedule_from_config(
-    fields,
-    batch_size=batch_size,
-    total_steps=full.total_steps,
-    steps_per_epoch=full.total_steps * examples_per_epoch / full.total_examples,
-  )
+  # Nearly always one; phases may count the warm-up each in its own way.
+  warmups = [phase.warmup for phase in curriculum.phases]
+  of_whole = {
+    warmup: schedule_from_config(
+      fields,
+      batch_size=batch_size,
+      total_steps=full.total_steps,
+      steps_per_epoch=full.total_steps * examples_per_epoch / full.total_examples,
+      warmup_share=warmup,
+    )
+    for warmup in dict.fromkeys(warmups)
+  }
   stretch = full.total_steps / curriculum.total_steps
   follows = fields.get("learning_rate_batch_size") is not None
   factors = [phase.batch_size / batch_size if follows else 1.0 for phase in curriculum.phases]
 
   def schedule(step: Any) -> Any:
     position = curriculum.schedule_step(step)
-    rate = of_whole(position if stretch == 1.0 else position * stretch)
+    position = position if stretch == 1.0 else position * stretch
+    rate = of_whole[warmups[0]](position)
+    for first, warmup, previous in zip(curriculum.first_steps[1:], warmups[1:], warmups):
+      if warmup != previous:
+        rate = jax.numpy.where(step >= first, of_whole[warmup](position), rate)
     for first, factor, before in zip(curriculum.first_steps[1:], factors[1:], factors):
       rate = jax.numpy.where(step >= first, rate * (factor / before), rate)
     return rate if factors[0] == 1.0 else rate * factors[0]
@@ -522,6 +547,14 @@ def build_optimizer(
     "schedule": schedule,
     "frozen": frozen_parameters(fields, params),
   }
+
+
+def _check_phases(tasks: Sequence[Task], batches: Sequence[Any], params: Any) -> None:
+  """Raises where the networks of the phases differ in more than their tables of positions."""
+  for k, (task, batch) in enumerate(zip(tasks, batches)):
+    if task.model not in [earlier.model for earlier in tasks[:k]]:
+      shapes = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
+      jax.eval_shape(lambda tree, shapes=shapes: resize_tables(tree, shapes), params)
 
 
 def mesh_axes(config: Config) -> dict[str, int]:

@@ -202,7 +202,7 @@ class Checkpointer:
     where it is, with ".broken" added to its name.
 
     Args:
-      target: see `abstract_like`.
+      target: see `abstract_like`; or `(step) → target`, where it differs from step to step.
       begin_anew: whether None is the answer too where an earlier run has left something but no
         whole state. Its best state is set aside then.
 
@@ -315,7 +315,7 @@ def restore_from(directory: Any, target: Any) -> Restored:
   Args:
     directory: a work directory (its newest whole state is taken; damaged ones are passed over with
       a warning) or one checkpoint. Nothing in it is changed.
-    target: see `abstract_like`.
+    target: as for `Checkpointer.restore`.
 
   Raises:
     CheckpointError: no whole state there, or one of another network, or it cannot be read.
@@ -369,8 +369,9 @@ def _newest_whole(
 def _restore_one(checkpoint: epath.Path, target: Any) -> Restored:
   def read() -> tuple[dict[str, Any], Any]:
     metadata = _metadata_of(checkpoint)
-    _check_same_leaves(metadata["shapes"], target, checkpoint)
-    return metadata, read_tree(checkpoint / "state", target, list(metadata["shapes"]))
+    wanted = target(int(metadata["step"])) if callable(target) else target
+    _check_same_leaves(metadata["shapes"], wanted, checkpoint)
+    return metadata, read_tree(checkpoint / "state", wanted, list(metadata["shapes"]))
 
   metadata, state = patiently(read, str(checkpoint), together=True)
   # A computation of all processes, and so outside of what one of them may have to try again.

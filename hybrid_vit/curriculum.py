@@ -33,8 +33,13 @@ class Phase:
     batch_size: of all devices together.
     transform: of its pictures, see `hybrid_vit.data.transforms`.
     image_size: side of its pictures in pixels, as its transform was filled in with.
+    shown_size: what the step makes of that, where it shrinks them, for people; None: it does not.
     share: of the schedule, beside the other phases' shares; None for its part of all steps.
+    warmup: the part of the schedule that is warm-up, as this phase counts it; None: as the schedule
+      itself says.
     task: fields of the task's settings that are others in this phase.
+    arguments: of the network that are others in this phase; tables of positions are resized where
+      their shapes depend on them.
   """
 
   steps: int
@@ -43,6 +48,9 @@ class Phase:
   image_size: int
   share: float | None = None
   task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  warmup: float | None = None
+  shown_size: int | None = None
 
   def __post_init__(self) -> None:
     if self.steps < 1:
@@ -53,7 +61,8 @@ class Phase:
       raise ValueError(f"a phase has the share {self.share} of the schedule; above 0 was expected")
 
   def __str__(self) -> str:
-    return f"{self.steps:,} steps of {self.batch_size:,} at {self.image_size} px"
+    text = f"{self.steps:,} steps of {self.batch_size:,} at {self.image_size} px"
+    return text if self.shown_size is None else f"{text}, shrunk to {self.shown_size} px"
 
 
 class Curriculum:

@@ -192,7 +192,7 @@ def _examine_state(plan: Plan, run: Run) -> None:
   if run.optimizer is None or run.settings is None:
     return
   with plan.checking("a training step"):
-    plan.state = jax.eval_shape(lambda key: programs.new_state(run, key), jax.random.key(0))
+    plan.state = programs.state_shapes(run)
   if plan.state is None or plan.mesh is None:
     return
   with plan.checking("config.sharding_rules"):
@@ -203,13 +203,14 @@ def _examine_state(plan: Plan, run: Run) -> None:
     if (task, batch) in list(zip(run.tasks, run.batches))[:phase]:
       continue
     with plan.checking("activations"):
+      variables = programs.state_shapes(run, phase).variables
       size = run.curriculum.phases[phase].batch_size
       # The network sees all devices' rows of one part together, and must be able to.
       together = max(1, size // run.settings.accumulation)
-      _trace_loss(task, plan.state.variables, batch, together)
+      _trace_loss(task, variables, batch, together)
       rows = max(1, together // ways)
       part = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
-      kept = activation_bytes(_with_groups(task, size), plan.state.variables, part)
+      kept = activation_bytes(_with_groups(task, size), variables, part)
       if plan.activation_bytes is None or kept > plan.activation_bytes:
         plan.activation_bytes, plan.rows = kept, rows
 

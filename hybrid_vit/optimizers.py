@@ -97,7 +97,8 @@ def make_schedule(
     else:
       rate = jnp.full_like(progress, peak)
     if warmup_steps:
-      fraction = (step + 1.0) / warmup_steps
+      # Phases may lay their steps between whole ones: the last would overshoot.
+      fraction = jnp.minimum((step + 1.0) / warmup_steps, 1.0)
       warm = warmup_start + (peak - warmup_start) * fraction
       rate = jnp.where(step < warmup_steps, warm, rate)
     return rate
@@ -106,13 +107,19 @@ def make_schedule(
 
 
 def schedule_from_config(
-  config: Config, *, batch_size: int, total_steps: int, steps_per_epoch: float
+  config: Config,
+  *,
+  batch_size: int,
+  total_steps: int,
+  steps_per_epoch: float,
+  warmup_share: float | None = None,
 ) -> Schedule:
   """`config.optimizer` → schedule; with `learning_rate_batch_size` the rate is scaled linearly.
 
   `schedule.end_learning_rate` and `schedule.warmup_start_learning_rate` are rates as they stand;
   `schedule.end_learning_rate_factor` and `schedule.warmup_start_factor` are parts of the peak, and
-  so follow the batch as it does.
+  so follow the batch as it does. `warmup_share`, of all steps, takes the place of the warm-up that
+  the configuration says.
 
   Raises:
     ConfigError: a field of another type or out of range, or a rate given in both ways.
@@ -123,6 +130,8 @@ def schedule_from_config(
   warmup_steps = fields.integer("warmup_steps", None, minimum=0)
   if warmup_steps is None:
     warmup_steps = round(fields.number("warmup_epochs", 0.0, minimum=0.0) * steps_per_epoch)
+  if warmup_share is not None:
+    warmup_steps = round(warmup_share * total_steps)
   name = fields.choice("name", SCHEDULES, "cosine")
   # A constant schedule has no end; reading the field there would hide that it is not used.
   end = start = 0.0

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hybrid_vit import sharding
 from hybrid_vit.build import Run
+from hybrid_vit.table_resizing import resize_tables
 from hybrid_vit.tools.summarize import count_multiply_adds
 from hybrid_vit.train_state import TrainState, create_state, make_train_step
 
@@ -51,17 +53,45 @@ class Program:
   flops_per_example: float | None
 
 
-def new_state(run: Run, key: jax.Array) -> TrainState:
-  """The state of step 0; pure."""
+def new_state(run: Run, key: jax.Array, phase: int = 0) -> TrainState:
+  """The state of step 0, with the tables of positions of a phase; pure."""
   return create_state(
-    key, run.tasks[0], run.optimizer, run.batches[0], ema=run.settings.ema_decay is not None
+    key, run.tasks[phase], run.optimizer, run.batches[phase], ema=run.settings.ema_decay is not None
   )
 
 
-def abstract_state(run: Run, mesh: Mesh) -> tuple[TrainState, Any]:
-  """Shapes of the state, and where its leaves live."""
-  shapes = jax.eval_shape(lambda key: new_state(run, key), jax.random.key(0))
+def state_shapes(run: Run, phase: int = 0) -> TrainState:
+  """Shapes of the state within a phase."""
+  return jax.eval_shape(lambda key: new_state(run, key, phase), jax.random.key(0))
+
+
+def abstract_state(run: Run, mesh: Mesh, phase: int = 0) -> tuple[TrainState, Any]:
+  """Shapes of the state within a phase, and where its leaves live."""
+  shapes = state_shapes(run, phase)
   return shapes, sharding.state_shardings(shapes, run.sharding_rules, mesh)
+
+
+def enter_phase(run: Run, phase: int, mesh: Mesh, state: TrainState) -> TrainState:
+  """The state with the tables of positions of a phase, resized where they are another one's."""
+  shapes, layout = abstract_state(run, mesh, phase)
+  if _same_shapes(state, shapes):
+    return state
+  return jax.jit(lambda s: resize_tables(s, shapes), out_shardings=layout)(state)
+
+
+def evaluation_variables(run: Run, mesh: Mesh, state: TrainState) -> Any:
+  """The state's, as the network of evaluation (the last phase's) takes them, in any phase."""
+  last = len(run.curriculum.phases) - 1
+  shapes, layout = abstract_state(run, mesh, last)
+  wanted, places = shapes.evaluation_variables, layout.evaluation_variables
+  variables = state.evaluation_variables
+  if _same_shapes(variables, wanted):
+    return variables
+  return jax.jit(lambda v: resize_tables(v, wanted), out_shardings=places)(variables)
+
+
+def _same_shapes(tree: Any, shapes: Any) -> bool:
+  return all(a.shape == b.shape for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(shapes)))
 
 
 def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
@@ -99,7 +129,7 @@ def compile_step(
     mesh: to compile for.
     options: XLA's, for a compilation that is only looked at.
   """
-  shapes, layout = abstract_state(run, mesh)
+  shapes, layout = abstract_state(run, mesh, phase)
   batch = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh)
@@ -144,8 +174,13 @@ def _flops(run: Run, phase: int, mesh: Mesh) -> float | None:
   if peak_flops(mesh) is None:
     return None
   task = run.tasks[phase]
+  size = run.curriculum.phases[phase].batch_size
+  rows = size // run.settings.accumulation
   batch = {
-    k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in run.batches[phase].items()
+    k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in run.batches[phase].items()
   }
-  variables = jax.eval_shape(task.init, jax.random.key(0), batch)
-  return 3 * 2 * count_multiply_adds(task.predict, variables, batch)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  variables = jax.eval_shape(task.init, key, batch)
+  # Of what the step makes of the pictures: it may shrink them.
+  shown = jax.eval_shape(task.augment, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
+  return 3 * 2 * count_multiply_adds(task.loss, variables, shown, key) / rows

@@ -55,7 +55,12 @@ def begin(
     ValueError: other classes, or weights of another network.
   """
   abstract, layout = programs.abstract_state(run, mesh)
-  target = abstract_like(abstract, layout)
+
+  def target(step: int) -> Any:
+    # At the border of two phases the one that has ended was saved.
+    phase = run.curriculum.phase_of(max(step - 1, 0))
+    return abstract_like(*programs.abstract_state(run, mesh, phase))
+
   summary = describe(run, abstract, mesh)
   restored = checkpointer.restore(target, begin_anew=begin_anew)
   settings, place = run.settings, str(workdir / "checkpoints")

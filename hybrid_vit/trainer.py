@@ -153,7 +153,11 @@ class _Loop:
     with Profile(self.workdir, self.profile) as profile:
       while step < curriculum.total_steps:
         if curriculum.phase_of(step) != phase:
+          # A step is looked at with the state of its own phase.
+          while pending:
+            self._look(pending.popleft(), state)
           phase = self._enter(curriculum.phase_of(step), steps)
+          state = programs.enter_phase(self.run, phase, self.mesh, state)
         profile.at(step + 1)
         batch = sharding.put_batch(self.clock.waiting(lambda: next(batches)), placement)
         state, report = steps[phase].compiled(state, batch)
@@ -253,9 +257,10 @@ class _Loop:
   def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Measures every set; keeps the weights where they are the best so far."""
     results: dict[str, float] = {}
+    variables = programs.evaluation_variables(self.run, self.mesh, state)
     try:
       for evaluator in self.evaluators:
-        values = evaluator.run(state.evaluation_variables)
+        values = evaluator.run(variables)
         self.reporter.scalars(step, values, kind=f"eval/{evaluator.name}")
         self.reporter.message(f"step {step}, {evaluator.name}: {figures(values)}")
         results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
@@ -266,7 +271,7 @@ class _Loop:
     settings = self.run.settings
     if settings.best_metric is not None and settings.best_metric in results:
       self.checkpointer.save_best(
-        state.evaluation_variables,
+        variables,
         step,
         results[settings.best_metric],
         higher_is_better=settings.best_is_max,

@@ -63,6 +63,16 @@ class CSWin(nn.Module):
     stages = range(len(self.depths))
     return tuple(FeatureSpec(f"stage{i + 1}", 4 * 2**i, self.width * 2**i) for i in stages)
 
+  def at_size(self, size: int, made_for: int) -> dict[str, Any]:
+    """Arguments of the same network for square pictures of another size.
+
+    Stripes as wide as the last stage's map stay so; no parameter's shape depends on them.
+    """
+    stride = self.features[-1].stride
+    last, new = made_for // stride, max(size // stride, 1)
+    first, rest = self.stripe_widths[:2], self.stripe_widths[2:]
+    return {"stripe_widths": (*first, *(new if w == last else w for w in rest))}
+
   @nn.compact
   def __call__(
     self, images: jax.Array, train: bool = False

@@ -76,6 +76,11 @@ class Swin(nn.Module):
       for i in range(len(self.depths))
     )
 
+  def at_size(self, size: int, made_for: int) -> dict[str, Any]:
+    """Arguments of the same network for square pictures of another size: as many windows."""
+    window, rest = divmod(self.window_size * size, made_for)
+    return {} if rest or not window else {"window_size": window}
+
   @nn.compact
   def __call__(
     self, images: jax.Array, train: bool = False

@@ -89,6 +89,12 @@ class VisionTransformer(nn.Module):
     """One level: the last block's map."""
     return (FeatureSpec("stage1", self.patch_size, self.width),)
 
+  def at_size(self, size: int, made_for: int) -> dict[str, Any]:
+    """Arguments of the same network for square pictures of another size: its position table's."""
+    if _pair(self.position_size) != (made_for // self.patch_size,) * 2:
+      return {}
+    return {"position_size": size // self.patch_size}
+
   @nn.compact
   def __call__(
     self, images: jax.Array, train: bool = False

@@ -15,13 +15,17 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from hybrid_vit.data import arguments as check
+from hybrid_vit.data.erasing import random_erase
 from hybrid_vit.data.mixing import mix_batch, smooth_one_hot
 from hybrid_vit.data.spec import MASK, Field, Spec
+from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
 from hybrid_vit.plots import plot_predictions
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
 from hybrid_vit.tasks.registry import Context, register_task
 
 LOSSES = ("softmax", "sigmoid")
+SHRINKING = ("low_frequency", "lanczos")
 # Pictures in a drawing of predictions.
 _DRAWN = 24
 # Pictures by which the error of a reversible network's inverse is measured.
@@ -40,12 +44,48 @@ class Mixing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shrinking:
+  """Training pictures made smaller on the device, before erasing and mixing.
+
+  Attributes:
+    size: of both sides.
+    method: "low_frequency", the normalised picture's lowest frequencies (an even size), or
+      "lanczos", PIL's filter, before normalising; see `hybrid_vit.ops.low_frequency_crop`.
+  """
+
+  size: int
+  method: str = "lanczos"
+
+  def __post_init__(self) -> None:
+    check.whole("config.task.shrink.size", self.size)
+    check.choice("config.task.shrink.method", self.method, SHRINKING)
+    if self.method == "low_frequency" and self.size % 2:
+      raise ValueError(f"config.task.shrink.size is {self.size}; an even number was expected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Erasing:
+  """Random erasing on the device; see `hybrid_vit.data.erasing`."""
+
+  probability: float = 0.25
+  area: tuple[float, float] = (0.02, 1 / 3)
+  aspect: tuple[float, float] = (0.3, 10 / 3)
+
+  def __post_init__(self) -> None:
+    check.number("config.task.erasing.probability", self.probability, 0, 1)
+    check.rising("config.task.erasing.area", self.area, 1)
+    check.rising("config.task.erasing.aspect", self.aspect)
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassificationSettings:
   """`config.task`; see `Classification`."""
 
   loss: str = "softmax"
   label_smoothing: float = 0.0
   mixing: Mixing | None = None
+  shrink: Shrinking | None = None
+  erasing: Erasing | None = None
 
   def __post_init__(self) -> None:
     if self.loss not in LOSSES:
@@ -87,6 +127,8 @@ def classification_arguments(settings: Any, context: Context) -> dict[str, Any]:
     "loss_name": settings.loss,
     "label_smoothing": settings.label_smoothing,
     "mixing": settings.mixing,
+    "shrink": settings.shrink,
+    "erasing": settings.erasing,
     "class_names": names,
   }
 
@@ -107,6 +149,8 @@ class Classification:
       cross-entropy summed over the classes, mean over the batch, as CoAtNet's family pretrains).
     label_smoothing: timm's form: off = s/K, on = 1 - s + s/K.
     mixing: mixup and cutmix, or None.
+    shrink: to what size training pictures are brought first, or None.
+    erasing: random erasing on the device, between the two, or None.
     class_names: in the order of the head's outputs; () where they are not known.
   """
 
@@ -117,6 +161,8 @@ class Classification:
   loss_name: str = "softmax"
   label_smoothing: float = 0.0
   mixing: Mixing | None = None
+  shrink: Shrinking | None = None
+  erasing: Erasing | None = None
   class_names: tuple[str, ...] = ()
   separable: bool = True
 
@@ -163,9 +209,17 @@ class Classification:
     return (images.astype(jnp.float32) - mean) * scale
 
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
-    """Adds "target" float32 `[B, K]`; mixes images and targets."""
+    """Shrinks, normalises, erases, adds "target" float32 `[B, K]`, mixes images and targets."""
     del step
-    images = self.normalize(batch["image"])
+    images = batch["image"]
+    if self.shrink is not None and self.shrink.method == "lanczos":
+      images = lanczos_resize(images, self.shrink.size)
+    images = self.normalize(images)
+    if self.shrink is not None and self.shrink.method == "low_frequency":
+      images = low_frequency_crop(images, self.shrink.size)
+    if self.erasing is not None:
+      erase_rng = jax.random.fold_in(rng, 1)
+      images = random_erase(erase_rng, images, **dataclasses.asdict(self.erasing))
     targets = smooth_one_hot(batch["label"], self.num_classes, self.label_smoothing)
     if self.mixing is not None:
       images, targets = mix_batch(rng, images, targets, **dataclasses.asdict(self.mixing))

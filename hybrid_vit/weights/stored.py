@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
+import numpy as np
 
 from hybrid_vit import checkpoints
 from hybrid_vit.models.registry import Preprocessing, create_model, model_entry
+from hybrid_vit.table_resizing import resize_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +65,14 @@ def load_network(directory: str | Path, name: str | None = None) -> StoredNetwor
   name = name or said["name"]
   kernel = weights["params"].get("head", {}).get("kernel")
   classes = 0 if kernel is None else int(kernel.shape[-1])
+  model = create_model(name, num_classes=classes, **(said.get("arguments") or {}))
   fields = metadata.get("preprocessing")
   if fields:
     fields = {**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
   return StoredNetwork(
     name=name,
-    model=create_model(name, num_classes=classes, **(said.get("arguments") or {})),
-    variables=weights,
+    model=model,
+    variables=_at_full_size(model, weights, metadata, fields),
     num_classes=classes,
     preprocessing=Preprocessing(**fields) if fields else model_entry(name).preprocessing,
     preprocessing_said_by=(
@@ -87,3 +92,19 @@ def _loss(metadata: dict[str, Any]) -> str:
   task = metadata.get("task") or configured.get("name") or "classification"
   settings = metadata.get("task_settings") or configured
   return str(settings.get("loss") or ("softmax" if task == "classification" else ""))
+
+
+def _at_full_size(
+  model: Any, weights: dict[str, Any], metadata: Mapping[str, Any], preprocessing: Any
+) -> dict[str, Any]:
+  """A state of a phase with other tables of positions than the last one's → the last one's."""
+  run_config = metadata.get("config") or {}
+  phases = run_config.get("phases") or ()
+  differs = run_config.get("curriculum") or any(phase.get("arguments") for phase in phases)
+  if not differs or not preprocessing:
+    return weights
+  size = preprocessing["image_size"]
+  images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+  shapes = dict(jax.eval_shape(model.init, jax.random.key(0), images))
+  shapes.setdefault("batch_stats", {})
+  return jax.device_get(resize_tables(jax.tree.map(np.asarray, weights), shapes))
