@@ -28,6 +28,7 @@ from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_exa
 from hybrid_vit.data.spec import batch_shapes
 from hybrid_vit.models.registry import model_entry
 from hybrid_vit.paths import as_path
+from hybrid_vit.tasks.base import constants_of, with_constants
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters, parameters_by_module
 from hybrid_vit.train_state import TrainState
 
@@ -206,10 +207,11 @@ def _examine_state(plan: Plan, run: Run) -> None:
       size = run.curriculum.phases[phase].batch_size
       # The network sees all devices' rows of one part together, and must be able to.
       together = max(1, size // run.settings.accumulation)
-      _trace_loss(task, plan.state.variables, batch, together)
+      variables = with_constants(plan.state.variables, constants_of(task))
+      _trace_loss(task, variables, batch, together)
       rows = max(1, together // ways)
       part = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
-      kept = activation_bytes(_with_groups(task, size), plan.state.variables, part)
+      kept = activation_bytes(_with_groups(task, size), variables, part)
       if plan.activation_bytes is None or kept > plan.activation_bytes:
         plan.activation_bytes, plan.rows = kept, rows
 

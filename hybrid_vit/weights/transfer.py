@@ -19,8 +19,8 @@ from hybrid_vit.weights.focal_levels import fit_focal_levels
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
 _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
 _POSITION_GRID = "position_embedding"
-# The classifier, and the ones that supervise a network from within.
-_HEAD = r"[^/]+/(?:auxiliary_)?head\d*/"
+# The classifier, and the ones that supervise a network from within or learn from a teacher.
+_HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 
 
 @dataclasses.dataclass(frozen=True)
