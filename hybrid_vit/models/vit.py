@@ -96,6 +96,11 @@ class VisionTransformer(nn.Module):
     """One level: the last block's map."""
     return (FeatureSpec("stage1", self.patch_size, self.width),)
 
+  @property
+  def takes_kept(self) -> bool:
+    """Whether a call may say which patches the blocks see."""
+    return self.stem == "patch" and self.positions == "grid"
+
   @nn.compact
   def __call__(
     self, images: jax.Array, train: bool = False, kept: jax.Array | None = None
