@@ -3,13 +3,19 @@
     --config=configs/vit.py:deit_small_patch16_224          also tiny, base
     --config=configs/vit.py:vit_base_patch16_224            and vit_base_patch16_gap_224, alike
     --config=configs/vit.py:deit_base_patch16_384 --config.init_from=WORKDIR     from 224
+    --config=configs/vit.py:deit_small_distilled_patch16_224 --config.task.teacher=DIRECTORY
+                                        also tiny, base and, with init_from, base at 384
     --config=configs/vit.py:runlocal                        a minute on a laptop
+
+A teacher is any network with weights of the same classes: an export, an import or a work directory.
+DeiT's was RegNetY-16GF; the pictures are the student's, augmented and mixed.
 
 Each picture comes three times in a row, as in DeiT ("repeated augmentation"). By the authors'
 ablation (table 8, recalled) DeiT-B falls from 81.8 to 76.5 without it.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from hybrid_vit import recipes
 from hybrid_vit.config import parse_argument
@@ -21,7 +27,9 @@ SCRATCH = (
   "vit_base_patch16_224",
   "vit_base_patch16_gap_224",
 )
-VARIANTS = (*SCRATCH, "deit_base_patch16_384", "runlocal")
+DISTILLED = tuple(f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base"))
+LARGER = ("deit_base_patch16_384", "deit_base_distilled_patch16_384")
+VARIANTS = (*SCRATCH, *DISTILLED, *LARGER, "runlocal")
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -33,9 +41,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
       dict(width=64, depth=3, num_heads=2, patch_size=8, position_size=4, drop_path_rate=0.0),
       epochs=6,
     )
-  if variant == "deit_base_patch16_384":
-    return fine_tuning(variant, keys["batch_size"] or 512)
-  return from_scratch(variant, keys["batch_size"] or 1024)
+  if variant in LARGER:
+    config = fine_tuning(variant, keys["batch_size"] or 512)
+  else:
+    config = from_scratch(variant, keys["batch_size"] or 1024)
+  if "distilled" in variant:
+    config.task.update(dict(name="distillation", teacher=placeholder(str), kind="hard", alpha=0.5))
+  return config
 
 
 def from_scratch(name: str, batch_size: int) -> ConfigDict:

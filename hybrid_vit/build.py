@@ -1,7 +1,8 @@
 """From a configuration to a `Run`: everything that a training is, before any data or device.
 
 `build` is the one reader of a configuration's fields, for training, evaluation, the dry run and the
-benchmark alike. It reads no file: what the data says of itself comes as `DataFacts`.
+benchmark alike. What the data says of itself comes as `DataFacts`; no file is read but the weights
+of a teacher, where a task has one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hybrid_vit.sinks import SINKS
 from hybrid_vit.table_resizing import resize_tables
 from hybrid_vit.tasks.base import Task
 from hybrid_vit.tasks.registry import Context, create_task, task_names, task_settings
+from hybrid_vit.weights.stored import StoredNetwork, load_network
 
 PRECISIONS = ("float32", "bfloat16")
 # Steps of an epoch where nothing is known of the data: for looking at a run before it can be had.
@@ -181,6 +183,7 @@ def build(
   data: DataFacts | None = None,
   *,
   preprocessing: Preprocessing | None = None,
+  training: bool = True,
   checking: Callable[[str], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Run:
   """Everything that the configuration says, read and checked; nothing is opened.
@@ -191,6 +194,7 @@ def build(
     data: of the training data; None where it is not at hand: then the configuration must name the
       number of classes, and an epoch has `STAND_IN_STEPS` steps.
     preprocessing: what the weights expect; None for `preprocessing_of(config)`.
+    training: whether the run shall train: then a teacher's weights must be there.
     checking: `(what) → context` that may swallow a part's error and go on; what could not be built
       then is None. The default raises.
 
@@ -219,7 +223,9 @@ def build(
     parts["curriculum"] = shortened(full, smoke) if smoke else full
   with check("network and task"):
     parts["network"] = config.model.text("name")
-    tasks, spec = build_tasks(config, data, preprocessing, parts["curriculum"])
+    # Phases have one teacher, read once.
+    load = functools.cache(load_network) if training else None
+    tasks, spec = build_tasks(config, data, preprocessing, parts["curriculum"], load)
     parts["tasks"], parts["metadata"] = tasks, spec
   if parts["tasks"] is not None:
     with check("evaluation"):
@@ -374,6 +380,7 @@ def build_tasks(
   data: DataFacts,
   preprocessing: Preprocessing,
   curriculum: Curriculum | None,
+  load: Callable[[str], StoredNetwork] | None = None,
 ) -> tuple[tuple[Task, ...], dict[str, Any]]:
   """`config.model` and `config.task` → a task for each phase, and the metadata of the weights."""
   fields = config.model
@@ -410,7 +417,7 @@ def build_tasks(
       merged.assert_all_read()
     arguments = phase.arguments if phase is not None else {}
     make = functools.partial(make_network, arguments=arguments)
-    context = Context(data.info, classes, preprocessing, make)
+    context = Context(data.info, classes, preprocessing, make, load)
     tasks.append(create_task(task_name, own, context))
   metadata = {
     "name": name,

@@ -28,6 +28,7 @@ from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_exa
 from hybrid_vit.data.spec import batch_shapes
 from hybrid_vit.models.registry import model_entry
 from hybrid_vit.paths import as_path
+from hybrid_vit.tasks.base import constants_of, with_constants
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters, parameters_by_module
 from hybrid_vit.train_state import TrainState
 
@@ -204,6 +205,7 @@ def _examine_state(plan: Plan, run: Run) -> None:
       continue
     with plan.checking("activations"):
       variables = programs.state_shapes(run, phase).variables
+      variables = with_constants(variables, constants_of(task))
       size = run.curriculum.phases[phase].batch_size
       # The network sees all devices' rows of one part together, and must be able to.
       together = max(1, size // run.settings.accumulation)

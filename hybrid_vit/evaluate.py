@@ -48,7 +48,8 @@ def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
   if bad is not None:
     raise CheckpointError(f"the weights in {directory} hold NaN or infinity, first in {bad!r}")
   preprocessing, said_by = weights_preprocessing(config, metadata)
-  run = build(config, _facts(config, weights, metadata, preprocessing), preprocessing=preprocessing)
+  facts = _facts(config, weights, metadata, preprocessing)
+  run = build(config, facts, preprocessing=preprocessing, training=False)
   config.assert_all_read()
   if not run.evaluation:
     raise ConfigError("`config.evaluation.sets` is empty: there is nothing to evaluate on")

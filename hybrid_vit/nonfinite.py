@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.sharding import leaf_names
-from hybrid_vit.tasks.base import Task
+from hybrid_vit.tasks.base import Task, constants_of, with_constants
 from hybrid_vit.train_state import TrainState, loss_and_gradients
 
 _SHOWN_ROWS = 16
@@ -74,7 +74,8 @@ def first_bad_tensor(
     named = {**tensors, "loss": loss, "gradients": gradients, "params": variables["params"]}
     return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), named)
 
-  found = jax.device_get(finite(state.variables, batch))
+  variables = with_constants(state.variables, constants_of(task))
+  found = jax.device_get(finite(variables, batch))
   for name in ("params", *order, "loss", "gradients"):
     branch = {name: found[name]}
     bad = [leaf for leaf, good in zip(leaf_names(branch), jax.tree.leaves(branch)) if not good]

@@ -144,6 +144,34 @@ def plot_predictions(
     _save(figure, png)
 
 
+def plot_rows(rows: Mapping[str, np.ndarray], png: Any) -> None:
+  """Draws rows of pictures below one another, e.g. originals and what was made of them.
+
+  Args:
+    rows: title → `[N, H, W, 3]`, uint8, or float in [0, 1]; as many pictures in each.
+    png: the file to write.
+
+  Raises:
+    ValueError: no picture, or unequal numbers.
+  """
+  counts = {len(images) for images in rows.values()}
+  if len(counts) != 1 or counts == {0}:
+    raise ValueError(f"rows of {sorted(counts)} pictures; as many in each were expected")
+  (columns,) = counts
+  with _plain_text():
+    figure = Figure(figsize=(1.5 * columns, 1.55 * len(rows)), dpi=120, layout="constrained")
+    for row, (title, images) in enumerate(rows.items()):
+      for column, image in enumerate(images):
+        axes = figure.add_subplot(len(rows), columns, row * columns + column + 1)
+        small = max(image.shape[:2]) < 1.5 * figure.dpi
+        axes.imshow(_displayable(image), interpolation="nearest" if small else "antialiased")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if not column:
+          axes.set_ylabel(_shown(title, _CURVE_LETTERS), fontsize=8)
+    _save(figure, png)
+
+
 def _series(
   lines: Iterable[Mapping[str, Any]],
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:

@@ -6,6 +6,7 @@ Training, the dry run, the benchmark and the tests all compile a step here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from hybrid_vit import sharding
 from hybrid_vit.build import Run
 from hybrid_vit.table_resizing import resize_tables
+from hybrid_vit.tasks.base import constants_of
 from hybrid_vit.tools.summarize import count_multiply_adds
 from hybrid_vit.train_state import TrainState, create_state, make_train_step
 
@@ -42,7 +44,8 @@ class Program:
   """A compiled step.
 
   Attributes:
-    compiled: `(state, batch) → (state, report)`; the state is donated.
+    compiled: `(state, batch) → (state, report)`; the state is donated. The task's constants are
+      an argument of the program and are given here already, on the devices.
     seconds: that compiling took; 0 where it is another phase's.
     flops_per_example: of a training step by the usual convention, three times the forward pass;
       None where the devices' peak is not known, so that nobody needs it.
@@ -106,12 +109,18 @@ def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
     frozen=run.frozen,
     skip_bad_steps=settings.skip_bad_steps,
   )
+  constants = constants_layout(run.tasks[phase], mesh)
   return jax.jit(
     step,
-    in_shardings=(layout, sharding.batch_sharding(mesh)),
+    in_shardings=(layout, sharding.batch_sharding(mesh), *((constants,) if constants else ())),
     out_shardings=(layout, sharding.replicated(mesh)),
     donate_argnums=0,
   )
+
+
+def constants_layout(task: Any, mesh: Mesh) -> Any:
+  """Where the leaves of a task's constants live: split over `fsdp` as far as they can be."""
+  return sharding.state_shardings(constants_of(task), ((".*", "fsdp"),), mesh, params_key="")
 
 
 def compile_step(
@@ -136,13 +145,19 @@ def compile_step(
     ),
     run.batches[phase],
   )
-  lowered = jitted_step(run, phase, mesh, layout).lower(shapes, batch)
+  constants = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), constants_of(run.tasks[phase])
+  )
+  given = (shapes, batch, *((constants,) if constants else ()))
+  lowered = jitted_step(run, phase, mesh, layout).lower(*given)
   return lowered.compile(compiler_options=dict(options) if options else None)
 
 
 def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:
   """A program for each phase that is not over at `start_step`; phases alike share one."""
   programs: dict[int, Program] = {}
+  # Phases share one teacher: what is on the devices already is not put there again.
+  placed: dict[int, Any] = {}
   for phase in range(run.curriculum.phase_of(start_step), len(run.curriculum.phases)):
     twin = next(
       (
@@ -158,8 +173,18 @@ def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:
     begin = time.monotonic()
     compiled = compile_step(run, phase, mesh)
     seconds = time.monotonic() - begin
+    constants = constants_of(run.tasks[phase])
+    if constants:
+      if id(constants) not in placed:
+        layout = constants_layout(run.tasks[phase], mesh)
+        placed[id(constants)] = sharding.put_tree(constants, layout)
+      compiled = functools.partial(_called_with, compiled, placed[id(constants)])
     programs[phase] = Program(compiled, seconds, _flops(run, phase, mesh))
   return programs
+
+
+def _called_with(compiled: Any, constants: Any, state: Any, batch: Any) -> Any:
+  return compiled(state, batch, constants)
 
 
 def peak_flops(mesh: Mesh) -> float | None:

@@ -68,10 +68,11 @@ def begin(
     restored, place = restore_from(settings.resume_from, target), settings.resume_from
   if restored is not None:
     _check_restored(run, restored, place)
-    changes = (
+    changes = tuple(
       f"not as it was when that was saved: {change}"
       for change in differences(restored.run_config, run.config)
     )
+    changes = (*changes, *_other_teacher(run, restored))
     messages = (f"restored step {restored.step} from {place}", *changes, summary)
     return Start(restored.state, restored.step, restored.sums, messages)
   make = jax.jit(lambda key: programs.new_state(run, key), out_shardings=layout)
@@ -113,6 +114,14 @@ def _check_restored(run: Run, restored: Restored, place: str) -> None:
     run.metadata.get("class_names"),
     f"the checkpoint in {place} and the training data",
   )
+
+
+def _other_teacher(run: Run, restored: Restored) -> tuple[str, ...]:
+  """A word on a teacher whose weights are no longer those that the run learned from."""
+  before, now = restored.info.get("teacher"), run.metadata.get("teacher")
+  if not before or not now or before["fingerprint"] == now["fingerprint"]:
+    return ()
+  return (f"not as it was when that was saved: the weights of the teacher {now['path']}",)
 
 
 def _start_from(run: Run, state: TrainState, directory: str, layout: Any) -> tuple[TrainState, str]:

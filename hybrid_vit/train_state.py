@@ -14,7 +14,7 @@ import optax
 from hybrid_vit.data.spec import REPLACED
 from hybrid_vit.models.freezing import running_statistics
 from hybrid_vit.optimizers import Schedule
-from hybrid_vit.tasks.base import Batch, Task
+from hybrid_vit.tasks.base import Batch, Task, with_constants
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -177,8 +177,10 @@ def make_train_step(
   ema_decay: float | None = None,
   frozen: Any = None,
   skip_bad_steps: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-  """The pure function `(state, batch) → (new state, report)`.
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+  """The pure function `(state, batch, constants=None) → (new state, report)`.
+
+  The third argument holds the task's constants where it has any; see `Task`.
 
   A step whose loss or gradient is not finite changes nothing but the counters. Up to
   `skip_bad_steps` of them in a row are skipped; at one more the state stands still for good, and
@@ -189,11 +191,14 @@ def make_train_step(
   (rows whose picture could not be read), `skipped` and `bad_step`.
   """
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+  def train_step(
+    state: TrainState, batch: Batch, constants: Any = None
+  ) -> tuple[TrainState, dict[str, Any]]:
     augment_rng, loss_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
     rows = task.augment(batch, augment_rng, state.step)
+    variables = with_constants(state.variables, constants)
     loss, aux, gradients = loss_and_gradients(
-      task, state.variables, rows, loss_rng, accumulation_steps, frozen
+      task, variables, rows, loss_rng, accumulation_steps, frozen
     )
     gradient_norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -4,7 +4,7 @@ Alexey Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv:201
 Touvron et al., "Training data-efficient image transformers", ICML 2021, arXiv:2012.12877. The CLIP
 forms follow open_clip (`ViT-B-16`) and apple/ml-mobileclip (`mobileclip/models/vit.py`).
 Differences: all linear layers begin normal with 0.02, as DeiT's (MobileCLIP's at torch's default,
-uniform of 0.021 at its width); DeiT's distillation token is left out.
+uniform of 0.021 at its width).
 """
 
 import math
@@ -34,6 +34,11 @@ class VisionTransformer(nn.Module):
   "pre_logits" `[B, C]` in float32. Heights and widths are multiples of the patch; with the
   convolutional stem any size is taken and what does not fill a patch is cut off.
 
+  With a distillation token (arXiv:2012.12877, section 4) the maps have a "…_distillation_token" too
+  and the logits are the mean of two heads', "class_logits" and "distillation_logits" among the
+  endpoints. A call with `kept` `[B, K]`, int32, shows the blocks those patches only, in that order
+  (MAE's encoder, arXiv:2111.06377): the maps behind the stem are `[B, K, C]` then.
+
   Attributes:
     width: channels of a token.
     depth: number of blocks.
@@ -46,6 +51,7 @@ class VisionTransformer(nn.Module):
     stem: "patch", one convolution, or "convolutions", MobileCLIP's three of stride 4, 2, 2.
     stem_bias: of the patch convolution.
     class_token: a trained token before the patches.
+    distillation_token: a second one behind it, with a head of its own that learns from a teacher.
     pool: what the head takes: "token", or "mean" over the patches.
     pool_before_norm: pool first and normalise after, as MAE's fine-tuning does.
     positions: "grid", for the class token too, resized in two dimensions (bicubic), or "sequence",
@@ -71,6 +77,7 @@ class VisionTransformer(nn.Module):
   stem: str = "patch"
   stem_bias: bool = True
   class_token: bool = True
+  distillation_token: bool = False
   pool: str = "token"
   pool_before_norm: bool = False
   positions: str = "grid"
@@ -95,9 +102,14 @@ class VisionTransformer(nn.Module):
       return {}
     return {"position_size": size // self.patch_size}
 
+  @property
+  def takes_kept(self) -> bool:
+    """Whether a call may say which patches the blocks see."""
+    return self.stem == "patch" and self.positions == "grid"
+
   @nn.compact
   def __call__(
-    self, images: jax.Array, train: bool = False
+    self, images: jax.Array, train: bool = False, kept: jax.Array | None = None
   ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
     self._check(images.shape[1:3])
     endpoints = {}
@@ -106,11 +118,19 @@ class VisionTransformer(nn.Module):
     endpoints["stem"] = x
     tokens = self._with_positions(x.reshape(batch, rows * columns, width), (rows, columns))
     prefix = tokens.shape[1] - rows * columns
+    if kept is not None:
+      patches = jnp.take_along_axis(tokens[:, prefix:], kept[..., None], axis=1)
+      tokens = jnp.concatenate([tokens[:, :prefix], patches], axis=1)
 
     def record(name: str, tokens: jax.Array) -> None:
-      endpoints[name] = tokens[:, prefix:].reshape(batch, rows, columns, width)
+      patches = tokens[:, prefix:]
+      endpoints[name] = (
+        patches if kept is not None else patches.reshape(batch, rows, columns, width)
+      )
       if prefix:
         endpoints[f"{name}_token"] = tokens[:, 0]
+      if prefix == 2:
+        endpoints[f"{name}_distillation_token"] = tokens[:, 1]
 
     if self.pre_norm:
       tokens = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "pre_norm")(tokens)
@@ -145,15 +165,23 @@ class VisionTransformer(nn.Module):
     endpoints["pre_logits"] = x
     logits = None
     if self.num_classes:
-      # The head is float32 throughout: it is small, and logits are promised in float32.
-      logits = nn.Dense(
-        self.num_classes,
-        use_bias=self.head_bias,
-        kernel_init=_INIT if self.head_bias else nn.initializers.normal(width**-0.5),
-        dtype=jnp.float32,
-        name="head",
-      )(x)
+      logits = self._head(x, "head")
+      if self.distillation_token:
+        endpoints["class_logits"] = logits
+        of_teacher = self._head(tokens[:, 1].astype(jnp.float32), "distillation_head")
+        endpoints["distillation_logits"] = of_teacher
+        logits = (logits + of_teacher) / 2
     return logits, endpoints
+
+  def _head(self, x: jax.Array, name: str) -> jax.Array:
+    # Float32 throughout: it is small, and logits are promised in float32.
+    return nn.Dense(
+      self.num_classes,
+      use_bias=self.head_bias,
+      kernel_init=_INIT if self.head_bias else nn.initializers.normal(x.shape[-1] ** -0.5),
+      dtype=jnp.float32,
+      name=name,
+    )(x)
 
   def _stem(self, x: jax.Array, train: bool) -> jax.Array:
     if self.stem == "convolutions":
@@ -174,26 +202,28 @@ class VisionTransformer(nn.Module):
     )(x)
 
   def _with_positions(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Patches `[B, N, C]` with positions, after the class token where there is one."""
+    """Patches `[B, N, C]` with positions, after the tokens that the network has besides."""
     batch, _, width = tokens.shape
     made = _pair(self.position_size)
-    on_token = self.class_token and self.positions == "grid"
+    names = ["class_token"] * self.class_token + ["distillation_token"] * self.distillation_token
+    on_tokens = len(names) if self.positions == "grid" else 0
     std = 0.02 if self.positions == "grid" and not self.pre_norm else width**-0.5
     name = "position_embedding" if self.positions == "grid" else "position_sequence"
-    shape = (made[0] * made[1] + on_token, width)
+    shape = (made[0] * made[1] + on_tokens, width)
     table = self.param(name, nn.initializers.normal(std), shape, jnp.float32)
     if self.positions == "sequence":
       table = resize_sequence(table, size[0] * size[1])
     else:
       table = resize_grid(table, made, size)
     table = table.astype(self.dtype)
-    if not self.class_token:
-      return tokens + table
+    tokens = tokens + table[on_tokens:]
     init = nn.initializers.normal(width**-0.5 if self.pre_norm else 0.02)
-    token = self.param("class_token", init, (width,), jnp.float32).astype(self.dtype)
-    token = token + table[0] if on_token else token
-    token = jnp.broadcast_to(token, (batch, 1, width))
-    return jnp.concatenate([token, tokens + table[int(on_token) :]], axis=1)
+    before = []
+    for i, name in enumerate(names):
+      token = self.param(name, init, (width,), jnp.float32).astype(self.dtype)
+      token = token + table[i] if on_tokens else token
+      before.append(jnp.broadcast_to(token, (batch, 1, width)))
+    return jnp.concatenate([*before, tokens], axis=1) if before else tokens
 
   def _check(self, size: tuple[int, ...]) -> None:
     known: dict[str, tuple[str, ...]] = {
@@ -209,6 +239,10 @@ class VisionTransformer(nn.Module):
         )
     if self.pool == "token" and not self.class_token:
       raise ValueError("VisionTransformer: pool='token' needs class_token=True")
+    if self.distillation_token and (self.pool != "token" or self.positions != "grid"):
+      raise ValueError(
+        "VisionTransformer: distillation_token=True needs pool='token' and positions='grid'"
+      )
     if self.width % self.num_heads:
       raise ValueError(
         f"VisionTransformer: {self.num_heads} heads do not divide the width {self.width}"
@@ -322,14 +356,14 @@ def resize_grid(table: jax.Array, made: tuple[int, int], size: tuple[int, int]) 
 
 
 def resize_square_grid(table: jax.Array, length: int) -> jax.Array:
-  """`resize_grid` of a table `[t + n*n, C]` to `[length, C]`, between squares, with t 0 or 1.
+  """`resize_grid` of a table `[t + n*n, C]` to `[length, C]`, between squares, with t from 0 to 2.
 
   Raises:
     ValueError: where a length is not a square's, or t is not the same.
   """
   sides = [math.isqrt(n) for n in (table.shape[0], length)]
   prefixes = [n - side**2 for n, side in zip((table.shape[0], length), sides)]
-  if prefixes[0] != prefixes[1] or prefixes[0] > 1:
+  if prefixes[0] != prefixes[1] or prefixes[0] > 2:
     raise ValueError(
       f"positions of {table.shape[0]} and {length} tokens are not those of two squares; make the "
       "network with the position_size of its weights, it resizes by itself"
@@ -374,6 +408,7 @@ def _register_family() -> None:
   unit = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
   tiny, small = ({"width": 64 * n, "depth": 12, "num_heads": n} for n in (3, 6))
   base = {"width": 768, "depth": 12, "num_heads": 12}
+  base_at_384 = {**base, "position_size": 24}
   clip = {"num_classes": 512, "layer_norm_epsilon": 1e-5, "head_bias": False}
   mobileclip = {**base, **clip, "stem": "convolutions", "positions": "sequence"}
   # DeiT's evaluation resizes by 256 / 224 at every size.
@@ -386,7 +421,7 @@ def _register_family() -> None:
     ("deit_base_patch16_224", base, 224, deit, imagenet, 86567656, 17.58e9, 81.8, deit_source),
     (
       "deit_base_patch16_384",
-      {**base, "position_size": 24},
+      base_at_384,
       384,
       deit,
       imagenet,
@@ -441,6 +476,17 @@ def _register_family() -> None:
       "apple/ml-mobileclip: parameters counted, zero-shot top-1 of MobileCLIP-B from its README; "
       "multiply-adds from timm's benchmark tables",
     ),
+  )
+  # Distilled: name, arguments, size, parameters, multiply-adds, top-1.
+  distilled: tuple[tuple[Any, ...], ...] = (
+    ("deit_tiny_distilled_patch16_224", tiny, 224, 5910800, 1.27e9, 74.5),
+    ("deit_small_distilled_patch16_224", small, 224, 22436432, 4.63e9, 81.2),
+    ("deit_base_distilled_patch16_224", base, 224, 87338192, 17.68e9, 83.4),
+    ("deit_base_distilled_patch16_384", base_at_384, 384, 87630032, 55.65e9, 85.2),
+  )
+  table += tuple(
+    (name, {**a, "distillation_token": True}, size, deit, imagenet, *figures, deit_source)
+    for name, a, size, *figures in distilled
   )
   for name, arguments, size, (crop, kind), stats, parameters, multiply_adds, top1, source in table:
     register(

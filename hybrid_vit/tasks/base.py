@@ -18,6 +18,9 @@ Batch = Mapping[str, Any]
 # Directions of a measure.
 BETTER = ("max", "min")
 
+# Under this name `Task.loss` finds its constants in the variables.
+CONSTANTS = "constants"
+
 
 class Evaluator(Protocol):
   """Measures variables on one data set."""
@@ -62,6 +65,10 @@ class Task(Protocol):
 
   A batch is a flat dict of arrays whose leading axis is the global batch. A task is a frozen
   dataclass, so that what differs in a phase can be replaced.
+
+  A task may have a further method, `constants() → tree of NumPy arrays`: what its loss reads and no
+  step changes, such as a teacher's weights. They are put on the devices once, are no part of the
+  state or of a checkpoint, and stand in the variables of `loss` and `activations` as "constants".
 
   Attributes:
     model: the network, as the registry made it.
@@ -121,6 +128,17 @@ class Task(Protocol):
   def stored_info(self) -> dict[str, Any]:
     """What goes with the weights beside the network and its preprocessing, e.g. class names."""
     ...
+
+
+def constants_of(task: Task) -> Any:
+  """A task's constants, a tree of NumPy arrays; {} where it has none."""
+  made = getattr(task, "constants", None)
+  return {} if made is None else made()
+
+
+def with_constants(variables: Variables, constants: Any) -> Variables:
+  """The variables as `Task.loss` takes them."""
+  return {**variables, CONSTANTS: constants} if constants else variables
 
 
 def summed(

@@ -22,6 +22,7 @@ from hybrid_vit.data.spec import MASK, Field, Spec
 from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
 from hybrid_vit.plots import plot_predictions
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
+from hybrid_vit.tasks.pictures import displayable, normalized
 from hybrid_vit.tasks.registry import Context, register_task
 
 LOSSES = ("softmax", "sigmoid")
@@ -202,11 +203,7 @@ class Classification:
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""
-    if images.dtype != jnp.uint8:
-      return images
-    mean = jnp.asarray(self.mean, jnp.float32) * 255.0
-    scale = 1.0 / (jnp.asarray(self.std, jnp.float32) * 255.0)
-    return (images.astype(jnp.float32) - mean) * scale
+    return normalized(images, self.mean, self.std)
 
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     """Shrinks, normalises, erases, adds "target" float32 `[B, K]`, mixes images and targets."""
@@ -255,11 +252,7 @@ class Classification:
 
   def displayable(self, images: np.ndarray) -> np.ndarray:
     """Batch images as uint8, the normalisation undone."""
-    if images.dtype == np.uint8:
-      return images
-    return np.clip((images * np.asarray(self.std) + np.asarray(self.mean)) * 255.0, 0, 255).astype(
-      np.uint8
-    )
+    return displayable(images, self.mean, self.std)
 
   def evaluate_batch(self, variables: Variables, batch: Batch) -> dict[str, Any]:
     """Sums and weights over the rows whose "mask" is 1; no smoothing."""

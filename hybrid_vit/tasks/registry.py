@@ -18,7 +18,9 @@ from hybrid_vit.tasks.base import BETTER, Task
 # The modules that register tasks when imported.
 _MODULES = (
   "hybrid_vit.tasks.classification",
+  "hybrid_vit.tasks.distillation",
   "hybrid_vit.tasks.intermediate_supervision",
+  "hybrid_vit.tasks.masked_autoencoding",
 )
 
 
@@ -32,12 +34,15 @@ class Context:
     preprocessing: what the weights expect of a picture.
     make_network: `(num_classes) → module`: the configured network with a head of that width, 0 for
       none.
+    load_network: `(directory) → StoredNetwork`, another network that a training needs, with its
+      weights; None where nothing is trained.
   """
 
   info: Mapping[str, Any]
   num_classes: int | None
   preprocessing: Preprocessing
   make_network: Callable[[int], Any]
+  load_network: Callable[[str], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ class _Names:
 
   `conv` and `norm` are of the convolutional stem's layer {}; `head` is a linear layer, or with
   `bare_head` a matrix (in, out). `leading` is the number of leading ones in the shapes of the class
-  token and of the positions.
+  token and of the positions, `distillation` names the distillation token and its head.
   """
 
   block: str
@@ -100,6 +100,7 @@ class _Names:
   bare_head: bool = False
   leading: tuple[int, int] = (2, 1)
   norm: str = ""
+  distillation: tuple[str, ...] = ()
 
 
 _TIMM = _Names(
@@ -111,6 +112,7 @@ _TIMM = _Names(
   "norm_pre",
   "norm",
   "head",
+  distillation=("dist_token", "head_dist"),
 )
 _MOBILECLIP = _Names(
   "transformer.{}",
@@ -167,6 +169,10 @@ def _key_map(model: VisionTransformer, names: _Names) -> KeyMap:
     block = torch_keys.block_of(scope)
     if block:
       return names.blocks.key(names.block.format(block[1]), modules[0], leaf)
+    if path == "params/distillation_token" and names.distillation:
+      return with_leading_ones(names.distillation[0], names.leading[0], 0)
+    if scope == "distillation_head" and names.distillation:
+      return torch_keys.dense(names.distillation[1], leaf)
     if path == "params/class_token":
       return with_leading_ones(names.class_token, names.leading[0], 0)
     if path in ("params/position_embedding", "params/position_sequence"):
@@ -214,7 +220,7 @@ def _timm(model: VisionTransformer) -> KeyMap:
 
 
 def _transformers(model: VisionTransformer) -> KeyMap:
-  if model.stem == "convolutions" or model.pool_before_norm:
+  if model.stem == "convolutions" or model.pool_before_norm or model.distillation_token:
     raise ValueError("transformers has no such VisionTransformer")
   return _key_map(model, _TRANSFORMERS_CLIP if model.pre_norm else _TRANSFORMERS)
 

@@ -19,8 +19,8 @@ from hybrid_vit.weights.focal_levels import fit_focal_levels
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
 _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
 _POSITION_GRID = "position_embedding"
-# The classifier, and the ones that supervise a network from within.
-_HEAD = r"[^/]+/(?:auxiliary_)?head\d*/"
+# The classifier, and the ones that supervise a network from within or learn from a teacher.
+_HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def transfer(
   result = {}
   for name, new in wanted.items():
     parts = name.split("/")
-    if _is_head(name) and reinitialize_head:
+    if is_head(name) and reinitialize_head:
       result[name] = new
       old_shape = tuple(found[name].shape) if name in found else None
       reason = f"{old_shape} in the source, {tuple(new.shape)} here" if old_shape else "as asked"
@@ -111,7 +111,7 @@ def transfer(
     else:
       result[name] = new
       wrong.append(f"{name} ({tuple(old.shape)} in the source, {tuple(new.shape)} here)")
-  if wrong and all(map(_is_head, wrong)) and not missing:
+  if wrong and all(map(is_head, wrong)) and not missing:
     raise ValueError(
       f"the head has another width: {'; '.join(wrong)}. To begin it anew, pass "
       "--config.reinitialize_head=True"
@@ -129,5 +129,6 @@ def transfer(
   return variables, TransferReport(tuple(loaded), tuple(initialised), unused)
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+  """Whether a leaf ("params/head/kernel") is of a classifier, whose width is that of the data."""
   return re.match(_HEAD, name) is not None

@@ -19,6 +19,10 @@ MULTIPLY_ADDS = {
   "deit_small_patch16_224": 4598882304,
   "deit_base_patch16_224": 17563828224,
   "deit_base_patch16_384": 55484350464,
+  "deit_tiny_distilled_patch16_224": 1261003776,
+  "deit_small_distilled_patch16_224": 4624140288,
+  "deit_base_distilled_patch16_224": 17656811520,
+  "deit_base_distilled_patch16_384": 55591342080,
   "vit_base_patch16_224": 17563828224,
   "vit_base_patch16_gap_224": 17471649792,
   "vit_base_patch16_clip_224": 17563453440,
@@ -28,6 +32,7 @@ MOBILECLIP = {"stem": "convolutions", "positions": "sequence", "head_bias": Fals
 CLIP = {"stem_bias": False, "pre_norm": True, "activation": "quick_gelu", "head_bias": False}
 MEAN = {"class_token": False, "pool": "mean"}
 MAE = {"pool": "mean", "pool_before_norm": True}
+DISTILLED = {"distillation_token": True}
 
 
 def small(**overrides):
@@ -48,7 +53,7 @@ def test_no_variant_is_missing():
   assert sorted(list_models("deit_*") + list_models("vit_*")) == sorted(MULTIPLY_ADDS)
 
 
-@pytest.mark.parametrize("form", [{}, MEAN, MOBILECLIP, CLIP, MAE])
+@pytest.mark.parametrize("form", [{}, MEAN, MOBILECLIP, CLIP, MAE, DISTILLED])
 def test_gradients_and_sizes(form):
   # A key's bias adds the same number to all logits of a query; it lies in the fused bias.
   contract.check_gradients(small(**form), (32, 48))
@@ -69,10 +74,10 @@ def test_the_structure(form):
 
 
 @pytest.mark.parametrize("layout", keymap_vit.LAYOUTS)
-@pytest.mark.parametrize("form", [{}, MEAN, MOBILECLIP, CLIP, MAE])
+@pytest.mark.parametrize("form", [{}, MEAN, MOBILECLIP, CLIP, MAE, DISTILLED])
 def test_weights_go_out_and_back(layout, form):
   model, layout_of = small(**form), keymap_vit.LAYOUTS[layout]
-  if layout == "transformers" and form in (MOBILECLIP, MAE):
+  if layout == "transformers" and form in (MOBILECLIP, MAE, DISTILLED):
     with pytest.raises(ValueError, match="transformers has no such VisionTransformer"):
       layout_of.key_map(model)
   else:
@@ -86,6 +91,9 @@ def test_names_of_each_library():
     return [name for path in paths for name in key_map(path).names]
 
   assert names("timm", **MAE) == ["blocks.1.attn.qkv.weight", "head.weight", "fc_norm.weight"]
+  key_map = keymap_vit.LAYOUTS["official"].key_map(small(**DISTILLED))
+  distilled = ("params/distillation_token", "params/distillation_head/bias")
+  assert [key_map(path).names for path in distilled] == [("dist_token",), ("head_dist.bias",)]
   assert names("official", **CLIP) == [
     "visual.transformer.resblocks.1.attn.in_proj_weight",
     "visual.proj",
@@ -126,6 +134,50 @@ def test_the_convolutional_stem_cuts_off_what_fills_no_patch():
   assert endpoints["stem"].shape == (1, 2, 4, 24)
 
 
+def test_a_distillation_token_has_a_head_and_a_position_of_its_own():
+  model, x = small(**DISTILLED), contract.images(2, 32, 32)
+  variables = contract.drawn_variables(model)
+  assert variables["params"]["position_embedding"].shape == (2 + 16, 24)
+  logits, endpoints = contract.run(model, variables, x)
+  for name, head in (("", "head"), ("distillation_", "distillation_head")):
+    token = endpoints[f"head_norm_{name}token"]
+    layer = variables["params"][head]
+    of_head = token @ layer["kernel"] + layer["bias"]
+    np.testing.assert_allclose(
+      endpoints[f"{name or 'class_'}logits"], of_head, rtol=1e-4, atol=1e-4
+    )
+  mean = (endpoints["class_logits"] + endpoints["distillation_logits"]) / 2
+  np.testing.assert_allclose(logits, mean, rtol=1e-6)
+  # Behind the class token's position come the second token's, then the patches'.
+  table = variables["params"]["position_embedding"].at[1].add(1.0)
+  moved = {"params": {**variables["params"], "position_embedding": table}}
+  _, other = contract.run(model.clone(depth=0), moved, x)
+  _, before = contract.run(model.clone(depth=0), variables, x)
+  np.testing.assert_array_equal(other["stage1"], before["stage1"])
+  np.testing.assert_array_equal(other["stage1_token"], before["stage1_token"])
+  moves = other["stage1_distillation_token"] - before["stage1_distillation_token"]
+  np.testing.assert_allclose(moves, 1.0, rtol=1e-5)
+
+
+def test_only_the_kept_patches_are_seen_in_their_order():
+  model, x = small(class_token=False, pool="mean", depth=1), contract.images(2, 32, 32)
+  variables = contract.drawn_variables(model)
+  kept = jnp.asarray([[3, 0, 9], [1, 2, 15]])
+  _, some = model.apply(variables, x, kept=kept)
+  assert some["stage1"].shape == (2, 3, 24)
+  everything = jnp.arange(16)[None].repeat(2, 0)
+  _, whole = contract.run(model, variables, x)
+  _, all_kept = model.apply(variables, x, kept=everything[:, ::-1])
+  np.testing.assert_allclose(
+    all_kept["stage1"][:, ::-1], whole["stage1"].reshape(2, 16, 24), rtol=1e-4, atol=1e-4
+  )
+  # What is hidden has no part in it.
+  hidden = jnp.asarray(x).at[0, 8:16, 8:16].set(7.0)
+  np.testing.assert_array_equal(
+    some["stage1"], model.apply(variables, hidden, kept=kept)[1]["stage1"]
+  )
+
+
 def test_without_a_head():
   x = contract.images(1, 32, 32)
   params = jax.eval_shape(small(num_classes=0).init, jax.random.key(0), x)["params"]
@@ -140,6 +192,7 @@ def test_without_a_head():
     ({"num_heads": 5}, "5 heads do not divide the width 24"),
     ({"pool": "max"}, "pool is 'max'; it is one of"),
     ({"class_token": False}, "pool='token' needs class_token=True"),
+    ({**DISTILLED, "pool": "mean"}, "distillation_token=True needs pool='token'"),
     ({"stem": "convolutions", "patch_size": 8}, "stem has patches of 16, not 8"),
     ({"patch_size": 5}, "picture of 32x48 is not whole patches of 5x5"),
   ],
