@@ -3,13 +3,13 @@
     python -m hybrid_vit.main --workdir=runs/flowers \
       --config=configs/finetune.py:arch=moat_1,data=folder:/path/to/flowers,res=384,init=runs/pretrained
 
-    --config=configs/finetune.py:moat_1,…,probe=linear     the head alone, on a network that stands still
+    --config=configs/finetune.py:moat_1,…,probe=linear     the head alone, the network stands still
     --config=configs/finetune.py:moat_1,…,balance=1.0      small classes come as often as large ones
     --config=configs/finetune.py:runlocal                  the embedded digits, a minute
 
-`init` (`config.init_from`) is the work directory or the export of an earlier run, or the authors' file
-of weights; left out, training starts from scratch, which wants a larger rate and no decay by layer:
-lr=1e-3,decay=1.0. Windows and tables of positions follow `res`. Own figures, no paper's.
+`init` (`config.init_from`) is the work directory or the export of an earlier run, or the authors'
+file of weights; left out, training starts from scratch, which wants a larger rate and no decay by
+layer: lr=1e-3,decay=1.0. Windows and tables of positions follow `res`. Own figures, no paper's.
 """
 
 from typing import Any
@@ -30,10 +30,11 @@ _RATE, _PROBE_RATE = 2e-4, 2.5e-2
 def get_config(argument: str | None = None) -> ConfigDict:
   """See the head of this file.
 
-  Keys: `arch` (or the variant itself), `data`, `init`, `res` (`image_size` is the same), `batch_size`,
-  `epochs`, `lr`, `decay` (of the rates, for each layer down), `probe` ("linear"), `balance` (0 to 1, of
-  the sampling), `weights` ("balanced", of the loss), `patience` (evaluations without a better one that
-  end the training; 0: none), `carry` (see `weights.head_rows`: "names", or a file).
+  Keys: `arch` (or the variant itself), `data`, `init`, `res` (`image_size` is the same),
+  `batch_size`, `epochs`, `lr`, `decay` (of the rates, for each layer down), `probe` ("linear"),
+  `balance` (0 to 1, of the sampling), `weights` ("balanced", of the loss), `patience` (evaluations
+  without a better one that end the training; 0: none), `carry` (see `weights.head_rows`: "names",
+  or a file).
   """
   variant, keys = parse_argument(
     argument,

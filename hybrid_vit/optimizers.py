@@ -332,7 +332,7 @@ def learning_rate_factors(config: Config, params: Any) -> Any:
   """Each parameter's factor of the learning rate, or None where all are 1.
 
   `layer_decay=dict(rate=0.8)` gives a parameter of depth d the factor rate^(deepest - d), by
-  `models.depth.layer_depths`, or by rules: `layers=(("^stem", 0), ("^stage1", 1), …, ("^head", 5))`.
+  `models.depth.layer_depths`, or by rules: `layers=(("^stem", 0), …, ("^head", 5))`.
   """
   factors = None
   if "layer_decay" in config:

@@ -125,7 +125,7 @@ def test_a_probe_leaves_the_body_and_its_statistics_as_they_came(tmp_path):
   about = {"name": run.network, "arguments": run.metadata["arguments"], "class_names": names}
   export(tmp_path / "first", first, about)
   config.init_from, config.carry_head = str(tmp_path / "first"), "names"
-  config.optimizer.learning_rate = 0.0
+  config.optimizer.learning_rate, config.optimizer.schedule.end_learning_rate = 0.0, 0.0
   main.train(config, tmp_path / "run")
   weights, metadata = load_weights(tmp_path / "run")
   body = lambda tree: {k: v for k, v in tree.items() if k != "head"}  # noqa: E731

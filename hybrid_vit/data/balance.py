@@ -13,9 +13,9 @@ from hybrid_vit.data.sources import Source
 class BalancedSource:
   """A source whose examples of small classes come several times in an epoch.
 
-  A class of n examples comes n (N / n)^power times, N being the largest class's: 1 makes all classes
-  alike, 0.5 is the square-root sampling of Mahajan et al. (arXiv:1805.00932), 0 changes nothing. No
-  example is left out, so an epoch grows longer.
+  A class of n examples comes n (N / n)^power times, N being the largest class's: 1 makes all
+  classes alike, 0.5 is the square-root sampling of Mahajan et al. (arXiv:1805.00932), 0 changes
+  nothing. No example is left out, so an epoch grows longer.
 
   Args:
     source: whose classes are known without reading its examples (`labels`, int `[N]`).

@@ -1,8 +1,8 @@
 """How deep in its network a parameter lies: for rates that decay layer by layer.
 
 Every family here names its parts alike: "stem", "stage2_block0", what begins a stage
-("stage2_downsample", "merge1"), "head". One block is one layer, as in BEiT and MAE (arXiv:2106.08254,
-arXiv:2111.06377); the blocks of RevCol lie on a grid of columns and blocks.
+("stage2_downsample", "merge1"), "head". One block is one layer, as in BEiT and MAE
+(arXiv:2106.08254, arXiv:2111.06377); the blocks of RevCol lie on a grid of columns and blocks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def layer_depths(paths: Iterable[str]) -> dict[str, int]:
   """The layer of each parameter of a network: 0 for the stem, the largest for the head.
 
   Block number b (counted through all stages) has 1 + b. What leads into a stage goes with its first
-  block, a stage's closing norm with its last; position tables and class tokens go with what they are
-  added to. Of RevCol, block b of column c has 1 + b + c, a fusion goes with its level's first block,
-  a gain with its column's, decoders with the heads.
+  block, a stage's closing norm with its last; position tables and class tokens go with what they
+  are added to. Of RevCol, block b of column c has 1 + b + c, a fusion goes with its level's first
+  block, a gain with its column's, decoders with the heads.
 
   Args:
     paths: of all parameters, "stage1_block0/attention/out/kernel".

@@ -14,9 +14,10 @@ def arguments_for_size(name: str, image_size: int) -> dict[str, Any]:
   """Arguments of a network for another picture size than its entry's, as its authors do it.
 
   Windows grow in proportion (Swin, L2ViT: 7 at 224 is 12 at 384), so that a map stays divided into
-  as many; so do CSWin's stripes but for the thin ones, and ViT's table of positions. Tables of another
-  size than the weights' are resized where those are taken over (`weights.transfer`); those of MOAT and
-  PVT keep their size and are resized within the network. Other networks take any size as they are.
+  as many; so do CSWin's stripes but for the thin ones, and ViT's table of positions. Tables of
+  another size than the weights' are resized where those are taken over (`weights.transfer`); those
+  of MOAT and PVT keep their size and are resized within the network. Other networks take any size
+  as they are.
 
   Args:
     name: in the registry.

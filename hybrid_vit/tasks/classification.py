@@ -61,8 +61,8 @@ class ClassificationSettings:
       )
     if isinstance(self.class_weights, str) and self.class_weights != BALANCED:
       raise ValueError(
-        f"config.task.class_weights is {self.class_weights!r}; {BALANCED!r} was expected, or a number "
-        "for each class"
+        f"config.task.class_weights is {self.class_weights!r}; {BALANCED!r} was expected, or a "
+        "number for each class"
       )
 
 
@@ -112,8 +112,8 @@ def _class_weights(
     return given
   if len(given) != classes or not all(w >= 0 for w in given):
     raise ValueError(
-      f"config.task.class_weights has {len(given)} numbers ({given}); {classes} were expected, none "
-      "of them negative"
+      f"config.task.class_weights has {len(given)} numbers ({given}); {classes} were expected, "
+      "none of them negative"
     )
   return tuple(map(float, given))
 
@@ -221,9 +221,9 @@ class Classification:
       return jnp.ones((), jnp.float32)
     if isinstance(self.class_weights, str):
       raise ValueError(
-        f"config.task.class_weights is {self.class_weights!r}, and how many examples each class has "
-        "is not known without reading them (it is for folder:, zip:, digits, fashion_mnist): give a "
-        "number for each class"
+        f"config.task.class_weights is {self.class_weights!r}, and how many examples each class "
+        "has is not known without reading them (it is for folder:, zip:, digits, fashion_mnist): "
+        "give a number for each class"
       )
     return targets @ jnp.asarray(self.class_weights, jnp.float32)
 

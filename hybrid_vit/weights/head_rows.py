@@ -38,8 +38,8 @@ def head_rows(
     if len(old_names) != old_width or len(new_names) != new_width:
       whose = "weights" if len(old_names) != old_width else "data"
       raise ValueError(
-        f"config.carry_head is {BY_NAME!r} and the {whose} do not say what their classes are called: "
-        "give a file of numbers instead, one line for each class of the data"
+        f"config.carry_head is {BY_NAME!r} and the {whose} do not say what their classes are "
+        "called: give a file of numbers instead, one line for each class of the data"
       )
     rows = matching_classes(old_names, new_names)
   else:
@@ -90,8 +90,8 @@ def _from_file(path: Path, names: Sequence[str], old_width: int, new_width: int)
   entries = [line.strip() for line in lines if line.strip()]
   if len(entries) != new_width:
     raise ValueError(
-      f"config.carry_head: {path} has {len(entries)} lines; {new_width} were expected, one for each "
-      "class of the data"
+      f"config.carry_head: {path} has {len(entries)} lines; {new_width} were expected, one for "
+      "each class of the data"
     )
   number_of = {name: i for i, name in enumerate(names)}
   rows = np.full(new_width, -1, np.int64)

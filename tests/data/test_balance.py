@@ -14,7 +14,7 @@ def counts(power):
   assert set(found) == set(range(len(LABELS)))  # nothing is left out
   times = np.bincount(found)
   for label in (0, 1, 3):
-    assert np.ptp(times[LABELS == label]) <= 1  # each as often as its like
+    assert np.ptp(times[label == LABELS]) <= 1  # each as often as its like
   return np.bincount(LABELS[found]).tolist()
 
 
