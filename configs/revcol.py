@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from hybrid_vit import recipes
 from hybrid_vit.config import parse_argument
-from hybrid_vit.models.registry import model_entry
 
 SCRATCH = ("revcol_tiny", "revcol_small", "revcol_base")
 PRETRAINING = ("revcol_base_22k", "revcol_large_22k", "revcol_xlarge_22k")
@@ -135,7 +134,6 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
   config.model.arguments.head_init_scale = 0.001
   config.model.arguments.reversible = True
   config.reinitialize_head = True
-  arguments = model_entry(name).arguments
   config.optimizer = dict(
     name="adamw",
     learning_rate=rate,
@@ -143,9 +141,9 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
     weight_decay=1e-8,
     weight_decay_rules=_WEIGHT_DECAY_RULES,
     gradient_clip_norm=100.0 if huge else 10.0,
-    layer_decay=dict(
-      rate=layer_decay, layers=layer_ids(arguments["depths"], arguments["num_columns"])
-    ),
+    # By the grid of `models.depth`. The code takes the last digit of a column alone, so that column
+    # 12 counts as 2; not here.
+    layer_decay=dict(rate=layer_decay),
     schedule=dict(
       name="cosine",
       warmup_epochs=0,
@@ -155,22 +153,3 @@ def fine_tuning(name: str, batch_size: int) -> ConfigDict:
   if name in ("revcol_xlarge", "revcol_huge"):
     config.ema_decay = 0.9999
   return config
-
-
-def layer_ids(depths: tuple[int, ...], num_columns: int) -> tuple[tuple[str, int], ...]:
-  """The code's ids for the decay of rates by layer: a block's lies on a grid of blocks and columns.
-
-  Block b of column c has 1 + b + c; a fusion goes with its level's first block, the gains with the
-  column's. The code takes the last digit of c alone, so that column 12 counts as 2; not here.
-  """
-  rules: list[tuple[str, int]] = [(r"^stem/", 0)]
-  for column in range(num_columns):
-    block = 0
-    rules.append((rf"^column{column}/alpha", 1 + column))
-    for level, depth in enumerate(depths):
-      if column or level:  # the very first level fuses nothing
-        rules.append((rf"^column{column}/level{level}/(?!block)", 1 + block + column))
-      for i in range(depth):
-        rules.append((rf"^column{column}/level{level}/block{i}/", 1 + block + column))
-        block += 1
-  return (*rules, (r"^head", sum(depths) + num_columns))

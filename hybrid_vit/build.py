@@ -23,6 +23,7 @@ from hybrid_vit.curriculum_reading import curriculum_phases
 from hybrid_vit.data.pipeline import EvaluationSettings, TrainingSettings
 from hybrid_vit.data.spec import Field, batch_shapes, kinds, resolve
 from hybrid_vit.data.transforms import Transform, parse_transform
+from hybrid_vit.early_stop import EarlyStop
 from hybrid_vit.models.registry import Preprocessing, create_model, model_arguments, model_entry
 from hybrid_vit.optimizers import (
   Schedule,
@@ -88,6 +89,9 @@ class Settings:
     best_is_max: its direction.
     sinks: where figures go besides metrics.jsonl.
     smoke: whether the run was shortened to a few steps.
+    early_stop: when the training ends before its last step; None: never.
+    carry_head: which rows of the weights' head are taken over, see `weights.head_rows`; None: all,
+      or none where the head begins anew.
   """
 
   seed: int
@@ -107,6 +111,8 @@ class Settings:
   best_is_max: bool
   sinks: tuple[str, ...]
   smoke: bool
+  early_stop: EarlyStop | None = None
+  carry_head: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -475,6 +481,14 @@ def read_settings(config: Config, task: Task, evaluation: Sequence[EvaluationSet
     raise ConfigError(
       f"`config.checkpoint.best_metric` is {best!r}; there are: {', '.join(known) or 'none'}"
     )
+  early_stop = None
+  if "early_stop" in config:
+    early_stop = config.group("early_stop").as_dataclass(EarlyStop)
+    if best is None:
+      raise ConfigError(
+        "`config.early_stop` needs a best measure: set config.checkpoint.best_metric, and "
+        "keep_best to True"
+      )
   smoke = config.integer("smoke_steps", None, minimum=1) is not None
   accumulation = config.integer("accumulation_steps", 1, minimum=1)
   if accumulation > 1 and not task.separable:
@@ -505,6 +519,8 @@ def read_settings(config: Config, task: Task, evaluation: Sequence[EvaluationSet
     best_is_max=best is None or known[best] == "max",
     sinks=sinks,
     smoke=smoke,
+    early_stop=early_stop,
+    carry_head=config.text("carry_head", None),
   )
 
 

@@ -24,7 +24,7 @@ from hybrid_vit.build import DataFacts, Run
 from hybrid_vit.collectives import Collective, collectives_of
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.errors import MissingDataError
-from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example
+from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example, source_info
 from hybrid_vit.data.spec import batch_shapes
 from hybrid_vit.models.registry import model_entry
 from hybrid_vit.paths import as_path
@@ -151,7 +151,7 @@ def _data(plan: Plan) -> DataFacts:
     if said is None or data.source.partition(":")[0] in _QUICK_SOURCES:
       try:
         source = open_source(data)
-        return DataFacts(source.info, len(source), example=lambda: readable_example(source))
+        return DataFacts(source_info(source), len(source), example=lambda: readable_example(source))
       except MissingDataError:
         plan.notes.append(f"the data ({data.source}) is not here; a dry run does without")
   if said is None and classes is None:
@@ -204,8 +204,8 @@ def _examine_state(plan: Plan, run: Run) -> None:
     if (task, batch) in list(zip(run.tasks, run.batches))[:phase]:
       continue
     with plan.checking("activations"):
-      variables = programs.state_shapes(run, phase).variables
-      variables = with_constants(variables, constants_of(task))
+      own = programs.state_shapes(run, phase).variables
+      variables = with_constants(own, constants_of(task))
       size = run.curriculum.phases[phase].batch_size
       # The network sees all devices' rows of one part together, and must be able to.
       together = max(1, size // run.settings.accumulation)

@@ -62,7 +62,7 @@ def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
   show(f"weights from {directory}" + (f", step {step}" if step is not None else ""))
   show(report)
   show(describe_preparation(preprocessing, said_by, run.evaluation))
-  return evaluate_all(run, variables, sets, show)
+  return evaluate_all(run.task.evaluators(sets), variables, show)
 
 
 def weights_preprocessing(config: Config, metadata: Mapping[str, Any]) -> tuple[Preprocessing, str]:

@@ -22,13 +22,25 @@ def finish(
   state: TrainState,
   results: Mapping[str, float],
   reporter: Any,
+  weights: str | None = None,
 ) -> None:
-  """Exports the weights, draws the pictures, says what to do next; every process calls it."""
+  """Exports the weights, draws the pictures, says what to do next; every process calls it.
+
+  Args:
+    run: what was trained.
+    workdir: where to.
+    evaluators: of its sets.
+    state: its evaluation variables are exported.
+    results: their measures.
+    reporter: tells people.
+    weights: what the weights are; None for those of the last step.
+  """
   metadata = {
     **run.metadata,
     "step": int(state.step),
     "results": dict(results),
-    "weights": "trained here" + (", averaged over steps" if state.ema is not None else ""),
+    "weights": weights
+    or "trained here" + (", averaged over steps" if state.ema is not None else ""),
   }
   export(workdir / "export", state.evaluation_variables, metadata)
   # Drawing comes last, so that nothing which cannot be drawn costs more than the drawing.

@@ -90,11 +90,13 @@ def train(
   """
   from hybrid_vit import trainer
   from hybrid_vit.build import DataFacts, build
-  from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example
+  from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example, source_info
 
   config = config if isinstance(config, Config) else Config(config)
   source = open_source(config.data.as_dataclass(TrainingSettings))
-  run = build(config, DataFacts(source.info, len(source), example=lambda: readable_example(source)))
+  run = build(
+    config, DataFacts(source_info(source), len(source), example=lambda: readable_example(source))
+  )
   config.assert_all_read()
   with lock(workdir, process_index=jax.process_index()):
     return trainer.train(run, source, workdir, begin_anew=begin_anew, profile=profile)

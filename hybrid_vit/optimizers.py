@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.models.depth import layer_depths
 from hybrid_vit.sharding import path_name
 
 Schedule = Callable[[Any], Any]
@@ -171,7 +172,8 @@ def make_optimizer(config: Config, params: Any, schedule: Schedule) -> optax.Gra
   Args:
     config: fields `name`, `b1`, `b2`, `eps` (AdamW, LAMB), `momentum`, `nesterov` (SGD),
       `weight_decay`, `weight_decay_rules`, `gradient_clip_norm`, `freeze` (regexes),
-      `learning_rate_rules` (regex, factor), `layer_decay` (`rate`, `layers`: regex, depth).
+      `learning_rate_rules` (regex, factor), `layer_decay` (`rate`, `layers`: regex, depth; where
+      they are left out, by the depth of the network's blocks).
     params: parameters or their `jax.ShapeDtypeStruct`.
     schedule: learning rate by step.
 
@@ -338,8 +340,8 @@ def frozen_parameters(config: Config, params: Any) -> Any:
 def learning_rate_factors(config: Config, params: Any) -> Any:
   """Each parameter's factor of the learning rate, or None where all are 1.
 
-  `layer_decay=dict(rate=0.8, layers=(("^stem", 0), ("^stage1", 1), …, ("^head", 5)))` gives a
-  parameter of depth d the factor rate^(deepest - d).
+  `layer_decay=dict(rate=0.8)` gives a parameter of depth d the factor rate^(deepest - d), by
+  `models.depth.layer_depths`, or by rules: `layers=(("^stem", 0), …, ("^head", 5))`.
   """
   factors = None
   if "layer_decay" in config:
@@ -347,9 +349,12 @@ def learning_rate_factors(config: Config, params: Any) -> Any:
     rate = layer_decay.number("rate", above=0.0)
     layers = _rules(layer_decay, "layers", field)
     if layers is None:
-      raise ConfigError(f"`{field}` is needed: pairs (regex, depth)")
-    deepest = max(depth for _, depth in layers)
-    depths = match_rules(params, layers, field=field)
+      names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+      of_name = layer_depths(names)
+      depths = jax.tree_util.tree_map_with_path(lambda path, _: of_name[path_name(path)], params)
+    else:
+      depths = match_rules(params, layers, field=field)
+    deepest = max(jax.tree.leaves(depths) if layers is None else [depth for _, depth in layers])
     factors = jax.tree.map(lambda depth: rate ** (deepest - depth), depths)
   field = "config.optimizer.learning_rate_rules"
   rules = _rules(config, "learning_rate_rules", field)

@@ -74,12 +74,12 @@ def plot_curves(metrics_jsonl: Any, png: Any) -> None:
 
   columns = 2 if len(names) == 4 else min(3, len(names))
   rows = math.ceil(len(names) / columns)
-  with _plain_text():
+  with plain_text():
     figure = Figure(figsize=(4.6 * columns, 3.5 * rows), dpi=120, layout="constrained")
     for position, name in enumerate(names):
       axes = figure.add_subplot(rows, columns, position + 1)
       _draw_panel(axes, name, panels[name], series)
-    _save(figure, png)
+    save_figure(figure, png)
 
 
 def plot_predictions(
@@ -117,7 +117,7 @@ def plot_predictions(
   cell_width = 1.5
   cell_height = cell_width * min(max(height / width, 0.5), 2.0) + 0.35
   right = sum(true == predicted for true, predicted in zip(true_names, predicted_names))
-  with _plain_text():
+  with plain_text():
     figure = Figure(
       figsize=(max(cell_width * columns, 3.0), cell_height * rows + 0.35),
       dpi=120,
@@ -132,16 +132,16 @@ def plot_predictions(
       axes.set_yticks([])
       true, predicted = true_names[position], predicted_names[position]
       colour = _RIGHT if true == predicted else _WRONG
-      title = f"{_shown(predicted, _CLASS_LETTERS)} ({float(probabilities[position]):.0%})"
+      title = f"{one_line(predicted, _CLASS_LETTERS)} ({float(probabilities[position]):.0%})"
       # Two lines in every title, so that all pictures have one size.
-      second = f"is {_shown(true, _CLASS_LETTERS)}"
+      second = f"is {one_line(true, _CLASS_LETTERS)}"
       title = f"\n{title}" if true == predicted else f"{title}\n{second}"
       axes.set_title(title, color=colour, fontsize=8, pad=3)
       for spine in axes.spines.values():
         spine.set_color(colour)
         spine.set_linewidth(1.0 if true == predicted else 2.5)
     figure.suptitle(f"Predictions: {right} of {len(images)} right", fontsize=10)
-    _save(figure, png)
+    save_figure(figure, png)
 
 
 def plot_rows(rows: Mapping[str, np.ndarray], png: Any) -> None:
@@ -190,7 +190,7 @@ def _series(
 def _panel(key: str) -> str:
   if key in _ACCURACY_KEYS:
     return "Accuracy"
-  return _shown(key.replace("_", " ").capitalize(), _CURVE_LETTERS)
+  return one_line(key.replace("_", " ").capitalize(), _CURVE_LETTERS)
 
 
 def _draw_panel(
@@ -207,7 +207,7 @@ def _draw_panel(
     # The train curve has the same colour in each panel.
     colour = _COLOURS[0] if kind == "train" else _COLOURS[1 + kinds.index(kind) % 5]
     style = "--" if key == "top5" else "-"
-    of = _shown(kind.removeprefix("eval/"), _CURVE_LETTERS)
+    of = one_line(kind.removeprefix("eval/"), _CURVE_LETTERS)
     # A label that begins with "_" would be left out of the legend.
     label = ("\N{ZERO WIDTH SPACE}" if of.startswith("_") else "") + of
     label += f" {_key_label(key)}" if several_keys else ""
@@ -264,7 +264,7 @@ def _displayable(image: np.ndarray) -> np.ndarray:
   return image
 
 
-def _shown(name: str, letters: int) -> str:
+def one_line(name: str, letters: int) -> str:
   """A name on one line, in so many letters at most, all of which can be drawn."""
   line = " ".join(str(name).split())
   line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
@@ -272,7 +272,7 @@ def _shown(name: str, letters: int) -> str:
 
 
 @contextlib.contextmanager
-def _plain_text() -> Iterator[None]:
+def plain_text() -> Iterator[None]:
   """Within it text is drawn as it stands, without formulas, and with whatever fonts have it."""
   installed = {font.name for font in font_manager.fontManager.ttflist}
   fonts = ["DejaVu Sans", *(name for name in _MORE_FONTS if name in installed)]
@@ -291,7 +291,7 @@ def _plain_text() -> Iterator[None]:
     )
 
 
-def _save(figure: Figure, png: Any) -> None:
+def save_figure(figure: Figure, png: Any) -> None:
   path = as_path(png)
   path.parent.mkdir(parents=True, exist_ok=True)
   content = io.BytesIO()

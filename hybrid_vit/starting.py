@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from hybrid_vit import programs, sharding
@@ -24,7 +25,11 @@ from hybrid_vit.checkpoints import (
 from hybrid_vit.config import differences
 from hybrid_vit.data.classes import check_same_classes
 from hybrid_vit.data.evaluation import EvaluationSet
+from hybrid_vit.paths import as_path
 from hybrid_vit.train_state import TrainState
+from hybrid_vit.weights.families import import_checkpoint
+from hybrid_vit.weights.head_rows import carry_head, head_rows
+from hybrid_vit.weights.readers import read_checkpoint
 from hybrid_vit.weights.transfer import transfer
 
 
@@ -126,9 +131,17 @@ def _other_teacher(run: Run, restored: Restored) -> tuple[str, ...]:
 
 def _start_from(run: Run, state: TrainState, directory: str, layout: Any) -> tuple[TrainState, str]:
   """A new state whose variables (and their average) are those of other weights."""
-  weights, metadata = load_weights(directory)
-  new_head = run.settings.reinitialize_head
-  if not new_head:
+  weights, metadata = _initial_weights(run, directory)
+  new_head, mapping = run.settings.reinitialize_head, run.settings.carry_head
+  carried = ""
+  if mapping is not None:
+    fresh = multihost_utils.process_allgather(state.params.get("head", {}), tiled=True)
+    widths = [t["kernel"].shape[-1] if "kernel" in t else 0 for t in (_head(weights), fresh)]
+    old, new = (tuple(m.get("class_names") or ()) for m in (metadata, run.metadata))
+    rows = head_rows(mapping, old, new, *widths)
+    weights, new_head = carry_head(weights, rows, fresh), False
+    carried = f"\n  head: {(rows >= 0).sum()} of {len(rows)} classes carried over by {mapping}"
+  elif not new_head:
     _compare(
       metadata.get("class_names"),
       run.metadata.get("class_names"),
@@ -153,7 +166,21 @@ def _start_from(run: Run, state: TrainState, directory: str, layout: Any) -> tup
     # Copies: the state is donated, and one buffer cannot be given away twice.
     ema = jax.tree.map(jnp.copy, chosen)
   state = state.replace(params=chosen["params"], batch_stats=chosen["batch_stats"], ema=ema)
-  return state, f"starting from {directory}\n{report}"
+  return state, f"starting from {directory}{carried}\n{report}"
+
+
+def _head(weights: Mapping[str, Any]) -> Mapping[str, Any]:
+  return weights["params"].get("head", {})
+
+
+def _initial_weights(run: Run, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What `config.init_from` names: a directory that this package wrote, or an authors' file."""
+  path = as_path(place)
+  if not path.is_file():
+    return load_weights(place)
+  # Read as the registry's network; what another size or window needs, the transfer sees to.
+  imported = import_checkpoint(read_checkpoint(str(path)).weights, run.network)
+  return imported.variables, {"num_classes": imported.num_classes}
 
 
 def describe(run: Run, state: TrainState, mesh: Mesh) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 
 from hybrid_vit import programs, sharding
 from hybrid_vit.build import Run
-from hybrid_vit.checkpoints import Checkpointer
+from hybrid_vit.checkpoints import Checkpointer, CheckpointError, load_weights
 from hybrid_vit.data.evaluation import EvaluationSet, open_evaluation
 from hybrid_vit.data.pipeline import training_batches
 from hybrid_vit.data.sources import Source
+from hybrid_vit.early_stop import KEY as EARLY_STOP
+from hybrid_vit.early_stop import Patience
 from hybrid_vit.finishing import finish
 from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
 from hybrid_vit.paths import as_path
@@ -113,6 +115,10 @@ class _Loop:
 
   def __post_init__(self) -> None:
     self.sums: dict[str, list[float]] = {k: list(v) for k, v in self.start.sums.items()}
+    memory, settings = self.sums.pop(EARLY_STOP, None), self.run.settings
+    self.patience: Patience | None = None
+    if settings.early_stop is not None:
+      self.patience = Patience(settings.early_stop, settings.best_is_max, memory)
     self.clock = Clock()
 
   def run_all(self, source: Source, sets: list[EvaluationSet]) -> dict[str, float]:
@@ -136,7 +142,10 @@ class _Loop:
       )
       state = self.start.state
       results = self.evaluate(state, self.start.step)
-    finish(self.run, self.workdir, self.evaluators, state, results, self.reporter)
+    weights = None
+    if self.patience is not None:
+      state, results, weights = self._best(state, results)
+    finish(self.run, self.workdir, self.evaluators, state, results, self.reporter, weights)
     return results
 
   def train(self, batches: Any) -> tuple[TrainState, dict[str, float]]:
@@ -146,6 +155,8 @@ class _Loop:
     if step and self.run.evaluates_at(step):
       # The run may have been stopped between saving this step and the end of its evaluation.
       results = self.evaluate(state, step)
+      if self._ends_early(results, step):
+        return state, results
     steps = self._compile(step)
     # (step, report, batch) of steps whose results the host has not looked at.
     pending: collections.deque[tuple[int, Any, Any]] = collections.deque()
@@ -176,12 +187,17 @@ class _Loop:
           continue
         while pending:
           self._look(pending.popleft(), state)
+        # As they are before the evaluation, which a run that goes on from here makes again.
+        sums = self._kept_sums()
         if saving or stopping:
-          self.checkpointer.save(state, step, self.sums)
+          self.checkpointer.save(state, step, sums)
         if stopping:
           self._stop(step)
         if evaluating:
           results = self.evaluate(state, step)
+          if not last and self._ends_early(results, step):
+            self.checkpointer.save(state, step, sums)
+            break
         self.clock.restart()
     return state, results
 
@@ -266,7 +282,7 @@ class _Loop:
         results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
     except Interrupted:
       # It is done again by the run that goes on from here.
-      self.checkpointer.save(state, step, self.sums)
+      self.checkpointer.save(state, step, self._kept_sums())
       self._stop(step)
     settings = self.run.settings
     if settings.best_metric is not None and settings.best_metric in results:
@@ -278,6 +294,47 @@ class _Loop:
       )
     return results
 
+  def _kept_sums(self) -> dict[str, list[float]]:
+    """What a checkpoint keeps beside the state."""
+    return self.sums | ({EARLY_STOP: self.patience.memory} if self.patience is not None else {})
+
+  def _ends_early(self, results: dict[str, float], step: int) -> bool:
+    """Counts an evaluation; whether the training ends with it, saying so."""
+    metric, early = self.run.settings.best_metric, self.run.settings.early_stop
+    if self.patience is None or early is None or metric not in results:
+      return False
+    if not self.patience.ends_after(results[metric]):
+      return False
+    self.reporter.message(
+      f"ended early at step {step}: {metric} has not improved in {early.patience} evaluation(s)"
+    )
+    return True
+
+  def _best(
+    self, state: TrainState, results: dict[str, float]
+  ) -> tuple[TrainState, dict[str, float], str | None]:
+    """The state with the best weights as what is evaluated, their measures, and what they are."""
+    self.checkpointer.wait()
+    try:
+      variables, metadata = load_weights(self.workdir / "best")
+    except CheckpointError:  # no evaluation gave a number
+      return state, results, None
+    step, metric = metadata["step"], self.run.settings.best_metric
+    if step != int(state.step):
+      layout = programs.abstract_state(self.run, self.mesh)[1]
+      put = {
+        "params": sharding.put_tree(variables["params"], layout.params),
+        "batch_stats": sharding.put_tree(variables["batch_stats"], layout.batch_stats),
+      }
+      state = state.replace(**({"ema": put} if state.ema is not None else put))
+      results = evaluate_all(
+        self.evaluators,
+        put,
+        lambda text: self.reporter.message(f"the best weights, of step {step}: {text}"),
+      )
+    averaged = ", averaged over steps" if state.ema is not None else ""
+    return state, results, f"trained here{averaged}, the best by {metric}: of step {step}"
+
   def _stop(self, step: int) -> None:
     self.checkpointer.wait()
     self.reporter.message(
@@ -287,11 +344,11 @@ class _Loop:
 
 
 def evaluate_all(
-  run: Run, variables: Any, sets: list[EvaluationSet], show: Callable[[str], None]
+  evaluators: Sequence[Evaluator], variables: Any, show: Callable[[str], None]
 ) -> dict[str, float]:
   """Measures of variables on every set, "<set>/<measure>"."""
   results: dict[str, float] = {}
-  for evaluator in run.task.evaluators(sets):
+  for evaluator in evaluators:
     values = evaluator.run(variables)
     results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
     show(f"{evaluator.name}: {figures(values)}")

@@ -248,7 +248,7 @@ def test_clipping_is_by_the_global_norm():
     ),
     ({"layer_decay": 0.8}, "`config.layer_decay` is 0.8; a group of fields was expected"),
     ({"layer_decay": {"rate": 0.0}}, "`config.layer_decay.rate` is 0.0; more than 0.0"),
-    ({"layer_decay": {"rate": 0.8}}, "layer_decay.layers` is needed: pairs (regex, depth)"),
+    ({"layer_decay": {"rate": 0.8, "layers": (("^stem",),)}}, "layer_decay.layers` holds"),
   ],
 )
 def test_settings_of_an_optimizer_are_checked_by_name(fields, message):

@@ -31,6 +31,11 @@ class ArraySource:
     """See `sources.Source`."""
     return f"{self._name} #{index}"
 
+  @property
+  def labels(self) -> np.ndarray:
+    """The class of each, int `[N]`."""
+    return self._labels
+
 
 def digits(split: str) -> ArraySource:
   """Class by class, every fifth example is held out; validation and test are the same 360."""

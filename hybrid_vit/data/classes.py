@@ -6,6 +6,8 @@ import functools
 import importlib.resources
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 _AROUND = 3  # names shown on either side of a difference
 
 
@@ -61,6 +63,30 @@ def check_same_classes(expected: Sequence[str], found: Sequence[str], what: str)
     f"the classes of {what} are not those expected: {kind}; the first difference is at number "
     f"{first}.\n  expected: {_shown(expected, first)}\n  found:    {_shown(found, first)}"
   )
+
+
+def matching_classes(old: Sequence[str], new: Sequence[str]) -> np.ndarray:
+  """For each of `new`, its number in `old`, -1 where it is not there; int64 `[len(new)]`.
+
+  A name counts as another one where both are the same class of ImageNet and of no second one.
+  """
+  number = {name: i for i, name in enumerate(old)}
+  by_meaning: dict[str, int] = {}
+  for i, name in enumerate(old):
+    if len(meanings := _meanings(name)) == 1:
+      by_meaning.setdefault(next(iter(meanings)), i)
+
+  def find(name: str) -> int:
+    meanings = _meanings(name)
+    fallback = by_meaning.get(next(iter(meanings)), -1) if len(meanings) == 1 else -1
+    return number.get(name, fallback)
+
+  return np.array([find(name) for name in new], np.int64)
+
+
+def wordnet_numbers() -> tuple[str, ...]:
+  """Of the 1,000 classes of ImageNet-1K, in their order."""
+  return tuple(_imagenet()[0])
 
 
 def _same(a: str, b: str, count: int, number: int) -> bool:

@@ -7,7 +7,10 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hybrid_vit.data import loader
+from hybrid_vit.data.balance import BalancedSource
 from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.sources import Source, create_source
 
@@ -30,6 +33,8 @@ class TrainingSettings:
     repeats: how many times a drawn example comes in a row (repeated augmentation).
     max_corrupt_fraction: more unreadable examples than that of a process's part stop the run.
     decoder: "opencv" or "pil", see `hybrid_vit.data.transforms`.
+    balance: how far small classes come more often, from 0 (as they are) to 1 (all alike), see
+      `hybrid_vit.data.balance`.
   """
 
   source: str
@@ -39,6 +44,7 @@ class TrainingSettings:
   repeats: int = 1
   max_corrupt_fraction: float = 0.1
   decoder: str = "opencv"
+  balance: float = 0.0
 
   def __post_init__(self) -> None:
     for name in ("num_threads", "repeats"):
@@ -96,7 +102,17 @@ def open_source(settings: TrainingSettings | EvaluationSettings) -> Source:
   Raises:
     MissingDataError: it is not there; the message says what prepares it.
   """
-  return create_source(settings.source, settings.split, settings.data_dir)
+  source = create_source(settings.source, settings.split, settings.data_dir)
+  balance = getattr(settings, "balance", 0.0)
+  return BalancedSource(source, balance) if balance else source
+
+
+def source_info(source: Source) -> dict[str, Any]:
+  """`source.info` with "class_counts", examples of each class, where they are known beforehand."""
+  labels, names = getattr(source, "labels", None), source.info.get("class_names", ())
+  if labels is None:
+    return dict(source.info)
+  return {**source.info, "class_counts": np.bincount(labels, minlength=len(names))}
 
 
 def readable_example(source: Source, transform: Any = None) -> Mapping[str, Any]:
@@ -105,8 +121,6 @@ def readable_example(source: Source, transform: Any = None) -> Mapping[str, Any]
   Raises:
     ValueError: none of the first ones can.
   """
-  import numpy as np
-
   for index in itertools.islice(range(len(source)), _TRIED):
     try:
       example = source[index]

@@ -113,6 +113,9 @@ class _Slice:
   def __init__(self, source: Source, chosen: Sequence[int] | np.ndarray):
     self._source, self._chosen = source, chosen
     self.info = source.info
+    labels = getattr(source, "labels", None)
+    # None where the classes are not known without reading the examples.
+    self.labels = None if labels is None else np.asarray(labels)[np.asarray(chosen)]
 
   def __len__(self) -> int:
     return len(self._chosen)

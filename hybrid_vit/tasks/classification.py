@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from hybrid_vit.data import arguments as check
+from hybrid_vit.data.balance import class_weights
 from hybrid_vit.data.erasing import random_erase
 from hybrid_vit.data.mixing import mix_batch, smooth_one_hot
 from hybrid_vit.data.spec import MASK, Field, Spec
@@ -27,6 +28,7 @@ from hybrid_vit.tasks.registry import Context, register_task
 
 LOSSES = ("softmax", "sigmoid")
 SHRINKING = ("low_frequency", "lanczos")
+BALANCED = "balanced"
 # Pictures in a drawing of predictions.
 _DRAWN = 24
 # Pictures by which the error of a reversible network's inverse is measured.
@@ -80,13 +82,18 @@ class Erasing:
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationSettings:
-  """`config.task`; see `Classification`."""
+  """`config.task`; see `Classification`.
+
+  `class_weights` is "balanced" (by inverse frequency, `data.balance.class_weights`) or a number for
+  each class.
+  """
 
   loss: str = "softmax"
   label_smoothing: float = 0.0
   mixing: Mixing | None = None
   shrink: Shrinking | None = None
   erasing: Erasing | None = None
+  class_weights: tuple[float, ...] | str | None = None
 
   def __post_init__(self) -> None:
     if self.loss not in LOSSES:
@@ -94,6 +101,11 @@ class ClassificationSettings:
     if not 0.0 <= self.label_smoothing < 1.0:
       raise ValueError(
         f"config.task.label_smoothing is {self.label_smoothing}; a number in [0, 1) was expected"
+      )
+    if isinstance(self.class_weights, str) and self.class_weights != BALANCED:
+      raise ValueError(
+        f"config.task.class_weights is {self.class_weights!r}; {BALANCED!r} was expected, or a "
+        "number for each class"
       )
 
 
@@ -131,7 +143,24 @@ def classification_arguments(settings: Any, context: Context) -> dict[str, Any]:
     "shrink": settings.shrink,
     "erasing": settings.erasing,
     "class_names": names,
+    "class_weights": _class_weights(settings.class_weights, context.info, classes),
   }
+
+
+def _class_weights(
+  given: tuple[float, ...] | str | None, info: Mapping[str, Any], classes: int
+) -> tuple[float, ...] | str | None:
+  """A number for each class; "balanced" where that is asked for and the data is not at hand."""
+  if given == BALANCED and "class_counts" in info:
+    return class_weights(info["class_counts"])
+  if given is None or isinstance(given, str):
+    return given
+  if len(given) != classes or not all(w >= 0 for w in given):
+    raise ValueError(
+      f"config.task.class_weights has {len(given)} numbers ({given}); {classes} were expected, "
+      "none of them negative"
+    )
+  return tuple(map(float, given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +182,8 @@ class Classification:
     shrink: to what size training pictures are brought first, or None.
     erasing: random erasing on the device, between the two, or None.
     class_names: in the order of the head's outputs; () where they are not known.
+    class_weights: of each class in the training loss: a row's loss is multiplied by its target's
+      mean of them. None for none.
   """
 
   model: nn.Module
@@ -165,6 +196,7 @@ class Classification:
   shrink: Shrinking | None = None
   erasing: Erasing | None = None
   class_names: tuple[str, ...] = ()
+  class_weights: tuple[float, ...] | str | None = None
   separable: bool = True
 
   @property
@@ -234,7 +266,28 @@ class Classification:
       "top1": (count_correct(logits, batch["target"]), weight),
     }
     aux = {"metrics": metrics, "batch_stats": updated.get("batch_stats", {})}
-    return jnp.mean(losses), aux
+    return self.mean_loss(losses, batch["target"]), aux
+
+  def mean_loss(self, losses: jax.Array, targets: jax.Array) -> jax.Array:
+    """Losses of rows `[B]` → their mean, by the weights of the classes where there are any."""
+    return jnp.mean(losses * self.row_weights(targets))
+
+  def row_weights(self, targets: jax.Array) -> jax.Array:
+    """Targets `[B, K]` → weights of the rows in the loss, float32 `[B]` or 1.
+
+    Raises:
+      ValueError: the weights are to be those of the data, which does not say how many examples its
+        classes have.
+    """
+    if self.class_weights is None:
+      return jnp.ones((), jnp.float32)
+    if isinstance(self.class_weights, str):
+      raise ValueError(
+        f"config.task.class_weights is {self.class_weights!r}, and how many examples each class "
+        "has is not known without reading them (it is for folder:, zip:, digits, fashion_mnist): "
+        "give a number for each class"
+      )
+    return targets @ jnp.asarray(self.class_weights, jnp.float32)
 
   def activations(self, variables: Variables, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
     """Image, the network's endpoints in forward order, logits."""

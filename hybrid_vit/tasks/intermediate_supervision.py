@@ -75,10 +75,10 @@ class IntermediateSupervision(Classification):
         "intermediate supervision needs a network with auxiliary heads and reconstructions; "
         "set config.model.arguments.intermediate_supervision = True"
       )
-    head_loss = jnp.mean(self._losses(logits, target))
+    head_loss = self.mean_loss(self._losses(logits, target), target)
     total = head_loss + sum(
       compound_terms(
-        [jnp.mean(self._losses(x, target)) for x in auxiliary],
+        [self.mean_loss(self._losses(x, target), target) for x in auxiliary],
         reconstructions,
         intensities,
         reconstruction_weight=self.reconstruction_weight,
