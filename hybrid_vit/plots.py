@@ -158,7 +158,7 @@ def plot_rows(rows: Mapping[str, np.ndarray], png: Any) -> None:
   if len(counts) != 1 or counts == {0}:
     raise ValueError(f"rows of {sorted(counts)} pictures; as many in each were expected")
   (columns,) = counts
-  with _plain_text():
+  with plain_text():
     figure = Figure(figsize=(1.5 * columns, 1.55 * len(rows)), dpi=120, layout="constrained")
     for row, (title, images) in enumerate(rows.items()):
       for column, image in enumerate(images):
@@ -168,8 +168,8 @@ def plot_rows(rows: Mapping[str, np.ndarray], png: Any) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         if not column:
-          axes.set_ylabel(_shown(title, _CURVE_LETTERS), fontsize=8)
-    _save(figure, png)
+          axes.set_ylabel(one_line(title, _CURVE_LETTERS), fontsize=8)
+    save_figure(figure, png)
 
 
 def _series(
