@@ -24,7 +24,8 @@ from hybrid_vit.tools.summarize import count_multiply_adds
 
 WAYS = ("baseline", "efficienttrain++")
 COLUMNS = (
-  "way", "seed", "step", "examples", "training_seconds", "multiply_adds", "test_top1", "test_loss",
+  "way", "seed", "step", "examples", "training_seconds", "step_seconds", "multiply_adds",
+  "test_top1", "test_loss",
 )  # fmt: skip
 
 
@@ -39,9 +40,7 @@ def get_config(way: str, seed: int, data: str, epochs: float, part: str) -> Conf
   config.evaluate_every_epochs = epochs / 8 * (1.0 if way == "baseline" else 1.5)
   config.model = dict(
     name="resnet50",
-    arguments=dict(
-      stem_width=32, widths=(64, 128, 256), depths=(1, 1, 1), batch_norm_momentum=0.9
-    ),
+    arguments=dict(stem_width=32, widths=(64, 128, 256), depths=(1, 1, 1), batch_norm_momentum=0.9),
   )
   config.task = dict(name="classification", label_smoothing=0.1)
   config.data = dict(
@@ -69,16 +68,21 @@ def get_config(way: str, seed: int, data: str, epochs: float, part: str) -> Conf
 
 
 def points(way: str, seed: int, run: Run, workdir: Path) -> list[dict]:
-  """A line for each evaluation; the time is that of training alone, from the log's windows."""
+  """A line for each evaluation; times are those of training alone, from the log's windows.
+
+  "step_seconds" leaves out what was spent in waiting for the host's pictures.
+  """
   curriculum = run.curriculum
   cost = [_multiply_adds(run, phase) for phase in range(len(curriculum.phases))]
   timings = [json.loads(line) for line in (workdir / "timings.jsonl").read_text().splitlines()]
-  seconds, before, at = 0.0, 0, {0: 0.0}
+  seconds, before, at = np.zeros(2), 0, {0: np.zeros(2)}
   for line in timings:
     if "examples_per_second" not in line or line["step"] <= before:
       continue
     seen = curriculum.examples_before(line["step"]) - curriculum.examples_before(before)
-    seconds, before = seconds + seen / line["examples_per_second"], line["step"]
+    whole = seen / line["examples_per_second"]
+    seconds = seconds + np.array([whole, whole * (1.0 - line["data_wait_fraction"])])
+    before = line["step"]
     at[before] = seconds
   found = []
   for line in read_metrics(workdir / "metrics.jsonl"):
@@ -96,7 +100,10 @@ def points(way: str, seed: int, run: Run, workdir: Path) -> list[dict]:
         "seed": seed,
         "step": step,
         "examples": curriculum.examples_before(step),
-        "training_seconds": round(float(np.interp(step, list(at), list(at.values()))), 2),
+        **{
+          name: round(float(np.interp(step, list(at), [pair[i] for pair in at.values()])), 2)
+          for i, name in enumerate(("training_seconds", "step_seconds"))
+        },
         "multiply_adds": round(3 * counted),
         "test_top1": round(line["top1"], 4),
         "test_loss": round(line["loss"], 4),
@@ -118,15 +125,16 @@ def _multiply_adds(run: Run, phase: int) -> int:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-  """Accuracy over the time of training, and over its multiply-adds."""
+  """Accuracy over the time of training, that of its steps, and its multiply-adds."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+  figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
   panels = (
     ("training_seconds", 60.0, "minutes of training"),
+    ("step_seconds", 60.0, "minutes of these in steps"),
     ("multiply_adds", 1e12, "multiply-adds, 10^12"),
   )
   for axis, (column, unit, label) in zip(axes, panels):
@@ -153,8 +161,9 @@ def draw(rows: list[dict], path: Path) -> None:
 def summary(rows: list[dict]) -> str:
   """Mean and spread of the ends, as a Markdown table."""
   lines = [
-    "| way | test top-1, % (mean ± deviation) | minutes of training | multiply-adds | examples |",
-    "| --- | ---: | ---: | ---: | ---: |",
+    "| way | test top-1, % (mean ± deviation) | minutes of training | of these in steps | "
+    "multiply-adds | examples |",
+    "| --- | ---: | ---: | ---: | ---: | ---: |",
   ]
   for way in WAYS:
     seeds = sorted({row["seed"] for row in rows if row["way"] == way})
@@ -165,7 +174,8 @@ def summary(rows: list[dict]) -> str:
     spread = 100 * np.std([row["test_top1"] for row in ends], ddof=1) if len(ends) > 1 else 0.0
     lines.append(
       f"| {way} | {100 * mean['test_top1']:.2f} ± {spread:.2f} | "
-      f"{mean['training_seconds'] / 60:.2f} | {mean['multiply_adds']:.3g} | "
+      f"{mean['training_seconds'] / 60:.2f} | {mean['step_seconds'] / 60:.2f} | "
+      f"{mean['multiply_adds']:.3g} | "
       f"{mean['examples']:,.0f} |"
     )
   return "\n".join(lines)

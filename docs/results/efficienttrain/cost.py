@@ -1,10 +1,12 @@
 """What the curricula save, counted in multiply-adds, beside the published figures.
 
+Also what making a picture smaller within the step costs, beside the step of the lightest network.
+
     python docs/results/efficienttrain/cost.py
 
 Takes each recipe of `configs/` with `config.curriculum` set, as a training would, and counts the
 forward pass of every phase at the size and with the arguments that its network has there; nothing
-is compiled. Writes `cost.csv` and `cost.md` beside this file.
+is compiled. Writes `cost.csv`, `cost.md` and `crop.md` beside this file.
 """
 
 import csv
@@ -17,6 +19,7 @@ from hybrid_vit import build
 from hybrid_vit.config import Config, load_config
 from hybrid_vit.config_files import find_config
 from hybrid_vit.models.registry import create_model
+from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
 from hybrid_vit.tools.summarize import count_multiply_adds
 
 # ImageNet-1K, and the papers' baseline and budget in epochs.
@@ -47,7 +50,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def forward(name: str, size: int, arguments: tuple[tuple[str, object], ...]) -> int:
   """Multiply-adds of one picture's forward pass."""
   model = create_model(name, **dict(arguments))
@@ -101,6 +104,26 @@ def main() -> None:
     writer.writeheader()
     writer.writerows(rows)
   (here / "cost.md").write_text(table(rows), encoding="utf-8")
+  (here / "crop.md").write_text(crop_table(), encoding="utf-8")
+
+
+def crop_table(networks: tuple[str, ...] = ("deit_tiny_patch16_224", "resnet50")) -> str:
+  """Multiply-adds of the crop of a picture of 224 px, and their part of a training step."""
+  lines = [
+    "| to | method | multiply-adds | " + " | ".join(f"of a step of {n}" for n in networks) + " |",
+    "| ---: | --- | ---: |" + " ---: |" * len(networks),
+  ]
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
+  for size in (96, 160, 192):
+    for crop in (low_frequency_crop, lanczos_resize):
+      adds = count_multiply_adds(functools.partial(crop, size=size), images)
+      cells = []
+      for name in networks:
+        grown = {"position_size": size // 16} if name.startswith("deit") else {}
+        step = 3 * forward(name, size, tuple(grown.items()))
+        cells.append(f"{adds / (adds + step):.1%}")
+      lines.append(f"| {size} | `{crop.__name__}` | {adds / 1e6:.1f} M | {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
 
 
 def table(rows: list[dict]) -> str:
