@@ -76,25 +76,43 @@ def abstract_state(run: Run, mesh: Mesh, phase: int = 0) -> tuple[TrainState, An
 
 def enter_phase(run: Run, phase: int, mesh: Mesh, state: TrainState) -> TrainState:
   """The state with the tables of positions of a phase, resized where they are another one's."""
-  shapes, layout = abstract_state(run, mesh, phase)
-  if _same_shapes(state, shapes):
-    return state
-  return jax.jit(lambda s: resize_tables(s, shapes), out_shardings=layout)(state)
+  return _resized(state, *abstract_state(run, mesh, phase))
 
 
 def evaluation_variables(run: Run, mesh: Mesh, state: TrainState) -> Any:
   """The state's, as the network of evaluation (the last phase's) takes them, in any phase."""
-  last = len(run.curriculum.phases) - 1
-  shapes, layout = abstract_state(run, mesh, last)
-  wanted, places = shapes.evaluation_variables, layout.evaluation_variables
-  variables = state.evaluation_variables
-  if _same_shapes(variables, wanted):
-    return variables
-  return jax.jit(lambda v: resize_tables(v, wanted), out_shardings=places)(variables)
+  shapes, layout = abstract_state(run, mesh, len(run.curriculum.phases) - 1)
+  return _resized(
+    state.evaluation_variables, shapes.evaluation_variables, layout.evaluation_variables
+  )
 
 
-def _same_shapes(tree: Any, shapes: Any) -> bool:
-  return all(a.shape == b.shape for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(shapes)))
+def _resized(tree: Any, shapes: Any, layout: Any) -> Any:
+  """A tree on devices with other tables; all other leaves stay the very arrays that they are."""
+  leaves, structure = jax.tree.flatten(tree)
+  wanted, places = jax.tree.leaves(shapes), jax.tree.leaves(layout)
+  names = sharding.leaf_names(tree)
+  changed = [k for k, leaf in enumerate(leaves) if leaf.shape != wanted[k].shape]
+  if not changed:
+    return tree
+  resize = _resizing(tuple((names[k], wanted[k].shape, places[k]) for k in changed))
+  for k, leaf in zip(changed, resize([leaves[k] for k in changed])):
+    leaves[k] = leaf
+  return jax.tree.unflatten(structure, leaves)
+
+
+@functools.lru_cache(maxsize=32)
+def _resizing(wanted: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Any:
+  """`(leaves) → leaves`, compiled once for the tables (name, shape, sharding) of a phase."""
+
+  def resize(leaves: list[jax.Array]) -> list[jax.Array]:
+    # The names, whose last part says which table it is, are the keys here.
+    tables = {name: leaf for (name, _, _), leaf in zip(wanted, leaves)}
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape, _ in wanted}
+    found = resize_tables(tables, shapes)
+    return [found[name] for name, _, _ in wanted]
+
+  return jax.jit(resize, out_shardings=[place for _, _, place in wanted])
 
 
 def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:

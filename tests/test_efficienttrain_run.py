@@ -314,6 +314,7 @@ def tables_of(state):
   return {name: leaf for name, leaf in named if "/position_" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [6, 12], ids=["inside a phase", "at a border"])
 def test_it_goes_on_bit_for_bit(whole, tmp_path, stop):
   network, workdir = whole
@@ -327,6 +328,7 @@ def test_it_goes_on_bit_for_bit(whole, tmp_path, stop):
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_tables_moments_and_average_grow_together(whole):
   """The state saved at a border is the ended phase's; entering the next one resizes it."""
   network, workdir = whole
@@ -356,6 +358,7 @@ def test_tables_moments_and_average_grow_together(whole):
   jax.tree.map(np.testing.assert_array_equal, *others)
 
 
+@pytest.mark.slow
 def test_weights_kept_on_the_way_are_those_of_the_full_size(whole):
   """The best weights were measured at the full size; a state of a small phase can be used, too."""
   network, workdir = whole
