@@ -280,6 +280,41 @@ def test_fine_tuning_of_the_recipe_takes_what_its_pretraining_leaves():
   assert decoder == 393_728 + 512 + 8 * 3_152_384 + 1_024 + 393_984
 
 
+def test_pretraining_is_as_the_authors_code_has_it():
+  made = build.build(Config(load_config("mae", "vit_base")), DataFacts(num_examples=1_281_167))
+  assert made.batches[0]["image"].shape == (4096, 224, 224, 3)
+  assert made.tasks[0].mask_ratio == 0.75 and made.tasks[0].target == "normalized_pixels"
+  steps = 400 * 1_281_167 / 4096
+  assert made.curriculum.total_steps == round(steps)
+  peak = float(made.schedule(round(steps / 10)))
+  assert peak == pytest.approx(1.5e-4 * 4096 / 256, rel=1e-3)
+  assert float(made.schedule(made.curriculum.total_steps)) == pytest.approx(0.0, abs=1e-9)
+  assert made.config["optimizer"]["b2"] == 0.95 and made.config["optimizer"]["weight_decay"] == 0.05
+  assert made.settings.best_metric == "validation/loss" and not made.settings.best_is_max
+
+
+@pytest.mark.parametrize(
+  "name", ["cvt_13", "focalnet_tiny_srf", "smt_t", "convnext_tiny", "revcol_tiny", "mci0"]
+)
+def test_any_network_is_pretrained_by_dense_masking(name):
+  """By shapes alone: its loss, and a classification that takes all but the head."""
+  size = 256 if name == "mci0" else 224
+  context = Context({}, None, EXPECTS, lambda classes: create_model(name, num_classes=classes))
+  task = build_masked_autoencoding(MaskedAutoencodingSettings(mask_ratio=0.6), context)
+  batch = jax.eval_shape(lambda: pictures(2, 8) | {"image": jnp.zeros((2, size, size, 3), "uint8")})
+  key = jax.random.key(0)
+  variables = jax.eval_shape(task.init, key, batch)
+  rows = jax.eval_shape(task.augment, batch, key, jnp.zeros((), jnp.int32))
+  loss, _ = jax.eval_shape(task.loss, variables, rows, key)
+  assert task.masking == "dense" and loss.shape == ()
+  source = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), variables)
+  images = jnp.zeros((1, size, size, 3))
+  target = jax.eval_shape(lambda k: create_model(name).init(k, images), key)
+  _, report = transfer(source, target, reinitialize_head=True)
+  assert all(path.startswith("params/head/") for path in report.initialised)
+  assert all(path.startswith("params/decoder/") for path in report.unused)
+
+
 def test_the_dry_run_of_the_local_tries_finds_nothing_wrong():
   for variant in ("runlocal", "runlocal_dense"):
     plan = dry_run.examine(Config(load_config("mae", variant)), devices=8)
