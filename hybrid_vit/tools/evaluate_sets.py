@@ -12,11 +12,9 @@ ratio. Writes PATH.csv and PATH.md.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +25,7 @@ from hybrid_vit.data.evaluation import open_evaluation
 from hybrid_vit.data.imagenet_variants import VARIANTS, corruption_errors, corruption_sets
 from hybrid_vit.data.pipeline import EvaluationSettings
 from hybrid_vit.fingerprints import first_nonfinite
+from hybrid_vit.tables import write_table
 from hybrid_vit.tasks.classification import LOSSES, Classification
 from hybrid_vit.weights.stored import StoredNetwork, load_network
 
@@ -127,37 +126,6 @@ def _check_classes(network: StoredNetwork, name: str, found: Sequence[str]) -> N
     )
 
 
-def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> tuple[Path, Path]:
-  """PATH.csv and PATH.md of rows; a column that no row has is left out."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # A name may have dots, which are no endings.
-  base = path.with_suffix("") if path.suffix in (".csv", ".md") else path
-  csv_path, md_path = (base.with_name(base.name + ending) for ending in (".csv", ".md"))
-  known = [*COLUMNS, *(key for row in rows for key in row if key not in COLUMNS)]
-  columns = [key for key in dict.fromkeys(known) if any(key in row for row in rows)]
-  with csv_path.open("w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, columns, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-  lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-  for row in rows:
-    lines.append("| " + " | ".join(_cell(key, row.get(key)) for key in columns) + " |")
-  md_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-  return csv_path, md_path
-
-
-def _cell(column: str, value: Any) -> str:
-  if value is None:
-    return ""
-  if column.rpartition("/")[2] in ("top1", "top5"):
-    return f"{value:.2%}"
-  if isinstance(value, float):
-    return f"{value:,.0f}" if column == "examples" else f"{value:.4f}"
-  # What would end a cell or a line.
-  return " ".join(str(value).split()).replace("|", "\\|")
-
-
 def _sets(given: Sequence[str], imagenet_c: str | None) -> dict[str, str]:
   found: dict[str, str] = {}
   for text in given:
@@ -245,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       if "value" in row:
         print(f"  {row['weights']}, {row['set']} at {row['size']}: {row['value']:.2%}")
     if args.table:
-      print("written to " + " and ".join(map(str, write_table(args.table, rows))))
+      print("written to " + " and ".join(map(str, write_table(args.table, rows, COLUMNS))))
   except (ValueError, OSError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
