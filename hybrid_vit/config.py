@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import types
 import typing
@@ -385,6 +386,47 @@ def parse_argument(
 
 def load_config(path: str | Path, argument: str | None = None) -> ml_collections.ConfigDict:
   """Runs `get_config` of a file in `configs/`: for notebooks and tests; `main` takes flags."""
+  module = _load_file(path)
+  return module.get_config(argument) if argument is not None else module.get_config()
+
+
+def load_sweep(
+  path: str | Path, argument: str | None = None
+) -> list[tuple[dict[str, Any], ml_collections.ConfigDict]]:
+  """The configurations of a file's `sweep()`, which may take the argument that `get_config` takes.
+
+  Returns:
+    For each the fields that it sets ({} for a whole ConfigDict), and the configuration.
+
+  Raises:
+    ConfigError: no `sweep()`, an entry that is no dict, or a field of another kind than the file's.
+  """
+  module = _load_file(path)
+  if not hasattr(module, "sweep"):
+    raise ConfigError(
+      f"{path} has no `sweep()`: a function beside `get_config` that returns a list of dicts was "
+      "expected, e.g. [{'optimizer.learning_rate': 1e-3}, {'optimizer.learning_rate': 1e-4}]"
+    )
+  takes = inspect.signature(module.sweep).parameters
+  entries = module.sweep(argument) if takes else module.sweep()
+  found: list[tuple[dict[str, Any], ml_collections.ConfigDict]] = []
+  for number, entry in enumerate(entries):
+    if isinstance(entry, ml_collections.ConfigDict):
+      found.append(({}, entry))
+      continue
+    if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
+      raise ConfigError(
+        f"`sweep()` of {path}: entry {number} is {entry!r}; a dict of fields was expected, or a "
+        "ConfigDict"
+      )
+    config = module.get_config(argument) if argument is not None else module.get_config()
+    for name, value in entry.items():
+      set_field(config, name, value if isinstance(value, str) else repr(value))
+    found.append((dict(entry), config))
+  return found
+
+
+def _load_file(path: str | Path) -> Any:
   # Looked for where `main` looks, so that one file can load another from anywhere.
   from hybrid_vit.config_files import find_config
 
@@ -393,4 +435,4 @@ def load_config(path: str | Path, argument: str | None = None) -> ml_collections
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(argument) if argument is not None else module.get_config()
+  return module

@@ -103,12 +103,17 @@ def _heal(directory: epath.Path) -> None:
       old.rename(directory)
 
 
-def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_weights(directory: Any, *, raw: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
   """Weights from an export, a checkpoint, a directory of such or a work directory, and their facts.
 
   A work directory gives its export, unless a newer state shows that the run went on since: then, as
   without an export, its newest state (its best one is in best/, to be named). A state gives its
   averaged variables where it has them. Each process reads for itself; none waits for another.
+
+  Args:
+    directory: where they lie.
+    raw: whether the variables of the last step are wanted though there is an average of them. Only
+      whole states have both: exports and best/ are passed over.
 
   Returns:
     {"params", "batch_stats"} as numpy arrays, and the metadata: of an export what was given to
@@ -125,12 +130,12 @@ def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     # A crash came between the two renames of an export.
     old = _beside(directory, "old")
     logging.warning("%s was being replaced when the run ended: reading %s", directory, old)
-    return load_weights(old)
-  if _METADATA in names and _WEIGHTS in names:
+    return load_weights(old, raw=raw)
+  if _METADATA in names and _WEIGHTS in names and not raw:
     return patiently(lambda: _read_export(directory), str(directory))
   if "state" in names:
-    return patiently(lambda: _read_state(directory), str(directory))
-  if {"export", "export.old"} & set(names):
+    return patiently(lambda: _read_state(directory, raw), str(directory))
+  if {"export", "export.old"} & set(names) and not raw:
     exported = load_weights(directory / "export")
     newest = max(_steps(directory / "checkpoints"), default=-1)
     step = exported[1].get("step")
@@ -143,10 +148,11 @@ def load_weights(directory: Any) -> tuple[dict[str, Any], dict[str, Any]]:
       newest,
     )
   # A directory of states itself, then those of a work directory.
-  for place in (directory, directory / "checkpoints", directory / "best"):
+  places = (directory, directory / "checkpoints", *([] if raw else [directory / "best"]))
+  for place in places:
     for step in _steps(place):
       try:
-        return load_weights(place / str(step))
+        return load_weights(place / str(step), raw=raw)
       except DamagedError as error:
         logging.warning("passed over: %s", error)
   raise CheckpointError(
@@ -176,9 +182,9 @@ def _read_export(directory: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]
   return weights, metadata
 
 
-def _read_state(directory: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_state(directory: epath.Path, raw: bool) -> tuple[dict[str, Any], dict[str, Any]]:
   metadata = read_metadata(directory / "metadata" / "metadata")
-  averaged = any(name.startswith("ema/") for name in metadata["shapes"])
+  averaged = not raw and any(name.startswith("ema/") for name in metadata["shapes"])
   # The optimizer's state is larger than the weights, and nobody wants it here.
   if averaged:
     branch, prefix = read_arrays(directory / "state", ["ema"])["ema"], "ema/"

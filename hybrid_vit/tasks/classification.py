@@ -18,8 +18,9 @@ from jax.experimental import multihost_utils
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data.balance import class_weights
 from hybrid_vit.data.erasing import random_erase
+from hybrid_vit.data.imagenet_variants import padded_sets
 from hybrid_vit.data.mixing import mix_batch, smooth_one_hot
-from hybrid_vit.data.spec import MASK, Field, Spec
+from hybrid_vit.data.spec import INDEX, MASK, Field, Spec
 from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
 from hybrid_vit.plots import plot_predictions
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
@@ -29,6 +30,8 @@ from hybrid_vit.tasks.registry import Context, register_task
 LOSSES = ("softmax", "sigmoid")
 SHRINKING = ("low_frequency", "lanczos")
 BALANCED = "balanced"
+# Instead of the logit of a class that does not compete.
+_LOWEST = -1e30
 # Pictures in a drawing of predictions.
 _DRAWN = 24
 # Pictures by which the error of a reversible network's inverse is measured.
@@ -307,21 +310,46 @@ class Classification:
     """Batch images as uint8, the normalisation undone."""
     return displayable(images, self.mean, self.std)
 
-  def evaluate_batch(self, variables: Variables, batch: Batch) -> dict[str, Any]:
-    """Sums and weights over the rows whose "mask" is 1; no smoothing."""
+  def evaluate_batch(
+    self,
+    variables: Variables,
+    batch: Batch,
+    competing: np.ndarray | None = None,
+    label_sets: np.ndarray | None = None,
+  ) -> dict[str, Any]:
+    """Sums and weights over the rows whose "mask" is 1; no smoothing.
+
+    Args:
+      variables: of the network.
+      batch: a global one.
+      competing: bool `[K]`, the classes of a set that has not all of them; the others' logits count
+        for nothing. None for all.
+      label_sets: int32 `[N, M]`, the right classes of each example of the set by its "index", -1
+        for none; None where "label" is the only one. There is no "loss" then.
+    """
     logits = self.predict(variables, batch)
+    if competing is not None:
+      # Not -inf, which times a target of 0 is NaN.
+      logits = jnp.where(competing, logits, _LOWEST)
     mask, labels = batch[MASK], batch["label"]
     one_hot = smooth_one_hot(labels, self.num_classes, 0.0)
-    # Rows that do not count may hold anything: a NaN times 0 would still be one.
-    losses = jnp.where(mask > 0, self._losses(logits, one_hot), 0.0)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    right = one_hot > 0
+    if label_sets is not None:
+      sets = jnp.asarray(label_sets)[batch[INDEX]]
+      right = jnp.any(sets[..., None] == jnp.arange(self.num_classes), axis=1)
+    # The best of the right ones; one that is NaN counts as none.
+    own = jnp.max(jnp.where(right, logits, -jnp.inf), axis=-1, keepdims=True)
     # Ties count against the network, and so does what cannot be compared: neither a constant one
     # nor one whose logits are NaN may look right.
-    rank = jnp.sum(~(logits < own), axis=-1) - 1
+    rank = jnp.sum(~(logits < own) & ~right, axis=-1)
     weight = jnp.sum(mask)
-    sums = {"loss": (jnp.sum(losses), weight), "top1": (jnp.sum(mask * (rank < 1)), weight)}
+    sums = {"top1": (jnp.sum(mask * (rank < 1)), weight)}
     if self.num_classes > 5:
       sums["top5"] = (jnp.sum(mask * (rank < 5)), weight)
+    if label_sets is None:
+      # Rows that do not count may hold anything: a NaN times 0 would still be one.
+      losses = jnp.where(mask > 0, self._losses(logits, one_hot), 0.0)
+      sums = {"loss": (jnp.sum(losses), weight), **sums}
     return sums
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
@@ -357,6 +385,9 @@ class ClassificationEvaluator:
     self._evaluate_batch = evaluate_batch
     self._predict = predict
     self._inverse_error = jax.jit(task.inverse_error)
+    subset, sets = data.info.get("class_subset"), data.info.get("label_sets")
+    self._competing = None if subset is None else np.isin(np.arange(task.num_classes), subset)
+    self._label_sets = None if sets is None else padded_sets(sets)
 
   def run(self, variables: Variables) -> dict[str, float]:
     """See `Evaluator`; "examples" is the number of pictures that counted.
@@ -364,14 +395,18 @@ class ClassificationEvaluator:
     Raises:
       ValueError: no picture counted.
     """
-    totals = summed(self._data, self._evaluate_batch, variables)
-    if not totals or not totals["loss"][1]:
+    totals = summed(
+      self._data,
+      lambda v, batch: self._evaluate_batch(v, batch, self._competing, self._label_sets),
+      variables,
+    )
+    if not totals or not totals["top1"][1]:
       raise ValueError(f"evaluation set {self.name!r} holds no readable picture")
     means = {key: total / weight for key, (total, weight) in totals.items()}
     if "inverse_error" in self._task.measures:
       sample = self._data.sample(_INVERTED)["image"]
       means["inverse_error"] = float(self._inverse_error(variables, sample))
-    return {**means, "examples": totals["loss"][1]}
+    return {**means, "examples": totals["top1"][1]}
 
   def draw(self, variables: Variables, path: Path) -> bool:
     """A grid of pictures with true and predicted names and the probability of the prediction."""
@@ -383,6 +418,8 @@ class ClassificationEvaluator:
       logits = multihost_utils.process_allgather(logits, tiled=True)
     if jax.process_index():
       return True
+    if self._competing is not None:
+      logits = np.where(self._competing, logits, _LOWEST)
     probabilities = np.asarray(self._task.probabilities(jnp.asarray(logits)))
     names = self._data.info.get("class_names") or self._task.class_names
     name = functools.partial(_class_name, names)

@@ -44,18 +44,21 @@ class StoredNetwork:
   metadata: dict[str, Any]
 
 
-def load_network(directory: str | Path, name: str | None = None) -> StoredNetwork:
+def load_network(
+  directory: str | Path, name: str | None = None, *, raw: bool = False
+) -> StoredNetwork:
   """Loads an export, an import, a checkpoint or a work directory.
 
   Args:
     directory: see `checkpoints.load_weights`.
     name: of the network; None for what the metadata says.
+    raw: see `checkpoints.load_weights`.
 
   Raises:
     ValueError: the metadata names no network, or another one than `name`.
     CheckpointError: no weights in `directory`.
   """
-  weights, metadata = checkpoints.load_weights(directory)
+  weights, metadata = checkpoints.load_weights(directory, raw=raw)
   # An export says it at the top, a training's checkpoint in its configuration.
   said = metadata if "name" in metadata else metadata.get("config", {}).get("model", {})
   if name is None and "name" not in said:

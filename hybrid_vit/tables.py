@@ -1,0 +1,54 @@
+"""Tables of results, for programs (CSV) and for people (Markdown)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Shown in percent.
+_PARTS = ("top1", "top5")
+
+
+def write_table(
+  path: str | Path, rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()
+) -> tuple[Path, Path]:
+  """PATH.csv and PATH.md of rows.
+
+  Args:
+    path: of both, with the ending of either or with none.
+    rows: each a mapping of columns; one that lacks a column leaves it empty.
+    first: columns that come first, in this order; those that no row has are left out.
+  """
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # A name may have dots, which are no endings.
+  base = path.with_suffix("") if path.suffix in (".csv", ".md") else path
+  csv_path, md_path = (base.with_name(base.name + ending) for ending in (".csv", ".md"))
+  known = dict.fromkeys((*first, *(key for row in rows for key in row)))
+  columns = [key for key in known if any(key in row for row in rows)]
+  with csv_path.open("w", newline="", encoding="utf-8") as file:
+    writer = csv.DictWriter(file, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+  lines = [_line(columns), "|" + " --- |" * len(columns)]
+  lines += [_line([_shown(key, row.get(key)) for key in columns]) for row in rows]
+  md_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  return csv_path, md_path
+
+
+def _line(cells: Sequence[str]) -> str:
+  # What would end a cell or a line.
+  return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"
+
+
+def _shown(column: str, value: Any) -> str:
+  name = column.rpartition("/")[2]
+  if value is None:
+    return ""
+  if not isinstance(value, float):
+    return str(value)
+  if name in _PARTS:
+    return f"{value:.2%}"
+  return f"{value:,.0f}" if name == "examples" else f"{value:.5g}"
