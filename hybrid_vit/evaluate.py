@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,9 @@ from hybrid_vit.data.evaluation import describe_preparation, open_evaluation
 from hybrid_vit.data.pipeline import open_source, readable_example
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing
+from hybrid_vit.reporting import figures
 from hybrid_vit.starting import check_classes
-from hybrid_vit.trainer import evaluate_all
+from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.weights.transfer import transfer
 
 
@@ -104,3 +105,15 @@ def place(run: Run, weights: Mapping[str, Any], mesh: Any) -> tuple[Any, Any]:
   layout = sharding.state_shardings(variables, (), mesh, params_key="")
   put = lambda leaf, where: sharding.put_tree(np.asarray(leaf), where)  # noqa: E731
   return jax.tree.map(put, variables, layout), report
+
+
+def evaluate_all(
+  evaluators: Sequence[Evaluator], variables: Any, show: Callable[[str], None]
+) -> dict[str, float]:
+  """Measures of variables on every set, "<set>/<measure>"."""
+  results: dict[str, float] = {}
+  for evaluator in evaluators:
+    values = evaluator.run(variables)
+    results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
+    show(f"{evaluator.name}: {figures(values)}")
+  return results

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import signal
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from hybrid_vit.data.pipeline import training_batches
 from hybrid_vit.data.sources import Source
 from hybrid_vit.early_stop import KEY as EARLY_STOP
 from hybrid_vit.early_stop import Patience
+from hybrid_vit.evaluate import evaluate_all
 from hybrid_vit.finishing import finish
 from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
 from hybrid_vit.paths import as_path
@@ -341,15 +341,3 @@ class _Loop:
       f"told to stop: step {step} is saved; the same command with the same --workdir goes on"
     )
     raise Preempted(128 + (self.stop.number or signal.SIGTERM))
-
-
-def evaluate_all(
-  evaluators: Sequence[Evaluator], variables: Any, show: Callable[[str], None]
-) -> dict[str, float]:
-  """Measures of variables on every set, "<set>/<measure>"."""
-  results: dict[str, float] = {}
-  for evaluator in evaluators:
-    values = evaluator.run(variables)
-    results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
-    show(f"{evaluator.name}: {figures(values)}")
-  return results
