@@ -127,17 +127,17 @@ def main():
     found = topologies.get_topology_desc(options.topology, platform="tpu").devices
     device, where, repeats = jax.sharding.SingleDeviceSharding(found[0]), options.topology, 0
   options.out.mkdir(parents=True, exist_ok=True)
+  title = (
+    f"Gradient of RevCol {NETWORK}, pictures of {options.size} px, compiled for {where} by JAX "
+    f"{jax.__version__}; deviation: of the worst parameter's gradient from the plain one's."
+  )
   exact, rows = {"start": {}, "gradient": {}}, []
   for batch in options.batch:
     for columns in options.columns:
       for form in FORMS:
         rows.append(measure(form, columns, batch, options.size, device, exact, repeats))
         print(rows[-1], flush=True)
-  title = (
-    f"Gradient of RevCol {NETWORK}, pictures of {options.size} px, compiled for {where} by JAX "
-    f"{jax.__version__}; deviation: of the worst parameter's gradient from the plain one's."
-  )
-  write(rows, options.out, title)
+        write(rows, options.out, title)
 
 
 if __name__ == "__main__":
