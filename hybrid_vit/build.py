@@ -188,7 +188,8 @@ def build(
     with check("evaluation"):
       parts["evaluation"] = read_evaluation(config, preprocessing)
       parts["settings"] = read_settings(config, parts["tasks"][-1], parts["evaluation"])
-  if parts["tasks"] is not None and parts["data"] is not None:
+  known = all(parts[name] is not None for name in ("tasks", "data", "curriculum"))
+  if known:
     with check("config.data.transform"):
       parts["readings"] = tuple(
         read_transform(phase.transform, parts["data"].decoder, task.spec.train, data.example)

@@ -305,7 +305,7 @@ class _Network:
     if refusal is not None:
       raise ConfigError(
         f"`config.curriculum`: {self._name} does not take pictures of {size}x{size}: {refusal}. "
-        "Give sizes that it takes, e.g. config.curriculum.sizes=(96, 160, 224)"
+        f"Give sizes that it takes, up to {self._full} (config.curriculum.sizes)"
       )
 
   def _refusal(self, size: int) -> str | None:

@@ -76,15 +76,23 @@ def abstract_state(run: Run, mesh: Mesh, phase: int = 0) -> tuple[TrainState, An
 
 def enter_phase(run: Run, phase: int, mesh: Mesh, state: TrainState) -> TrainState:
   """The state with the tables of positions of a phase, resized where they are another one's."""
+  if _one_network(run):
+    return state
   return _resized(state, *abstract_state(run, mesh, phase))
 
 
 def evaluation_variables(run: Run, mesh: Mesh, state: TrainState) -> Any:
   """The state's, as the network of evaluation (the last phase's) takes them, in any phase."""
+  if _one_network(run):
+    return state.evaluation_variables
   shapes, layout = abstract_state(run, mesh, len(run.curriculum.phases) - 1)
   return _resized(
     state.evaluation_variables, shapes.evaluation_variables, layout.evaluation_variables
   )
+
+
+def _one_network(run: Run) -> bool:
+  return all(task.model == run.task.model for task in run.tasks)
 
 
 def _resized(tree: Any, shapes: Any, layout: Any) -> Any:
