@@ -231,6 +231,9 @@ def test_a_teacher_of_other_classes_is_refused_before_the_first_step(kinds, mess
 
 def test_a_run_without_a_teacher_is_told_and_the_dry_run_counts_with_one(whole):
   teacher, _, _ = whole
-  assert dry_run.examine(Config(config(teacher)), devices=8).problems == []
+  plan = dry_run.examine(Config(config(teacher)), devices=8)
+  assert plan.problems == []
+  whole_teacher = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoints.load_weights(teacher)[0]))
+  assert 0.5 * whole_teacher <= plan.state_bytes["constants"] < 0.8 * whole_teacher
   (problem,) = dry_run.examine(Config(config(None)), devices=8).problems
   assert "needs a teacher: set config.task.teacher" in problem
