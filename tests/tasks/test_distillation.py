@@ -233,7 +233,9 @@ def test_a_run_without_a_teacher_is_told_and_the_dry_run_counts_with_one(whole):
   teacher, _, _ = whole
   plan = dry_run.examine(Config(config(teacher)), devices=8)
   assert plan.problems == []
-  whole_teacher = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoints.load_weights(teacher)[0]))
-  assert 0.5 * whole_teacher <= plan.state_bytes["constants"] < 0.8 * whole_teacher
+  # Two devices of the axis fsdp share what is large enough.
+  leaves = jax.tree.leaves(checkpoints.load_weights(teacher)[0])
+  expected = sum(leaf.nbytes // (2 if leaf.size >= 1024 else 1) for leaf in leaves)
+  assert plan.state_bytes["constants"] == expected < sum(leaf.nbytes for leaf in leaves)
   (problem,) = dry_run.examine(Config(config(None)), devices=8).problems
   assert "needs a teacher: set config.task.teacher" in problem
