@@ -1,4 +1,4 @@
-"""Masked autoencoding and distillation on the embedded digits: what each is worth with few labels.
+"""Masked autoencoding and distillation on the embedded digits with few labels: runs end to end.
 
     python docs/results/mae_distillation/measure.py --out=docs/results/mae_distillation
 
