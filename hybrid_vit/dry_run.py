@@ -57,7 +57,7 @@ class Plan:
     run: the training, whose parts may be None, too.
     state: shapes of the training state.
     layout: its shardings, on an abstract mesh.
-    state_bytes: of one device, by branch of the state.
+    state_bytes: of one device, by branch of the state; and of the task's constants.
     multiply_adds: of one picture's forward pass, at the size of evaluation.
     evaluation_shapes: of the example that it was counted for, by key.
     activation_bytes: of what one device keeps for the backward pass of its rows, in the phase that
@@ -199,6 +199,10 @@ def _examine_state(plan: Plan, run: Run) -> None:
   with plan.checking("config.sharding_rules"):
     plan.layout = sharding.state_shardings(plan.state, run.sharding_rules, plan.mesh)
     plan.state_bytes = state_bytes(plan.state, plan.layout)
+    if constants := constants_of(run.task):
+      places = jax.tree.leaves(programs.constants_layout(run.task, plan.mesh))
+      leaves = jax.tree.leaves(constants)
+      plan.state_bytes["constants"] = sum(map(sharding.shard_bytes, leaves, places))
   ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
   for phase, (task, batch) in enumerate(zip(run.tasks, run.batches)):
     if (task, batch) in list(zip(run.tasks, run.batches))[:phase]:

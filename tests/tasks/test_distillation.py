@@ -231,6 +231,11 @@ def test_a_teacher_of_other_classes_is_refused_before_the_first_step(kinds, mess
 
 def test_a_run_without_a_teacher_is_told_and_the_dry_run_counts_with_one(whole):
   teacher, _, _ = whole
-  assert dry_run.examine(Config(config(teacher)), devices=8).problems == []
+  plan = dry_run.examine(Config(config(teacher)), devices=8)
+  assert plan.problems == []
+  # Two devices of the axis fsdp share what is large enough.
+  leaves = jax.tree.leaves(checkpoints.load_weights(teacher)[0])
+  expected = sum(leaf.nbytes // (2 if leaf.size >= 1024 else 1) for leaf in leaves)
+  assert plan.state_bytes["constants"] == expected < sum(leaf.nbytes for leaf in leaves)
   (problem,) = dry_run.examine(Config(config(None)), devices=8).problems
   assert "needs a teacher: set config.task.teacher" in problem
