@@ -3,7 +3,7 @@
 python docs/results/finetuning/run.py --data=cifar10_jpeg.zip --out=/tmp/finetuning
 
 The zip holds train/<class>/*.jpg and test/<class>/*.jpg. The three classes have 200, 60 and 20
-photos to learn from, so that balance matters, and 200 each to be measured on.
+photos to learn from, so that balance matters, and 150 each to be measured on.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 NEW = {"cat": 200, "horse": 60, "truck": 20}
-OLD_PHOTOS, MEASURED = 600, 200
+OLD_PHOTOS, MEASURED = 400, 150
 # As CIFAR's pictures are: 32 pixels, the whole of them.
 COMMON = (
   "--config.data.image_size=32",
@@ -79,13 +79,13 @@ def main() -> None:
   recipe = "--config=configs/finetune.py:tiny_moat_0,decay=1.0,lr=2e-3"
   command(
     train,
-    f"{recipe},data=folder:{out / 'old'},epochs=10",
+    f"{recipe},data=folder:{out / 'old'},epochs=8",
     f"--workdir={out / 'pretrained'}",
     arguments(),
     *COMMON,
   )
   new, init = f"data=folder:{out / 'new'}", f"init={out / 'pretrained'}"
-  base = "--config=configs/finetune.py:tiny_moat_0,batch_size=32,epochs=30,patience=10,"
+  base = "--config=configs/finetune.py:tiny_moat_0,batch_size=32,epochs=20,patience=8,"
   runs = {
     "from scratch": f"{new},decay=1.0,lr=1e-3",
     "fine-tuned": f"{new},{init},lr=1e-3",
