@@ -93,7 +93,7 @@ def test_the_sets_serve_a_configuration_too(tmp_path, capsys):
   export(tmp_path / "w", drawn, about)
   fields = local(model__num_classes=None, init_from=str(tmp_path / "w")).resolved()
   sources = {"a": f"imagenet_a:{tmp_path / 'a'}", "c": f"imagenet_c:{tmp_path / 'c/snow/1'}"}
-  sets = {name: {"source": source, "batch_size": 2} for name, source in sources.items()}
+  sets = {name: {"source": source, "batch_size": 8} for name, source in sources.items()}
   fields["evaluation"], fields["checkpoint"] = {"sets": sets}, {}
   found = evaluate(Config(fields))
   assert found["a/examples"] == 2 and found["c/examples"] == 3
