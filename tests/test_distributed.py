@@ -91,6 +91,6 @@ def test_the_command_in_two_processes(unbroken, tiny_config, compilation_cache, 
     (line["step"], line["kind"]) for line in expected
   ]
   for one, other in zip(found, expected):
-    assert one["loss"] == pytest.approx(other["loss"], rel=1e-4), (one, other)
+    assert one["loss"] == pytest.approx(other["loss"], rel=5e-4), (one, other)
   assert [line.get("examples") for line in found] == [line.get("examples") for line in expected]
   assert load_weights(tmp_path / "run")[1]["num_classes"] == 10

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.resources
 import math
 import re
 import sys
@@ -30,7 +29,7 @@ from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing
-from hybrid_vit.weights.stored import StoredNetwork, load_network
+from hybrid_vit.weights.stored import StoredNetwork, class_names, load_network
 
 _BATCH_SIZE = 8
 _MAX_IN_A_PICTURE = 24
@@ -115,24 +114,6 @@ def prepare(photo: str | Path, preprocessing: Preprocessing) -> np.ndarray:
   transform = parse_transform(recipes.eval_transform(preprocessing), decoder="pil")
   example = transform({"image": Path(photo).read_bytes()}, np.random.default_rng(0))
   return example["image"]
-
-
-def class_names(network: StoredNetwork) -> tuple[str, ...]:
-  """Names of the head's outputs: the weights' own, ImageNet-1K's for 1,000, else numbers."""
-  if len(network.class_names) == network.num_classes:
-    return network.class_names
-  if network.num_classes == 1000:
-    return imagenet_class_names()
-  return tuple(f"class {i}" for i in range(network.num_classes))
-
-
-def imagenet_class_names() -> tuple[str, ...]:
-  """Names of the 1,000 classes of ImageNet-1K in the order of their WordNet numbers."""
-  embedded = importlib.resources.files("hybrid_vit.data") / "embedded" / "imagenet1k_classes.txt"
-  lemmas = [line.split("\t")[1] for line in embedded.read_text().splitlines()]
-  short = [text.split(",")[0] for text in lemmas]
-  # Two classes may share their first word; the further ones tell them apart.
-  return tuple(s if short.count(s) == 1 else text for s, text in zip(short, lemmas))
 
 
 def draw(predictions: Sequence[Prediction], png: str | Path) -> None:

@@ -33,8 +33,7 @@ from hybrid_vit.measuring import (
 from hybrid_vit.plots import one_line
 from hybrid_vit.report_page import Mistake, page
 from hybrid_vit.report_plots import draw_confusion, draw_reliability
-from hybrid_vit.tools.predict import class_names
-from hybrid_vit.weights.stored import StoredNetwork, load_network
+from hybrid_vit.weights.stored import StoredNetwork, class_names, load_network
 
 # Letters of a name on the page; files' names are shown from their end.
 _LETTERS = 80
@@ -77,7 +76,16 @@ def write_report(
     check_same_classes(names, found, "the data (expected: those of the weights)")
   if int(answers.labels.max()) >= classes:
     raise ValueError(f"the data has class {answers.labels.max()}, the weights know {classes}")
-  probability = probabilities(answers.logits, network.loss)
+  if "label_sets" in source.info:
+    raise ValueError(
+      "the report is for pictures of one class each, and these may have several: their figures are "
+      "those of hybrid_vit.tools.evaluate_sets"
+    )
+  logits = answers.logits
+  if (subset := source.info.get("class_subset")) is not None:
+    # The others do not compete; finite, so that no probability is NaN.
+    logits = np.where(np.isin(np.arange(classes), subset), logits, -1e30)
+  probability = probabilities(logits, network.loss)
   labels, predicted = answers.labels, probability.argmax(1)
   confidence = probability.max(1)
   confusion = confusion_matrix(labels, predicted, classes)

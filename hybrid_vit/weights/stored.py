@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,24 @@ def load_network(
     loss=_loss(metadata),
     metadata=metadata,
   )
+
+
+def class_names(network: StoredNetwork) -> tuple[str, ...]:
+  """Names of the head's outputs: the weights' own, ImageNet-1K's for 1,000, else numbers."""
+  if len(network.class_names) == network.num_classes:
+    return network.class_names
+  if network.num_classes == 1000:
+    return imagenet_class_names()
+  return tuple(f"class {i}" for i in range(network.num_classes))
+
+
+def imagenet_class_names() -> tuple[str, ...]:
+  """Names of the 1,000 classes of ImageNet-1K in the order of their WordNet numbers."""
+  embedded = importlib.resources.files("hybrid_vit.data") / "embedded" / "imagenet1k_classes.txt"
+  lemmas = [line.split("\t")[1] for line in embedded.read_text().splitlines()]
+  short = [text.split(",")[0] for text in lemmas]
+  # Two classes may share their first word; the further ones tell them apart.
+  return tuple(s if short.count(s) == 1 else text for s, text in zip(short, lemmas))
 
 
 def _loss(metadata: dict[str, Any]) -> str:

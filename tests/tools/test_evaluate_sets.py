@@ -6,10 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_vit import main
-from hybrid_vit.checkpoints import load_weights
+from hybrid_vit import main, recipes
+from hybrid_vit.checkpoints import export, load_weights
 from hybrid_vit.config import Config
+from hybrid_vit.evaluate import evaluate
+from hybrid_vit.models.registry import create_model
 from hybrid_vit.tools import evaluate_sets
+from hybrid_vit.weights.stored import load_network
+from tests.models.contract import drawn_variables
 from tests.test_build import local
 
 
@@ -72,3 +76,30 @@ def test_names_of_sets():
     "a": "folder:/x",
     "folder:/y": "folder:/y",
   }
+
+
+def test_the_sets_serve_a_configuration_too(tmp_path, capsys):
+  from hybrid_vit.data.classes import wordnet_numbers
+  from tests.tools.test_predict import photo
+
+  names = wordnet_numbers()
+  for part, numbers in (("a", (3, 5)), ("c/snow/1", (3, 5, 9))):
+    for number in numbers:
+      (tmp_path / part / names[number]).mkdir(parents=True)
+      photo(tmp_path / part / names[number] / "x.png", 40, 50, seed=number)
+  model = create_model("tiny_moat_0", 1000, **recipes.TINY_MOAT)
+  drawn = jax.device_get(drawn_variables(model))
+  about = {"name": "tiny_moat_0", "arguments": recipes.TINY_MOAT, "num_classes": 1000}
+  export(tmp_path / "w", drawn, about)
+  fields = local(model__num_classes=None, init_from=str(tmp_path / "w")).resolved()
+  sources = {"a": f"imagenet_a:{tmp_path / 'a'}", "c": f"imagenet_c:{tmp_path / 'c/snow/1'}"}
+  sets = {name: {"source": source, "batch_size": 8} for name, source in sources.items()}
+  fields["evaluation"], fields["checkpoint"] = {"sets": sets}, {}
+  found = evaluate(Config(fields))
+  assert found["a/examples"] == 2 and found["c/examples"] == 3
+  # Of two classes the own one is among the first five, whatever the weights.
+  assert found["a/top5"] == 1.0
+  rows = evaluate_sets.evaluate_network(load_network(tmp_path / "w"), sources)
+  # The registry's entry prepares other pictures than the configuration does; the rule is the same.
+  assert [(row["set"], row["examples"]) for row in rows] == [("a", 2.0), ("c", 3.0)]
+  assert rows[0]["top5"] == 1.0

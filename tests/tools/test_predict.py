@@ -12,6 +12,7 @@ from hybrid_vit import checkpoints
 from hybrid_vit.models.registry import Preprocessing, create_model
 from hybrid_vit.tools import predict
 from hybrid_vit.train_state import create_state
+from hybrid_vit.weights import stored
 from hybrid_vit.weights.stored import load_network
 from tests import small
 from tests.models.contract import drawn_variables
@@ -155,13 +156,13 @@ def test_without_a_classifier(tmp_path):
 
 
 def test_names_of_classes(trained, tmp_path):
-  names = predict.imagenet_class_names()
+  names = stored.imagenet_class_names()
   assert len(names) == len(set(names)) == 1000
   # Known places of ImageNet-1K's order.
   assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
-  assert predict.class_names(load_network(trained)) == tuple(NAMES)
+  assert stored.class_names(load_network(trained)) == tuple(NAMES)
   unnamed = load_network(weights(tmp_path / "w", class_names=None))
-  assert predict.class_names(unnamed)[6] == "class 6"
+  assert stored.class_names(unnamed)[6] == "class 6"
 
 
 def save_state(workdir, step, scale=1.0, **info):

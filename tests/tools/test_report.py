@@ -96,3 +96,32 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, pictures, capsys):
   assert report.main(arguments) == 2
   assert "broken.png" in capsys.readouterr().err
   assert "1 pictures could not be read" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_only_a_sets_own_classes_compete(tmp_path):
+  from hybrid_vit.inference import Answers
+  from hybrid_vit.weights.stored import load_network
+
+  network = load_network(weights(tmp_path / "w", class_names=STRANGE))
+
+  class Two:
+    info = {"class_names": tuple(STRANGE), "class_subset": (1, 2)}  # noqa: RUF012
+
+    def __len__(self):
+      return 2
+
+    def __getitem__(self, index):
+      return {"image": np.zeros((40, 40, 3), np.uint8), "label": index + 1}
+
+    def describe(self, index):
+      return f"picture {index}"
+
+  logits = np.array([[9, 2, 1, 0, 0, 0, 0], [9, 2, 1, 0, 0, 0, 0]], np.float32)
+  answers = Answers(logits, logits, np.array([1, 2]), np.arange(2), ())
+  about = {"title": "two", "facts": {}}
+  found = report.write_report(network, Two(), answers, tmp_path / "out", **about)
+  assert found["top1"] == 0.5  # 0 without the rule
+  source = Two()
+  source.info = {"class_names": tuple(STRANGE), "label_sets": ((1,), (2,))}
+  with pytest.raises(ValueError, match="pictures of one class each"):
+    report.write_report(network, source, answers, tmp_path / "out", **about)
