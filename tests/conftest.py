@@ -16,6 +16,18 @@ def compilation_cache(tmp_path_factory):
   return tmp_path_factory.mktemp("xla")
 
 
+@pytest.fixture(scope="module")
+def shared_programs(tmp_path_factory):
+  """The trainings of one file, in its own process, share what they compile, as commands do."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, name) for name in names]
+  for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0)):
+    jax.config.update(name, value)
+  yield
+  for name, value in zip(names, before):
+    jax.config.update(name, value)
+
+
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory):
   """A configuration file for the command."""

@@ -289,20 +289,8 @@ def test_tables_are_resized_as_torch_does_it():
     np.testing.assert_array_equal(found["position_embedding"][0], tree["position_embedding"][0])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  """The runs below share what they compile."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0)):
-    jax.config.update(name, value)
-  yield
-  for name, value in zip(names, before):
-    jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module", params=list(NETWORKS))
-def whole(request, tmp_path_factory):
+def whole(request, tmp_path_factory, shared_programs):
   workdir = tmp_path_factory.mktemp("curriculum") / request.param
   main.train(short(request.param), workdir)
   return request.param, workdir

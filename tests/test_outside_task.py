@@ -24,6 +24,8 @@ from hybrid_vit.tasks.base import summed
 from hybrid_vit.tasks.registry import register_task
 from tests.command import TINY_NETWORK
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @dataclasses.dataclass(frozen=True)
 class RegressionSettings:
@@ -120,20 +122,8 @@ def config(**changes):
   return values
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  """The runs below share what they compile, as those of the command do."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0)):
-    jax.config.update(name, value)
-  yield
-  for name, value in zip(names, before):
-    jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, shared_programs):
   workdir = tmp_path_factory.mktemp("regression") / "whole"
   return workdir, main.train(config(), workdir)
 
