@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from hybrid_vit.data.sources import Source
+from hybrid_vit.data.sources import Source, Subset
 
 
-class BalancedSource:
+class BalancedSource(Subset):
   """A source whose examples of small classes come several times in an epoch.
 
   A class of n examples comes n (N / n)^power times, N being the largest class's: 1 makes all
@@ -32,20 +29,7 @@ class BalancedSource:
         "`config.data.balance` is for data whose classes are known without reading it: folder:, "
         "zip:, digits and fashion_mnist; for others set config.task.class_weights"
       )
-    self._source = source
-    self._chosen = balanced_indices(labels, power)
-    self.labels = np.asarray(labels)[self._chosen]
-    self.info: Mapping[str, Any] = source.info
-
-  def __len__(self) -> int:
-    return len(self._chosen)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self._source[int(self._chosen[index])]
-
-  def describe(self, index: int) -> str:
-    """See `sources.Source`."""
-    return self._source.describe(int(self._chosen[index]))
+    super().__init__(source, balanced_indices(labels, power))
 
 
 def balanced_indices(labels: np.ndarray, power: float) -> np.ndarray:

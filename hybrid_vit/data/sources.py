@@ -100,7 +100,7 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
   if isinstance(source, FileSource):
     # Sorted by class: a run of it would lack classes.
     chosen = np.sort(spread_order(source.labels)[part_slice(part, len(source))])
-  return _Slice(source, chosen)
+  return Subset(source, chosen)
 
 
 def _local(spec: str, path: str) -> Path:
@@ -116,12 +116,16 @@ def _local(spec: str, path: str) -> Path:
   return Path(found)
 
 
-class _Slice:
+class Subset:
+  """Chosen examples of a source, in their order; one may come several times.
+
+  `labels` are those of the examples, None where the source does not know them without reading.
+  """
+
   def __init__(self, source: Source, chosen: Sequence[int] | np.ndarray):
     self._source, self._chosen = source, chosen
     self.info = source.info
     labels = getattr(source, "labels", None)
-    # None where the classes are not known without reading the examples.
     self.labels = None if labels is None else np.asarray(labels)[np.asarray(chosen)]
 
   def __len__(self) -> int:
