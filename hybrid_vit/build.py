@@ -23,7 +23,13 @@ from hybrid_vit.curriculum_reading import curriculum_phases
 from hybrid_vit.data.pipeline import EvaluationSettings, TrainingSettings
 from hybrid_vit.data.spec import Field, batch_shapes, kinds, resolve
 from hybrid_vit.data.transforms import Transform, parse_transform
-from hybrid_vit.models.registry import Preprocessing, create_model, model_arguments, model_entry
+from hybrid_vit.models.registry import (
+  Preprocessing,
+  as_preprocessing,
+  create_model,
+  model_arguments,
+  model_entry,
+)
 from hybrid_vit.optimizers import (
   Schedule,
   frozen_parameters,
@@ -222,12 +228,6 @@ def preprocessing_of(config: Config) -> Preprocessing:
   return as_preprocessing(
     {name: config.data.typed(name, hints.get(name, tuple), entry[name]) for name in entry}
   )
-
-
-def as_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
-  """From a mapping, as metadata has it."""
-  mean, std = tuple(fields["mean"]), tuple(fields["std"])
-  return Preprocessing(**{**fields, "mean": mean, "std": std})
 
 
 def fill_transform(text: str, preprocessing: Preprocessing) -> str:

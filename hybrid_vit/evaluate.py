@@ -12,7 +12,6 @@ from hybrid_vit import sharding
 from hybrid_vit.build import (
   DataFacts,
   Run,
-  as_preprocessing,
   build,
   preprocessing_of,
   read_evaluation,
@@ -22,7 +21,7 @@ from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.evaluation import describe_preparation, open_evaluation
 from hybrid_vit.data.pipeline import open_source, readable_example
 from hybrid_vit.fingerprints import first_nonfinite
-from hybrid_vit.models.registry import Preprocessing
+from hybrid_vit.models.registry import Preprocessing, as_preprocessing
 from hybrid_vit.reporting import figures
 from hybrid_vit.starting import check_classes
 from hybrid_vit.tasks.base import Evaluator

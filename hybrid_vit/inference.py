@@ -14,8 +14,7 @@ from hybrid_vit.data import loader
 from hybrid_vit.data.sources import Source
 from hybrid_vit.data.spec import INDEX, MASK, Field, kinds
 from hybrid_vit.data.transforms import parse_transform
-from hybrid_vit.fingerprints import first_nonfinite
-from hybrid_vit.weights.stored import StoredNetwork
+from hybrid_vit.weights.stored import StoredNetwork, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +56,7 @@ def answer(
   Raises:
     ValueError: weights that are no numbers, or no picture that can be read.
   """
-  if (bad := first_nonfinite(network.variables)) is not None:
-    raise ValueError(f"these weights of {network.name} hold NaN or infinity, first in {bad!r}")
+  check_finite(network)
   expected = network.preprocessing
   size = expected.image_size
   fields = {

@@ -54,6 +54,12 @@ class Preprocessing:
   resize: str = "crop"
 
 
+def as_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
+  """From a mapping, as metadata has it."""
+  mean, std = tuple(fields["mean"]), tuple(fields["std"])
+  return Preprocessing(**{**fields, "mean": mean, "std": std})
+
+
 def imagenet_preprocessing(image_size: int) -> Preprocessing:
   """The usual one: bicubic, ImageNet's statistics, a crop of 0.875; above 224 the whole picture."""
   whole = image_size > 224

@@ -24,10 +24,9 @@ from hybrid_vit.data.classes import check_same_classes
 from hybrid_vit.data.evaluation import open_evaluation
 from hybrid_vit.data.imagenet_variants import VARIANTS, corruption_errors, corruption_sets
 from hybrid_vit.data.pipeline import EvaluationSettings
-from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.tables import write_table
 from hybrid_vit.tasks.classification import LOSSES, Classification
-from hybrid_vit.weights.stored import StoredNetwork, load_network
+from hybrid_vit.weights.stored import StoredNetwork, check_finite, load_network
 
 AVERAGES = ("both", "averaged", "raw")
 COLUMNS = ("weights", "size", "set", "examples", "top1", "top5", "loss")
@@ -69,8 +68,7 @@ def evaluate_network(
       f"these weights of {network.name} are no classifier: {network.num_classes} classes, trained "
       f"by the loss {network.loss!r}"
     )
-  if (bad := first_nonfinite(network.variables)) is not None:
-    raise ValueError(f"these weights of {network.name} hold NaN or infinity, first in {bad!r}")
+  check_finite(network)
   expected = network.preprocessing
   task = Classification(
     model=network.model,

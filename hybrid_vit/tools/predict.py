@@ -27,9 +27,8 @@ from hybrid_vit import checkpoints, recipes
 from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.data.transforms import parse_transform
-from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing
-from hybrid_vit.weights.stored import StoredNetwork, class_names, load_network
+from hybrid_vit.weights.stored import StoredNetwork, check_finite, class_names, load_network
 
 _BATCH_SIZE = 8
 _MAX_IN_A_PICTURE = 24
@@ -77,8 +76,7 @@ def predict(
       f"these weights of {network.name} were trained for the task {task!r} with the loss "
       f"{network.loss!r}; {' or '.join(_ACTIVATIONS)} was expected: their outputs are no classes"
     )
-  if (bad := first_nonfinite(network.variables)) is not None:
-    raise ValueError(f"these weights of {network.name} hold NaN or infinity, first in {bad!r}")
+  check_finite(network)
   names = class_names(network)
   images, skipped = {}, {}
   for photo in map(Path, photos):

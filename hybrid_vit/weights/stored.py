@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from hybrid_vit import checkpoints
-from hybrid_vit.models.registry import Preprocessing, create_model, model_entry
+from hybrid_vit.fingerprints import first_nonfinite
+from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.table_resizing import resize_tables
 
 
@@ -71,14 +72,12 @@ def load_network(
   classes = 0 if kernel is None else int(kernel.shape[-1])
   model = create_model(name, num_classes=classes, **(said.get("arguments") or {}))
   fields = metadata.get("preprocessing")
-  if fields:
-    fields = {**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
   return StoredNetwork(
     name=name,
     model=model,
     variables=_at_full_size(model, weights, metadata, fields),
     num_classes=classes,
-    preprocessing=Preprocessing(**fields) if fields else model_entry(name).preprocessing,
+    preprocessing=as_preprocessing(fields) if fields else model_entry(name).preprocessing,
     preprocessing_said_by=(
       "as the weights say"
       if fields
@@ -88,6 +87,16 @@ def load_network(
     loss=_loss(metadata),
     metadata=metadata,
   )
+
+
+def check_finite(network: StoredNetwork) -> None:
+  """Weights that are no numbers must not give figures.
+
+  Raises:
+    ValueError: they hold NaN or infinity; the message names the first such variable.
+  """
+  if (bad := first_nonfinite(network.variables)) is not None:
+    raise ValueError(f"these weights of {network.name} hold NaN or infinity, first in {bad!r}")
 
 
 def class_names(network: StoredNetwork) -> tuple[str, ...]:
