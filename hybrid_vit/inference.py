@@ -14,6 +14,7 @@ from hybrid_vit.data import loader
 from hybrid_vit.data.sources import Source
 from hybrid_vit.data.spec import INDEX, MASK, Field, kinds
 from hybrid_vit.data.transforms import parse_transform
+from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import StoredNetwork, check_finite
 
 
@@ -71,12 +72,11 @@ def answer(
     num_threads=num_threads,
     max_corrupt_fraction=1.0,
   )
-  mean, std = (np.asarray(v, np.float32) * 255.0 for v in (expected.mean, expected.std))
 
   @jax.jit
   def run(variables, images):
-    normal = (images.astype(jnp.float32) - mean) / std
-    logits, endpoints = network.model.apply(variables, normal, train=False)
+    pictures = normalized(images, expected.mean, expected.std)
+    logits, endpoints = network.model.apply(variables, pictures, train=False)
     features = endpoints["pre_logits"].astype(jnp.float32)
     return features, None if logits is None else logits.astype(jnp.float32)
 

@@ -264,10 +264,15 @@ def _displayable(image: np.ndarray) -> np.ndarray:
   return image
 
 
+def printable(text: object) -> str:
+  """On one line, and without what no terminal or font shows: parts of letters, control codes."""
+  line = " ".join(str(text).split())
+  return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
 def one_line(name: str, letters: int) -> str:
   """A name on one line, in so many letters at most, all of which can be drawn."""
-  line = " ".join(str(name).split())
-  line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+  line = printable(name)
   return line if len(line) <= letters else line[: letters - 1].rstrip() + "…"
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -28,6 +27,8 @@ from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.models.registry import Preprocessing
+from hybrid_vit.plots import one_line, plain_text, printable, save_figure
+from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import StoredNetwork, check_finite, class_names, load_network
 
 _BATCH_SIZE = 8
@@ -124,7 +125,7 @@ def draw(predictions: Sequence[Prediction], png: str | Path) -> None:
   columns = min(len(shown), 2)
   rows = math.ceil(len(shown) / columns)
   # Texts are read for formulas when they are drawn, not when they are set.
-  with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+  with plain_text():
     figure = Figure(figsize=(6.4 * columns, 2.6 * rows), dpi=110, layout="constrained")
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
     for axes in grid.flat:
@@ -132,50 +133,37 @@ def draw(predictions: Sequence[Prediction], png: str | Path) -> None:
     for i, prediction in enumerate(shown):
       picture, bars = grid[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
       picture.imshow(prediction.image)
-      picture.set_title(_short(prediction.photo.name, 26), fontsize=9)
+      picture.set_title(one_line(prediction.photo.name, 26), fontsize=9)
       places = range(len(prediction.names))
       bars.barh(places, prediction.probabilities, color=_BAR, height=0.8)
       bars.set_xlim(0, 1)
       bars.set_ylim(len(prediction.names) - 0.4, -0.6)
       for place, name, probability in zip(places, prediction.names, prediction.probabilities):
-        text = f"{_short(name, 34)}  {probability:.1%}"
+        text = f"{one_line(name, 34)}  {probability:.1%}"
         bars.text(0.015, place, text, va="center", fontsize=9, color=_TEXT)
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, format="png", metadata={"Software": None})
+    save_figure(figure, png)
 
 
 def _probabilities(
   network: StoredNetwork, images: dict[Path, np.ndarray]
 ) -> Iterator[tuple[list[Path], np.ndarray]]:
   """Photos and their probabilities `[N, K]`, batch by batch."""
-  mean = np.asarray(network.preprocessing.mean, np.float32)
-  std = np.asarray(network.preprocessing.std, np.float32)
-  photos = list(images)
+  expected, photos = network.preprocessing, list(images)
   activation = _ACTIVATIONS[network.loss]
   # One compiled shape for all batches.
   size = min(_BATCH_SIZE, len(photos))
 
   @jax.jit
   def run(variables, batch):
-    logits, _ = network.model.apply(variables, batch, train=False)
+    pictures = normalized(batch, expected.mean, expected.std)
+    logits, _ = network.model.apply(variables, pictures, train=False)
     return activation(logits.astype(jnp.float32))
 
   for start in range(0, len(photos), size or 1):
     part = photos[start : start + size]
-    batch = np.stack([images[photo] for photo in part]).astype(np.float32) / np.float32(255)
-    batch = np.pad((batch - mean) / std, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+    batch = np.stack([images[photo] for photo in part])
+    batch = np.pad(batch, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
     yield part, np.asarray(run(network.variables, batch))[: len(part)]
-
-
-def _short(text: str, length: int) -> str:
-  text = _printable(text)
-  return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-def _printable(text: object) -> str:
-  """On one line, and without what no terminal or font shows: parts of letters, control codes."""
-  line = " ".join(str(text).split())
-  return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,11 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   if network.loss == "sigmoid":
     print("trained with a sigmoid: the probability of each class stands by itself")
   for prediction in predictions:
-    print(_printable(prediction.photo))
+    print(printable(prediction.photo))
     for name, probability in zip(prediction.names, prediction.probabilities):
-      print(f"  {probability:6.1%}  {_printable(name)}")
+      print(f"  {probability:6.1%}  {printable(name)}")
   for photo, reason in skipped.items():
-    print(f"skipped {_printable(photo)}: {_printable(reason)}", file=sys.stderr)
+    print(f"skipped {printable(photo)}: {printable(reason)}", file=sys.stderr)
   if predictions:
     try:
       draw(predictions, args.output)
