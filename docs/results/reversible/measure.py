@@ -9,7 +9,6 @@ TPU that need not be there (libtpu is needed), without running anything.
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hybrid_vit import create_model
+from hybrid_vit.tables import write_table
 
 FORMS = {
   "plain": {},
@@ -96,21 +96,6 @@ def draw(rows, path):
   figure.savefig(path, dpi=110)
 
 
-def write(rows, out, title):
-  with (out / "figures.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, FIELDS)
-    writer.writeheader()
-    writer.writerows(rows)
-  lines = [title, "", "| " + " | ".join(FIELDS) + " |", "|" + " --- |" * len(FIELDS)]
-  for row in rows:
-    cells = [
-      f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(f, "") for f in FIELDS)
-    ]
-    lines.append("| " + " | ".join(cells) + " |")
-  (out / "figures.md").write_text("\n".join(lines) + "\n")
-  draw(rows, out / "memory.png")
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", type=Path, required=True)
@@ -127,9 +112,9 @@ def main():
     found = topologies.get_topology_desc(options.topology, platform="tpu").devices
     device, where, repeats = jax.sharding.SingleDeviceSharding(found[0]), options.topology, 0
   options.out.mkdir(parents=True, exist_ok=True)
-  title = (
-    f"Gradient of RevCol {NETWORK}, pictures of {options.size} px, compiled for {where} by JAX "
-    f"{jax.__version__}; deviation: of the worst parameter's gradient from the plain one's."
+  print(
+    f"gradient of RevCol {NETWORK}, pictures of {options.size} px, compiled for {where} by JAX "
+    f"{jax.__version__}"
   )
   exact, rows = {"start": {}, "gradient": {}}, []
   for batch in options.batch:
@@ -137,7 +122,9 @@ def main():
       for form in FORMS:
         rows.append(measure(form, columns, batch, options.size, device, exact, repeats))
         print(rows[-1], flush=True)
-        write(rows, options.out, title)
+        # Also what an interrupted call leaves is whole.
+        write_table(options.out / "figures", rows, FIELDS)
+        draw(rows, options.out / "memory.png")
 
 
 if __name__ == "__main__":
