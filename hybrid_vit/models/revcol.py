@@ -71,8 +71,9 @@ class RevCol(nn.Module):
     drop_path_rate: of the last block of every column; its first has 0, evenly between.
     remat: recompute each level in the backward pass instead of storing its inside.
     reversible: in training, rebuild every column's maps from the next one's (section 3.2, and
-      `ops/reversible.py`), so that activations do not grow with the columns. Of the endpoints of
-      single columns there is none then. Maps are float32, in evaluation, too.
+      `ops/reversible.py`), so that of all columns' activations only the maps that `keep_every`
+      says are kept. Of the endpoints of single columns there is none then. Maps are float32, in
+      evaluation, too.
     keep_every: of `reversible`: after how many columns their maps are kept, so that rounding starts
       afresh; 0 to keep the last column's alone.
     dtype: of the computation; parameters, norm statistics and gains are float32.
