@@ -71,8 +71,20 @@ def finish(
     * (run.settings.best_metric is not None)
     + "Next:\n"
     f"  evaluate them:    add --mode=evaluate --workdir={workdir} to the command\n"
-    f"  fine-tune them:   python -m hybrid_vit.main --config=configs/finetune.py "
-    f"--config.init_from={workdir} --config.data.source=folder:/path/to/pictures"
+    f"  fine-tune them:   {_fine_tuning(run, workdir)}"
+  )
+
+
+def _fine_tuning(run: Run, workdir: epath.Path) -> str:
+  """What to call; a network with arguments of its own is only in the configuration trained by."""
+  if run.metadata["arguments"]:
+    return (
+      f"add --config.init_from={workdir} --config.reinitialize_head=True "
+      "--config.data.source=folder:/path/to/pictures and a new --workdir to the command"
+    )
+  return (
+    f"python -m hybrid_vit.main --config=configs/finetune.py:{run.network},init={workdir},"
+    "data=folder:/path/to/pictures"
   )
 
 

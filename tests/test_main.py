@@ -33,6 +33,8 @@ def test_an_unbroken_run_leaves_everything(unbroken, compilation_cache):
   timings = read_metrics(workdir / "timings.jsonl")
   assert [t["step"] for t in timings if "compile_seconds" in t] == [0]
   assert "compiled the step in" in output
+  # What it says to do next is what the fine-tuning below does.
+  assert f"add --config.init_from={workdir} --config.reinitialize_head=True" in output
   assert any(compilation_cache.iterdir())
   for name in ("config.json", "curves.png", "predictions.png", "tensorboard"):
     assert (workdir / name).exists(), name
