@@ -10,6 +10,13 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+  """A file's compiled programs end with it: all files' together take gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory):
   """A directory in which the commands that tests start share what they compile."""

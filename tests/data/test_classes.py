@@ -1,12 +1,13 @@
+import importlib.resources
+
 import pytest
 
 from hybrid_vit.data.classes import ClassesError, check_same_classes, sort_classes
-from hybrid_vit.tools import predict
 
 
 def imagenet():
   """Its WordNet numbers and its words."""
-  path = predict.importlib.resources.files("hybrid_vit.data") / "embedded/imagenet1k_classes.txt"
+  path = importlib.resources.files("hybrid_vit.data") / "embedded/imagenet1k_classes.txt"
   return [
     list(column) for column in zip(*(line.split("\t") for line in path.read_text().splitlines()))
   ]
