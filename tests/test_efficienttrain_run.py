@@ -18,7 +18,8 @@ from hybrid_vit.curriculum_reading import magnitude_of, with_magnitude, without_
 from hybrid_vit.data.erasing import random_erase
 from hybrid_vit.exports import load_weights
 from hybrid_vit.table_resizing import resize_tables
-from hybrid_vit.tasks.classification import Erasing, Shrinking
+from hybrid_vit.tasks.classification import Erasing
+from hybrid_vit.tasks.pictures import Shrinking
 from hybrid_vit.tasks.registry import register_task
 from hybrid_vit.weights.stored import load_network
 from tests import small

@@ -41,9 +41,20 @@ def mask_by_noise(noise: jax.Array, ratio: float) -> Masking:
   """Hides the patches with the largest noise `[B, L]`, in each row as many.
 
   Raises:
+    ValueError: see `visible_patches`.
+  """
+  count = visible_patches(noise.shape[1], ratio)
+  order = jnp.argsort(noise, axis=1).astype(jnp.int32)
+  restore = jnp.argsort(order, axis=1).astype(jnp.int32)
+  return Masking(order[:, :count], restore, (restore >= count).astype(jnp.float32))
+
+
+def visible_patches(length: int, ratio: float) -> int:
+  """How many of `length` patches a mask leaves.
+
+  Raises:
     ValueError: a ratio that leaves nothing visible, or hides nothing.
   """
-  length = noise.shape[1]
   # 100 * (1 - 0.9) shall be 10.
   count = int(length * (1.0 - ratio) + 1e-6)
   if not 0 < count < length:
@@ -51,9 +62,7 @@ def mask_by_noise(noise: jax.Array, ratio: float) -> Masking:
       f"a mask ratio of {ratio:g} leaves {count} of {length} patches visible: choose another one, "
       "larger pictures or smaller patches"
     )
-  order = jnp.argsort(noise, axis=1).astype(jnp.int32)
-  restore = jnp.argsort(order, axis=1).astype(jnp.int32)
-  return Masking(order[:, :count], restore, (restore >= count).astype(jnp.float32))
+  return count
 
 
 def patchify(images: jax.Array, size: int) -> jax.Array:
@@ -79,11 +88,20 @@ def unpatchify(patches: jax.Array, grid: tuple[int, int], size: int) -> jax.Arra
   return x.reshape(patches.shape[0], grid[0] * size, grid[1] * size, -1)
 
 
-def sincos_positions(width: int, grid: tuple[int, int], tokens: int = 0) -> np.ndarray:
+def sincos_positions(
+  width: int, grid: tuple[int, int], tokens: int = 0, made: tuple[int, int] | None = None
+) -> np.ndarray:
   """Fixed positions float32 `[tokens + rows * columns, width]`, zeros for the tokens before.
 
   The first half of a row tells the column, the second the row, each by sines, then cosines, of
   frequencies from 1 down to 1/10000.
+
+  Args:
+    width: of a row.
+    grid: (rows, columns).
+    tokens: rows of zeros before.
+    made: the grid in whose units places are told, so that a place of the picture has the same
+      position at any size; None for `grid`.
 
   Raises:
     ValueError: a width that is no multiple of 4.
@@ -91,7 +109,9 @@ def sincos_positions(width: int, grid: tuple[int, int], tokens: int = 0) -> np.n
   if width % 4:
     raise ValueError(f"sine positions need a width that is a multiple of 4, not {width}")
   frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
-  rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+  # Centres of the cells: i + 0.5 of n is at (i + 0.5) / n.
+  sides = [(np.arange(n) + 0.5) * (m / n) - 0.5 for n, m in zip(grid, made or grid)]
+  rows, columns = np.meshgrid(*sides, indexing="ij")
   parts = [np.zeros((grid[0] * grid[1], 0))]
   for place in (columns, rows):
     angles = place.reshape(-1, 1) * frequencies
@@ -105,6 +125,7 @@ class Decoder(nn.Module):
 
   Attributes:
     outputs: numbers of a patch.
+    positions: (rows, columns) of the full size, see `sincos_positions`; None for the picture's own.
     width: of a token.
     depth: number of blocks.
     num_heads: of attention.
@@ -113,6 +134,7 @@ class Decoder(nn.Module):
   """
 
   outputs: int
+  positions: tuple[int, int] | None = None
   width: int = 512
   depth: int = 8
   num_heads: int = 16
@@ -149,7 +171,7 @@ class Decoder(nn.Module):
     all_patches = jnp.concatenate([x[:, before:], hidden], axis=1)
     all_patches = jnp.take_along_axis(all_patches, restore[..., None], axis=1)
     x = jnp.concatenate([x[:, :before], all_patches], axis=1)
-    x = x + jnp.asarray(sincos_positions(self.width, grid, before), self.dtype)
+    x = x + jnp.asarray(sincos_positions(self.width, grid, before, self.positions), self.dtype)
     block_class = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
     for i in range(self.depth):
       x = block_class(

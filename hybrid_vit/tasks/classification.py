@@ -21,14 +21,12 @@ from hybrid_vit.data.erasing import random_erase
 from hybrid_vit.data.imagenet_variants import padded_sets
 from hybrid_vit.data.mixing import mix_batch, smooth_one_hot
 from hybrid_vit.data.spec import INDEX, MASK, Field, Spec
-from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
 from hybrid_vit.plots import plot_predictions
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
-from hybrid_vit.tasks.pictures import displayable, normalized
+from hybrid_vit.tasks.pictures import Shrinking, displayable, normalized, shrunk_and_normalized
 from hybrid_vit.tasks.registry import Context, register_task
 
 LOSSES = ("softmax", "sigmoid")
-SHRINKING = ("low_frequency", "lanczos")
 BALANCED = "balanced"
 # Instead of the logit of a class that does not compete.
 _LOWEST = -1e30
@@ -47,26 +45,6 @@ class Mixing:
   probability: float = 1.0
   switch_probability: float = 0.5
   mode: str = "batch"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shrinking:
-  """Training pictures made smaller on the device, before erasing and mixing.
-
-  Attributes:
-    size: of both sides.
-    method: "low_frequency", the normalised picture's lowest frequencies (an even size), or
-      "lanczos", PIL's filter, before normalising; see `hybrid_vit.ops.low_frequency_crop`.
-  """
-
-  size: int
-  method: str = "lanczos"
-
-  def __post_init__(self) -> None:
-    check.whole("config.task.shrink.size", self.size)
-    check.choice("config.task.shrink.method", self.method, SHRINKING)
-    if self.method == "low_frequency" and self.size % 2:
-      raise ValueError(f"config.task.shrink.size is {self.size}; an even number was expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,12 +221,7 @@ class Classification:
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     """Shrinks, normalises, erases, adds "target" float32 `[B, K]`, mixes images and targets."""
     del step
-    images = batch["image"]
-    if self.shrink is not None and self.shrink.method == "lanczos":
-      images = lanczos_resize(images, self.shrink.size)
-    images = self.normalize(images)
-    if self.shrink is not None and self.shrink.method == "low_frequency":
-      images = low_frequency_crop(images, self.shrink.size)
+    images = shrunk_and_normalized(batch["image"], self.mean, self.std, self.shrink)
     if self.erasing is not None:
       erase_rng = jax.random.fold_in(rng, 1)
       images = random_erase(erase_rng, images, **dataclasses.asdict(self.erasing))

@@ -18,7 +18,7 @@ from hybrid_vit.models import mae
 from hybrid_vit.ops.hog import hog
 from hybrid_vit.plots import plot_rows
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
-from hybrid_vit.tasks.pictures import displayable, normalized
+from hybrid_vit.tasks.pictures import Shrinking, displayable, normalized, shrunk_and_normalized
 from hybrid_vit.tasks.registry import Context, register_task
 from hybrid_vit.weights.transfer import is_head
 
@@ -48,6 +48,7 @@ class MaskedAutoencodingSettings:
   mask_ratio: float = 0.75
   target: str = "normalized_pixels"
   decoder: DecoderSettings | None = None
+  shrink: Shrinking | None = None
 
   def __post_init__(self) -> None:
     for name, known in (("masking", MASKINGS), ("target", TARGETS)):
@@ -68,7 +69,8 @@ def build_masked_autoencoding(
 
   Raises:
     ValueError: sparse masking of a network that sees whole pictures only, a decoder's settings for
-      dense masking, or cells of HOG that do not divide a patch.
+      dense masking, cells of HOG that do not divide a patch, or pictures to be made smaller that
+      are then no whole patches.
   """
   model = context.make_network(0)
   name, able = type(model).__name__, getattr(model, "takes_kept", False)
@@ -78,6 +80,13 @@ def build_masked_autoencoding(
       f"config.task.masking is 'sparse', and {name} sees whole pictures only: take 'dense'"
     )
   patch = model.features[-1].stride
+  if settings.shrink is not None:
+    if settings.shrink.size % patch:
+      raise ValueError(
+        f"config.task.shrink.size is {settings.shrink.size}, and {name}'s patches of "
+        f"{patch}x{patch} are to be whole: take a multiple"
+      )
+    mae.visible_patches((settings.shrink.size // patch) ** 2, settings.mask_ratio)
   outputs = 3 * patch**2
   if settings.target == "hog":
     if patch % _CELL:
@@ -91,8 +100,16 @@ def build_masked_autoencoding(
     if model.pool_before_norm:
       # Its only norm is to be one of tokens here; its name is the same.
       model = model.clone(pool_before_norm=False)
+    full = context.preprocessing.image_size
+    if settings.shrink is not None:
+      # Sines are not trained, so the table stays that of the full size, and is read in between.
+      here = model.at_size(full, settings.shrink.size)
+      model = model.clone(**here)
     own = dataclasses.asdict(settings.decoder or DecoderSettings())
-    decoder = mae.Decoder(outputs, **own, remat=model.remat, dtype=model.dtype)
+    grid = full // patch
+    decoder = mae.Decoder(
+      outputs, **own, positions=(grid, grid), remat=model.remat, dtype=model.dtype
+    )
   elif settings.decoder is not None:
     raise ValueError("config.task.decoder is of sparse masking; the dense form has a linear layer")
   else:
@@ -105,6 +122,7 @@ def build_masked_autoencoding(
     target=settings.target,
     mean=tuple(context.preprocessing.mean),
     std=tuple(context.preprocessing.std),
+    shrink=settings.shrink,
   )
 
 
@@ -128,6 +146,7 @@ class MaskedAutoencoding:
       normalised picture) or "hog" (9 orientations, cells of 8).
     mean: per channel.
     std: per channel.
+    shrink: to what size training pictures are brought first, or None.
   """
 
   model: Any
@@ -137,6 +156,7 @@ class MaskedAutoencoding:
   target: str
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  shrink: Shrinking | None = None
   separable: bool = True
 
   @property
@@ -187,9 +207,9 @@ class MaskedAutoencoding:
     return {"params": params, "batch_stats": variables.get("batch_stats", {})}
 
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
-    """Normalises, and draws "noise" float32 `[B, L]`, which says what is hidden."""
+    """Shrinks, normalises, and draws "noise" float32 `[B, L]`, which says what is hidden."""
     del step
-    images = normalized(batch["image"], self.mean, self.std)
+    images = shrunk_and_normalized(batch["image"], self.mean, self.std, self.shrink)
     rows, columns = self._grid(images.shape[1:3])
     noise = jax.random.uniform(rng, (images.shape[0], rows * columns), jnp.float32)
     return {"image": images, "noise": noise}

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hybrid_vit.data import arguments as check
+from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
+
+SHRINKING = ("low_frequency", "lanczos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinking:
+  """Training pictures made smaller on the device, before whatever else the step does to them.
+
+  Attributes:
+    size: of both sides.
+    method: "low_frequency", the normalised picture's lowest frequencies (an even size), or
+      "lanczos", PIL's filter, before normalising; see `hybrid_vit.ops.low_frequency_crop`.
+  """
+
+  size: int
+  method: str = "lanczos"
+
+  def __post_init__(self) -> None:
+    check.whole("config.task.shrink.size", self.size)
+    check.choice("config.task.shrink.method", self.method, SHRINKING)
+    if self.method == "low_frequency" and self.size % 2:
+      raise ValueError(f"config.task.shrink.size is {self.size}; an even number was expected")
 
 
 def normalized(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -15,6 +41,18 @@ def normalized(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -
     return images
   scale = 1.0 / (jnp.asarray(std, jnp.float32) * 255.0)
   return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32) * 255.0) * scale
+
+
+def shrunk_and_normalized(
+  images: jax.Array, mean: Sequence[float], std: Sequence[float], shrink: Shrinking | None
+) -> jax.Array:
+  """Training pictures `[B, H, W, 3]` → `normalized` ones, made smaller where that is asked for."""
+  if shrink is not None and shrink.method == "lanczos":
+    images = lanczos_resize(images, shrink.size)
+  images = normalized(images, mean, std)
+  if shrink is not None and shrink.method == "low_frequency":
+    images = low_frequency_crop(images, shrink.size)
+  return images
 
 
 def displayable(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

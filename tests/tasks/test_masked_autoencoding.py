@@ -1,6 +1,7 @@
 """Masked autoencoding: patches, masks and losses by their definition, then whole runs."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from hybrid_vit.tasks.masked_autoencoding import (
   build_masked_autoencoding,
   draw_histograms,
 )
+from hybrid_vit.tasks.pictures import Shrinking
 from hybrid_vit.tasks.registry import Context
 from hybrid_vit.weights.transfer import transfer
 from tests.command import TINY_NETWORK
@@ -190,6 +192,8 @@ def test_a_picture_is_masked_alike_whatever_batch_it_comes_in():
       dict(target="hog"),
       "cells of 8x8 do not divide VisionTransformer's patches of 4x4",
     ),
+    (SPARSE, dict(shrink=Shrinking(8)), "ratio of 0.75 leaves 0 of 1 patches visible"),
+    (SPARSE, dict(shrink=Shrinking(12)), "shrink.size is 12, and VisionTransformer's patches of 8"),
   ],
 )
 def test_what_cannot_be_is_refused(network, settings, message):
@@ -259,6 +263,70 @@ def test_a_run_learns_and_starts_a_classification(network, tmp_path, capsys):
   _, report = transfer(weights, target, reinitialize_head=True)
   assert all(name.startswith("params/head/") for name in report.initialised)
   assert all(name.startswith("params/decoder/") for name in report.unused)
+
+
+def test_a_place_has_the_same_position_at_any_size():
+  full = mae.sincos_positions(8, (4, 4), made=(4, 4))
+  np.testing.assert_array_equal(full, mae.sincos_positions(8, (4, 4)))
+  # Half as many cells: each centre lies between two of the full size's.
+  small = mae.sincos_positions(8, (2, 2), 1, made=(4, 4))
+  assert not small[0].any()
+  columns = np.array([0.5, 2.5])
+  np.testing.assert_allclose(small[1:3, 0], np.sin(columns), rtol=1e-6)
+  np.testing.assert_allclose(small[[1, 3], 4], np.sin(columns), rtol=1e-6)
+
+
+def by_curriculum(network, sizes):
+  """A curriculum over `sizes`, the last one the full size."""
+  size = sizes[-1]
+  changed = config(
+    network,
+    curriculum=dict(name="efficienttrain++", sizes=sizes),
+    checkpoint=dict(every_steps=4, keep=9),
+    log_every_steps=1,
+  )
+  changed.data.image_size = size
+  changed.data.transform = f"decode|resize({size}, 'bilinear')"
+  changed.evaluation.sets.held_out.transform = f"decode|resize({size})"
+  return changed
+
+
+def test_any_network_is_pretrained_by_a_curriculum():
+  run = build.build(Config(by_curriculum(DENSE, (16, 32, 48))), DataFacts(num_examples=1437))
+  assert {task.shrink for task in run.tasks} == {Shrinking(16), Shrinking(32), None}
+  key = jax.random.key(0)
+  for task, batch in zip(run.tasks, run.batches):
+    rows = jax.eval_shape(task.augment, batch, key, jnp.zeros((), jnp.int32))
+    size = task.shrink.size if task.shrink else 48
+    assert rows["image"].shape == (96, size, size, 3)
+    assert rows["noise"].shape == (96, (size // task.patch_size) ** 2)
+
+
+@pytest.mark.slow
+def test_it_is_trained_by_a_curriculum_and_goes_on_bit_for_bit(tmp_path, shared_programs):
+  """Pictures shown at 16 px first; the fixed sines stay those of the full size."""
+  name, arguments = SPARSE
+  network = (name, {**arguments, "position_size": 5})
+  changed = by_curriculum(network, (16, 24, 32, 40))
+  changed.task.decoder = dict(width=16, depth=1, num_heads=2)
+  run = build.build(Config(changed), DataFacts(num_examples=1437))
+  assert run.tasks[0].shrink == Shrinking(16) and run.tasks[-1].shrink is None
+  assert {task.model.position_size for task in run.tasks} == {5}
+  whole = tmp_path / "whole"
+  main.train(changed, whole)
+  losses = [x["loss"] for x in read_metrics(whole / "metrics.jsonl") if x["kind"] == "train"]
+  assert len(losses) == run.curriculum.total_steps and np.isfinite(losses).all()
+  weights, _ = checkpoints.load_weights(whole)
+  expected = mae.sincos_positions(32, (5, 5), 1)
+  np.testing.assert_allclose(weights["params"]["position_embedding"], expected, atol=1e-6)
+  broken = shutil.copytree(whole, tmp_path / "broken")
+  saved = sorted(int(path.name) for path in (broken / "checkpoints").iterdir())
+  for step in saved[1:]:
+    shutil.rmtree(broken / "checkpoints" / str(step))
+  assert saved[0] < run.curriculum.first_steps[-1]
+  main.train(changed, broken)
+  assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+  jax.tree.map(np.testing.assert_array_equal, weights, checkpoints.load_weights(broken)[0])
 
 
 def test_fine_tuning_of_the_recipe_takes_what_its_pretraining_leaves():
