@@ -80,15 +80,21 @@ def pvt() -> Iterator[Run]:
 
 
 def vit() -> Iterator[Run]:
-  """ViT, DeiT-Ti and CLIP's image tower; the rule's positions are too small to be tested."""
+  """ViT, DeiT-Ti, a distilled one, CLIP's tower; the rule's positions are too small to test."""
 
   def answers(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     out = model(x, output_hidden_states=True, interpolate_pos_encoding=True)
     patch, found = model.config.patch_size, {}
     for i, tokens in enumerate(out.hidden_states[1:]):
       found[f"stage1_block{i}_token"] = tokens[:, 0]
+      distilled = "distillation_logits" in out
+      if distilled:
+        found[f"stage1_block{i}_distillation_token"] = tokens[:, 1]
       map_shape = (len(x), x.shape[2] // patch, x.shape[3] // patch, -1)
-      found[f"stage1_block{i}"] = tokens[:, 1:].reshape(map_shape)
+      found[f"stage1_block{i}"] = tokens[:, 1 + distilled :].reshape(map_shape)
+    if distilled:
+      heads = {"class_logits": out.cls_logits, "distillation_logits": out.distillation_logits}
+      return {**found, **heads, "logits": out.logits}
     return {**found, "logits": out.image_embeds if "image_embeds" in out else out.logits}
 
   small = {
@@ -100,7 +106,9 @@ def vit() -> Iterator[Run]:
     "intermediate_size": 96,
   }
   tiny = {**small, "image_size": 224, "hidden_size": 192, "num_hidden_layers": 12}
-  changes = ({"pattern": "position_embedding|cls_token|class_embedding", "scale": 10.0},)
+  changes = (
+    {"pattern": "position_embedding|cls_token|class_embedding|distillation_token", "scale": 10.0},
+  )
   for name, size, arguments in (
     ("small_64", (64, 64), small),
     ("small_larger_96x64", (96, 64), small),
@@ -110,6 +118,15 @@ def vit() -> Iterator[Run]:
     arguments = {**arguments, "num_labels": 10, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**arguments))
     yield Run(name, model, arguments, (2, *size, 3), answers, changes)
+  for name, size, arguments in (
+    ("small_distilled_64", (64, 64), small),
+    ("small_distilled_larger_96x64", (96, 64), small),
+  ):
+    arguments = {**arguments, "num_labels": 10, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+    distilled = transformers.DeiTForImageClassificationWithTeacher(
+      transformers.DeiTConfig(**arguments)
+    )
+    yield Run(name, distilled, arguments, (2, *size, 3), answers, changes)
   arguments = {**small, "projection_dim": 24, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
   config = transformers.CLIPVisionConfig(**arguments)
   clip = transformers.CLIPVisionModelWithProjection(config)

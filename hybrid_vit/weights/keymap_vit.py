@@ -149,6 +149,17 @@ _TRANSFORMERS = _Names(
   "vit.layernorm",
   "classifier",
 )
+_TRANSFORMERS_DISTILLED = _Names(
+  "deit.encoder.layer.{}",
+  _TRANSFORMERS_BLOCK,
+  "deit.embeddings.patch_embeddings.projection",
+  "deit.embeddings.cls_token",
+  "deit.embeddings.position_embeddings",
+  "",
+  "deit.layernorm",
+  "cls_classifier",
+  distillation=("deit.embeddings.distillation_token", "distillation_classifier"),
+)
 _TRANSFORMERS_CLIP = _Names(
   "vision_model.encoder.layers.{}",
   TRANSFORMERS_CLIP_BLOCK,
@@ -220,8 +231,10 @@ def _timm(model: VisionTransformer) -> KeyMap:
 
 
 def _transformers(model: VisionTransformer) -> KeyMap:
-  if model.stem == "convolutions" or model.pool_before_norm or model.distillation_token:
+  if model.stem == "convolutions" or model.pool_before_norm:
     raise ValueError("transformers has no such VisionTransformer")
+  if model.distillation_token:
+    return _key_map(model, _TRANSFORMERS_DISTILLED)
   return _key_map(model, _TRANSFORMERS_CLIP if model.pre_norm else _TRANSFORMERS)
 
 
@@ -232,18 +245,18 @@ def _zero_bias(model: VisionTransformer) -> dict[str, np.ndarray]:
 
 
 _NEWER: tuple[tuple[str, str], ...] = (
-  (r"^vit\.layers\.", "vit.encoder.layer."),
+  (r"^(vit|deit)\.layers\.", r"\1.encoder.layer."),
   (r"\.attention\.q_proj\.", ".attention.attention.query."),
   (r"\.attention\.k_proj\.", ".attention.attention.key."),
   (r"\.attention\.v_proj\.", ".attention.attention.value."),
   (r"\.attention\.o_proj\.", ".attention.output.dense."),
-  (r"^(vit\..*)\.mlp\.fc1\.", r"\1.intermediate.dense."),
-  (r"^(vit\..*)\.mlp\.fc2\.", r"\1.output.dense."),
+  (r"^((?:vit|deit)\..*)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+  (r"^((?:vit|deit)\..*)\.mlp\.fc2\.", r"\1.output.dense."),
 )
 
 
 def _older_spelling(name: str) -> str:
-  """transformers 5 renamed ViT's layers; files keep the names of version 4."""
+  """transformers 5 renamed ViT's and DeiT's layers; files keep the names of version 4."""
   for pattern, there in _NEWER:
     name = re.sub(pattern, there, name)
   return name

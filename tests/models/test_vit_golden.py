@@ -108,6 +108,7 @@ def test_transformers(name):
     mlp_ratio=a["intermediate_size"] / a["hidden_size"],
     activation=a["hidden_act"],
     layer_norm_epsilon=a["layer_norm_eps"],
+    distillation_token="distillation_logits" in expected,
     **common,
   )
   x, weights = golden.image(description), golden.weights(description)
