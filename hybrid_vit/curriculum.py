@@ -35,6 +35,8 @@ class Phase:
     image_size: side of its pictures in pixels, as its transform was filled in with.
     shown_size: what the step makes of that, where it shrinks them, for people; None: it does not.
     share: of the schedule, beside the other phases' shares; None for its part of all steps.
+    replay: how often a loaded example is shown, see `hybrid_vit.data.replaying`; 1 for once.
+    replay_steps: from how many steps back at most.
     warmup: the part of the schedule that is warm-up, as this phase counts it; None: as the schedule
       itself says.
     task: fields of the task's settings that are others in this phase.
@@ -51,6 +53,8 @@ class Phase:
   arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   warmup: float | None = None
   shown_size: int | None = None
+  replay: int = 1
+  replay_steps: int = 1
 
   def __post_init__(self) -> None:
     if self.steps < 1:
@@ -62,7 +66,9 @@ class Phase:
 
   def __str__(self) -> str:
     text = f"{self.steps:,} steps of {self.batch_size:,} at {self.image_size} px"
-    return text if self.shown_size is None else f"{text}, shrunk to {self.shown_size} px"
+    if self.shown_size is not None:
+      text += f", shrunk to {self.shown_size} px"
+    return text if self.replay == 1 else f"{text}, each loaded picture shown {self.replay} times"
 
 
 class Curriculum:
@@ -104,7 +110,7 @@ class Curriculum:
     return bisect.bisect_right(self.first_steps, step) - 1
 
   def examples_before(self, step: int) -> int:
-    """How many examples the steps before `step` have seen."""
+    """How many examples the steps before `step` have seen, replayed ones counted."""
     k = self.phase_of(step)
     return self._first_examples[k] + (step - self.first_steps[k]) * self.phases[k].batch_size
 

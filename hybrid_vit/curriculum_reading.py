@@ -42,6 +42,10 @@ class CurriculumSettings:
     sizes: the distinct ones, rising, the last one the full size; None for the published fractions
       of it, to the nearest multiples that the network takes.
     early_batch: see `efficienttrain.stages`.
+    replay: see `efficienttrain.stages`: for hosts that cannot decode as many small pictures.
+    replay_examples: from how many loaded pictures the replayed ones are drawn, all processes
+      together; they are kept at the full size, 3 GB for 20,000 of 224 px. (Published: 1920 batches
+      at the smallest size, 256 at the next, of pictures that are small already.)
   """
 
   name: str
@@ -49,6 +53,8 @@ class CurriculumSettings:
   family: str | None = None
   sizes: tuple[int, ...] | None = None
   early_batch: int = 1
+  replay: int = 1
+  replay_examples: int = 20_000
 
 
 def curriculum_phases(
@@ -98,6 +104,7 @@ def curriculum_phases(
       magnitude=magnitude_of(transform) or 0.0,
       warmup_epochs=_warmup_epochs(config, num_examples, batch_size),
       early_batch=settings.early_batch,
+      replay=settings.replay,
     )
   except ValueError as error:
     raise ConfigError(f"`config.curriculum`: {error}") from error
@@ -119,7 +126,7 @@ def curriculum_phases(
         f"a batch of {batch} is larger than the training data, which has {num_examples} examples: "
         "choose a smaller config.data.batch_size or config.curriculum.early_batch"
       )
-    steps = round(stage.epochs * num_examples / batch)
+    steps = round(stage.epochs * stage.replay * num_examples / batch)
     if steps < 1:
       raise ConfigError(
         f"`config.curriculum`: a budget of {budget:g} epochs of {num_examples} examples leaves no "
@@ -139,9 +146,24 @@ def curriculum_phases(
         arguments={**shared, **(network.arguments_at(stage.size) if small else {})},
         warmup=stage.warmup,
         shown_size=stage.size if small else None,
+        replay=stage.replay,
+        replay_steps=_replay_steps(settings, stage, batch, steps),
       )
     )
   return phases
+
+
+def _replay_steps(
+  settings: CurriculumSettings, stage: efficienttrain.Stage, batch: int, steps: int
+) -> int:
+  if stage.replay == 1:
+    return 1
+  if batch % stage.replay:
+    raise ConfigError(
+      f"`config.curriculum.replay` is {settings.replay}, and a batch of {batch} does not fall into "
+      f"groups of {stage.replay} rows, which show one loaded picture and replayed ones"
+    )
+  return max(1, min(steps, settings.replay_examples // (batch // stage.replay)))
 
 
 def with_magnitude(transform: str, magnitude: float) -> str:
@@ -219,6 +241,7 @@ def _settings(config: Config) -> CurriculumSettings:
     )
   given.number("epochs", None, above=0.0)
   given.integer("early_batch", 1, minimum=1)
+  given.integer("replay_examples", 20_000, minimum=1)
   return settings
 
 

@@ -101,6 +101,17 @@ def test_one_line_gives_all_phases():
   assert rates[0] < 1e-3 and rates[1] == pytest.approx(3e-3, rel=0.05)
 
 
+def test_a_weak_host_loads_less_and_sees_as_much():
+  plain = read(config(total_steps=200)).phases
+  own = dict(name="efficienttrain++", replay=4, replay_examples=240)
+  found = read(config(curriculum=own, total_steps=200)).phases
+  assert [phase.replay for phase in found] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
+  assert [phase.replay_steps for phase in found] == [10, 10, *[5] * 4, 1, 1, 1, 1]
+  for one, other in zip(found, plain):
+    assert abs(one.steps - other.steps) <= 1 and one.share == other.share
+  assert str(found[0]).endswith("shrunk to 8 px, each loaded picture shown 4 times")
+
+
 def test_the_first_version_keeps_the_examples_and_crops_frequencies():
   values = config(curriculum="efficienttrain", total_steps=50)
   found = read(values)
@@ -190,6 +201,23 @@ def register_a_task_that_does_not_shrink():
     scale: float = 1.0
 
   register_task("no_shrinking_of_a_test", Settings)(lambda settings, context: None)
+
+
+@pytest.mark.parametrize(
+  ("own", "message"),
+  [
+    (dict(name="efficienttrain", replay=4), "replay belongs to efficienttrain"),
+    (dict(name="efficienttrain++", replay=3), r"replay is 3; one of \[1, 4, 2\] was expected"),
+    (dict(name="efficienttrain++", replay_examples=0), "replay_examples` is 0"),
+  ],
+)
+def test_a_replay_that_cannot_be_is_said(own, message):
+  with pytest.raises(ConfigError, match=message):
+    read(config(curriculum=own))
+  values = config(curriculum=dict(name="efficienttrain++", replay=4))
+  values.data.batch_size = 90
+  with pytest.raises(ConfigError, match="batch of 90 does not fall into groups of 4 rows"):
+    read(values)
 
 
 def test_other_parameters_than_tables_must_not_differ_between_phases():

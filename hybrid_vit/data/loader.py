@@ -23,6 +23,7 @@ import numpy as np
 from hybrid_vit.data import spec
 from hybrid_vit.data.ahead import Ahead, available_cores
 from hybrid_vit.data.errors import CorruptDataError, CorruptExampleError, DataReadError
+from hybrid_vit.data.replaying import KeptRows, replayed_step
 from hybrid_vit.data.sources import Source
 
 Batch = dict[str, np.ndarray]
@@ -46,18 +47,31 @@ class Reading:
     transform: `(example, generator) → example`.
     fields: what a batch is made of, every type and shape known (`spec.resolve`).
     steps: how long the phase is; None for without end, which only the last one may be.
+    replay: how often a loaded example is shown, see `hybrid_vit.data.replaying`; 1 for once.
+    replay_steps: from how many steps back at most.
   """
 
   batch_size: int
   transform: Transform
   fields: Mapping[str, spec.Field]
   steps: int | None = None
+  replay: int = 1
+  replay_steps: int = 1
 
   def __post_init__(self) -> None:
     if self.batch_size < 1:
       raise ValueError(f"batch_size is {self.batch_size}; at least 1 was expected")
     if self.steps is not None and self.steps < 0:
       raise ValueError(f"a phase of {self.steps} steps; 0 or more were expected")
+    if self.replay < 1 or self.replay_steps < 1:
+      raise ValueError(
+        f"replay is {self.replay} and replay_steps {self.replay_steps}; at least 1 was expected"
+      )
+    if self.batch_size % self.replay:
+      raise ValueError(
+        f"a batch of {self.batch_size} does not fall into groups of {self.replay} rows, which show "
+        "one loaded example and replayed ones"
+      )
     for name, field in self.fields.items():
       if name in (spec.INDEX, spec.MASK, spec.REPLACED):
         raise ValueError(f"a field is called {name!r}, which the loader makes itself")
@@ -69,7 +83,7 @@ class Reading:
 
 
 def examples_before(readings: Sequence[Reading], step: int) -> int:
-  """The position of the first row of a step: examples since the start, over all phases.
+  """The position of a step's first example: examples loaded since the start, over all phases.
 
   Raises:
     ValueError: a step behind the end of the last phase.
@@ -77,7 +91,8 @@ def examples_before(readings: Sequence[Reading], step: int) -> int:
   position = 0
   for reading in readings:
     steps = step if reading.steps is None else min(step, reading.steps)
-    position, step = position + steps * reading.batch_size, step - steps
+    position += steps * (reading.batch_size // reading.replay)
+    step -= steps
   if step:
     raise ValueError(f"the phases end {step} steps before the one that was asked for")
   return position
@@ -154,49 +169,89 @@ def train_batches(
     if value < least:
       raise ValueError(f"{name} is {value}; at least {least} was expected")
   for reading in readings:
-    _rows_per_process(reading.batch_size, process_index, process_count)
+    rows = _rows_per_process(reading.batch_size, process_index, process_count)
+    if rows % reading.replay:
+      raise ValueError(
+        f"a process's {rows} rows of a batch do not fall into groups of {reading.replay}, which "
+        "show one loaded example and replayed ones: choose another batch size, or fewer processes"
+      )
   threads, stop, length = _threads(num_threads), threading.Event(), _length(source)
   corrupt = Corrupt(source, max_corrupt_fraction, length / process_count / repeats)
   order = _Order(length, seed, repeats)
+
+  def find(reading: Reading, position: int) -> tuple[dict[str, Any], int, bool]:
+    """The example of a position, its index, and whether it came in another one's place."""
+    epoch, offset = divmod(position, length)
+    for further in range(_MAX_REPLACEMENTS):
+      index = int(order(epoch)[(offset + further) % length])
+      key = (seed, 1, position, further)
+      try:
+        return _read(source, index, reading.transform, key, stop), index, further > 0
+      except CorruptExampleError as error:
+        corrupt.add(index, error, epoch)
+    raise CorruptDataError(
+      f"{_MAX_REPLACEMENTS} examples in a row are corrupt, the last of them "
+      f"{source.describe(index)}"
+    )
 
   def fill(batch: Batch, reading: Reading, first: int, start: int, end: int) -> None:
     fields = spec.on_device(reading.fields)
     for row in range(start, end):
       if stop.is_set():
         return
-      epoch, offset = divmod(first + row, length)
-      for further in range(_MAX_REPLACEMENTS):
-        index = int(order(epoch)[(offset + further) % length])
-        key = (seed, 1, first + row, further)
-        try:
-          example = _read(source, index, reading.transform, key, stop)
-        except CorruptExampleError as error:
-          corrupt.add(index, error, epoch)
-          continue
-        break
-      else:
-        raise CorruptDataError(
-          f"{_MAX_REPLACEMENTS} examples in a row are corrupt, the last of them "
-          f"{source.describe(index)}"
-        )
+      example, index, replaced = find(reading, first + row)
       _put(batch, row, example, fields, source, index)
-      batch[spec.INDEX][row], batch[spec.REPLACED][row] = index, further > 0
+      batch[spec.INDEX][row], batch[spec.REPLACED][row] = index, replaced
+
+  def replay(
+    batch: Batch, reading: Reading, kept: KeptRows, begin: int, step: int, start: int, end: int
+  ) -> None:
+    """As `fill`, of loaded and replayed rows; `begin` is the phase's first position."""
+    loads = reading.batch_size // reading.replay
+    own = process_index * len(batch[spec.INDEX])
+    for row in range(start, end):
+      if stop.is_set():
+        return
+      group, place = divmod(own + row, reading.replay)
+      draw = begin * reading.replay + step * reading.batch_size + own + row
+      shown = replayed_step(seed, draw, place, step, reading.replay_steps, reading.replay)
+      position = begin + shown * loads + group
+      values = kept.get(position)
+      if values is None:
+        one = _empty(reading.fields, 1)
+        one[spec.REPLACED] = np.empty(1, np.float32)
+        fill(one, reading, position, 0, 1)
+        if stop.is_set():
+          return
+        values = {name: value[0].copy() for name, value in one.items()}
+        kept.put(position, values)
+      for name, value in values.items():
+        batch[name][row] = value
 
   def jobs() -> Iterator[tuple[Batch, list[Callable[[], None]]]]:
     begun = 0  # steps of the phases before
     for phase, reading in enumerate(readings):
       rows = reading.batch_size // process_count
+      phase_start = begun
       first_step, end = max(begun, start_step), None
       if reading.steps is not None:
         begun = end = begun + reading.steps
         if end <= first_step:
           continue
-      position = examples_before(readings[: phase + 1], first_step) + process_index * rows
+      begin = examples_before(readings[: phase + 1], phase_start)
+      # Those of the steps that may be drawn, and of the ones read ahead.
+      kept = KeptRows((reading.replay_steps + prefetch + 2) * (rows // reading.replay))
       for step in itertools.count(first_step) if end is None else range(first_step, end):
         batch = _empty(reading.fields, rows)
         batch[spec.REPLACED] = np.empty(rows, np.float32)
-        first = position + (step - first_step) * reading.batch_size
-        yield batch, _chunks(functools.partial(fill, batch, reading, first), rows, threads)
+        done = step - phase_start
+        job: Callable[[int, int], None]
+        if reading.replay > 1:
+          job = functools.partial(replay, batch, reading, kept, begin, done)
+        else:
+          first = begin + done * reading.batch_size + process_index * rows
+          job = functools.partial(fill, batch, reading, first)
+        yield batch, _chunks(job, rows, threads)
 
   return TrainBatches(Ahead(jobs(), threads, prefetch, stop), corrupt)
 

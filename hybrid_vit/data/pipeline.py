@@ -139,7 +139,14 @@ def training_batches(
 ) -> loader.TrainBatches:
   """This process's part of each batch from `start_step` on, through all phases."""
   readings = [
-    loader.Reading(phase.batch_size, reading.transform, reading.fields, phase.steps)
+    loader.Reading(
+      phase.batch_size,
+      reading.transform,
+      reading.fields,
+      phase.steps,
+      phase.replay,
+      phase.replay_steps,
+    )
     for phase, reading in zip(run.curriculum.phases, run.readings)
   ]
   return loader.train_batches(
