@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +22,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hybrid_vit import checkpoints, recipes
-from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.splits import sample_indices
-from hybrid_vit.data.transforms import parse_transform
-from hybrid_vit.models.registry import Preprocessing
+from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import one_line, plain_text, printable, save_figure
 from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import StoredNetwork, check_finite, class_names, load_network
@@ -79,13 +76,7 @@ def predict(
     )
   check_finite(network)
   names = class_names(network)
-  images, skipped = {}, {}
-  for photo in map(Path, photos):
-    try:
-      images[photo] = prepare(photo, network.preprocessing)
-    except (CorruptExampleError, OSError) as error:
-      # PIL names the buffer it was given, which nobody knows.
-      skipped[photo] = re.sub(r" <_io\.BytesIO .*>", "", str(error))
+  images, skipped = read_photos(photos, network.preprocessing)
   predictions = []
   for batch, probabilities in _probabilities(network, images):
     for photo, row in zip(batch, probabilities):
@@ -100,19 +91,6 @@ def predict(
         )
       )
   return predictions, skipped
-
-
-def prepare(photo: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-  """A photo as the weights expect it, before normalising: uint8 `[S, S, 3]`.
-
-  Raises:
-    CorruptExampleError: it is no picture, or only part of one.
-    OSError: it cannot be opened.
-  """
-  # PIL's resizing is the one that published figures were measured with.
-  transform = parse_transform(recipes.eval_transform(preprocessing), decoder="pil")
-  example = transform({"image": Path(photo).read_bytes()}, np.random.default_rng(0))
-  return example["image"]
 
 
 def draw(predictions: Sequence[Prediction], png: str | Path) -> None:
