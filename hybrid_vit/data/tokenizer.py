@@ -84,11 +84,13 @@ class ClipTokenizer:
   def rows_of(self, cleaned: list[str]) -> np.ndarray:
     """As a call gives them, of captions that are cleaned already."""
     rows = np.zeros((len(cleaned), self.context_length), np.int32)
-    for row, encoded in zip(rows, self._encode_all(cleaned)):
-      ids = [self.start, *encoded, self.end][: self.context_length]
-      row[: len(ids)] = ids
-      if len(ids) == self.context_length:
-        row[-1] = self.end
+    kept = [encoded[: self.context_length - 2] for encoded in self._encode_all(cleaned)]
+    lengths = np.array([len(encoded) for encoded in kept], np.int64)
+    places = np.arange(self.context_length - 1)
+    # One array for all: one for each row costs more than its tokens.
+    rows[:, 1:][places < lengths[:, None]] = list(itertools.chain.from_iterable(kept))
+    rows[:, 0] = self.start
+    rows[np.arange(len(kept)), lengths + 1] = self.end
     return rows
 
   def encode(self, caption: str) -> list[int]:
