@@ -65,7 +65,7 @@ class StoredClip:
   metadata: dict[str, Any]
 
   def encode_image(
-    self, images: np.ndarray | jax.Array | Sequence[str | Path], batch_size: int = 32
+    self, images: np.ndarray | jax.Array | Sequence[str | Path | np.ndarray], batch_size: int = 32
   ) -> np.ndarray:
     """Embeddings of unit length, float32 `[B, D]`.
 
@@ -79,7 +79,7 @@ class StoredClip:
       CorruptExampleError: a file that is no picture, or only part of one.
     """
     if not hasattr(images, "shape"):
-      photos = [images] if isinstance(images, (str, Path)) else list(images)
+      photos: list[Any] = [images] if _is_path(images) else list(images)
       size = self.preprocessing.image_size
       prepared = [prepare(p, self.preprocessing) if _is_path(p) else np.asarray(p) for p in photos]
       images = np.stack(prepared) if prepared else np.zeros((0, size, size, 3), np.uint8)
