@@ -52,7 +52,10 @@ _DRAWN = 24
 class ImageText(Protocol):
   """What is measured: a task, or stored weights. Embeddings are float32 of unit length."""
 
-  model: Any
+  @property
+  def model(self) -> Any:
+    """Both towers; `model.text.context_length` is how many tokens a text has."""
+    ...
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """uint8 `[B, H, W, 3]` → float32 as the network takes it; floats as they are."""
@@ -121,6 +124,18 @@ def evaluation_kinds(context_length: int) -> dict[str, EvaluationKind]:
       f"|all_captions({context_length}, {MOST_CAPTIONS})",
     ),
   }
+
+
+def kind_of(kind: str, context_length: int) -> EvaluationKind:
+  """One of `evaluation_kinds`; "" is zero-shot.
+
+  Raises:
+    ValueError: a kind that is none.
+  """
+  known = evaluation_kinds(context_length)
+  if (kind or ZERO_SHOT) not in known:
+    raise ValueError(f"kind {kind!r} is not one of {', '.join(known)}")
+  return known[kind or ZERO_SHOT]
 
 
 def evaluators_for(task: ImageText, data: Sequence[EvaluationData]) -> list[Evaluator]:

@@ -1,5 +1,6 @@
 """predict --zero_shot, embed and search by commands, on a small model and plain pictures."""
 
+import csv
 import dataclasses
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 from PIL import Image
 
 from hybrid_vit import checkpoints
+from hybrid_vit.data.prompts import prompts, read_templates
+from hybrid_vit.data.sources import create_source
 from hybrid_vit.embeddings import Embeddings, pictures_in
-from hybrid_vit.tools import embed, predict, probe, search
+from hybrid_vit.tools import embed, evaluate_sets, predict, probe, search
 from tests.clips import IMAGE, SMALL_VIT, write_small_clip
 from tests.data.pictures import write_folder
 
@@ -151,3 +154,25 @@ def test_probes_take_the_image_tower(weights, tmp_path, capsys):
   said = [f"--weights={weights}", f"--data=folder:{source}", "--k=2", "--shots=1", "--seeds=2"]
   assert probe.main(said) == 0
   assert "16 features; 8 pictures of 2 classes known, 4 asked" in capsys.readouterr().out
+
+
+def test_sets_are_measured_by_the_names_of_their_classes(weights, tmp_path, capsys):
+  counts = dict.fromkeys(("red_dog", "cat", "tree"), 3)
+  source = f"folder:{write_folder(tmp_path / 'data', counts)}"
+  said = [f"--weights={weights}", f"--set=mine={source}", "--batch_size=8", "--split=all"]
+  table = tmp_path / "table"
+  assert evaluate_sets.main([*said, "--templates=imagenet", f"--table={table}"]) == 0
+  assert "mine at 16: top-1" in capsys.readouterr().out
+  (row,) = csv.DictReader(table.with_suffix(".csv").open())
+  assert row["examples"] == "9.0"
+  # By hand.
+  model, opened = write_small_clip(tmp_path / "w"), create_source(source, "all")
+  rows = prompts(opened.info["class_names"], read_templates("imagenet"))
+  classes = np.stack([model.encode_text(texts).mean(0) for texts in rows])
+  classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
+  images = model.encode_image(sorted((tmp_path / "data").rglob("*.*g")))
+  labels = [opened[i]["label"] for i in range(9)]
+  right = (images @ classes.T).argmax(-1) == labels
+  assert float(row["top1"]) == pytest.approx(right.mean())
+  assert evaluate_sets.main([*said, "--kind=retrieval"]) == 1
+  assert "no captions" in capsys.readouterr().err
