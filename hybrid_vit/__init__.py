@@ -1,17 +1,25 @@
 """hybrid_vit: hybrid convolution-attention vision backbones in JAX and Flax."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from hybrid_vit.models.clip_systems import create_clip
   from hybrid_vit.models.registry import create_model, list_models
+  from hybrid_vit.weights.stored_clip import load_clip
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_clip", "create_model", "list_models", "load_clip"]
+
+_PLACES = {
+  "create_clip": "hybrid_vit.models.clip_systems",
+  "create_model": "hybrid_vit.models.registry",
+  "list_models": "hybrid_vit.models.registry",
+  "load_clip": "hybrid_vit.weights.stored_clip",
+}
 
 
 def __getattr__(name: str) -> Any:
   # JAX and the networks are loaded when first asked for, so that `import hybrid_vit` stays light.
-  if name in __all__:
-    from hybrid_vit.models import registry
-
-    return getattr(registry, name)
+  if name in _PLACES:
+    return getattr(importlib.import_module(_PLACES[name]), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

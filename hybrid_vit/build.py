@@ -38,7 +38,7 @@ from hybrid_vit.optimizers import (
 )
 from hybrid_vit.settings import Settings, read_settings
 from hybrid_vit.table_resizing import resize_tables
-from hybrid_vit.tasks.base import Task
+from hybrid_vit.tasks.base import Task, evaluation_kind
 from hybrid_vit.tasks.registry import Context, create_task, task_names, task_settings
 from hybrid_vit.weights.stored import StoredNetwork, load_network
 
@@ -121,6 +121,10 @@ class Run:
     """The task of evaluation: without what phases change."""
     return self.tasks[-1]
 
+  def evaluation_fields(self, kind: str) -> Mapping[str, Field]:
+    """The fields of an example of an evaluation set of some kind."""
+    return evaluation_kind(self.task, kind).fields
+
   def evaluates_at(self, step: int) -> bool:
     """Whether an evaluation follows `step` finished steps."""
     if step == self.curriculum.total_steps:
@@ -192,7 +196,7 @@ def build(
     parts["tasks"], parts["metadata"] = tasks, spec
   if parts["tasks"] is not None:
     with check("evaluation"):
-      parts["evaluation"] = read_evaluation(config, preprocessing)
+      parts["evaluation"] = read_evaluation(config, preprocessing, parts["tasks"][-1])
       parts["settings"] = read_settings(config, parts["tasks"][-1], parts["evaluation"])
   known = all(parts[name] is not None for name in ("tasks", "data", "curriculum"))
   if known:
@@ -389,18 +393,26 @@ def build_tasks(
   return tuple(tasks), metadata
 
 
-def read_evaluation(config: Config, preprocessing: Preprocessing) -> tuple[EvaluationSettings, ...]:
+def read_evaluation(
+  config: Config, preprocessing: Preprocessing, task: Task | None = None
+) -> tuple[EvaluationSettings, ...]:
   """`config.evaluation.sets`; what a set does not say is as in `config.data`.
 
-  Its transform is that of `preprocessing`, and its decoder PIL, which published figures are
-  measured with.
+  Its transform is that of `preprocessing` and what `task` adds for a set of its kind, and its
+  decoder PIL, which published figures are measured with.
+
+  Raises:
+    ValueError: a kind that the task does not know.
   """
   data, sets = config.data, config.group("evaluation").group("sets")
   smoke = config.integer("smoke_steps", None, minimum=1)
   found = []
   for name in sets.names():
     fields = sets.group(name)
-    transform = fields.text("transform", None)
+    transform, kind = fields.text("transform", None), fields.text("kind", "")
+    usual = recipes.eval_transform(preprocessing)
+    if task is not None:
+      usual += evaluation_kind(task, kind).transform
     found.append(
       fields.as_dataclass(
         EvaluationSettings,
@@ -409,8 +421,9 @@ def read_evaluation(config: Config, preprocessing: Preprocessing) -> tuple[Evalu
         data_dir=fields.text("data_dir", data.get("data_dir")),
         batch_size=fields.integer("batch_size", data.batch_size, minimum=1),
         num_threads=fields.integer("num_threads", data.get("num_threads"), minimum=1),
-        transform=fill_transform(transform or recipes.eval_transform(preprocessing), preprocessing),
+        transform=fill_transform(transform or usual, preprocessing),
         own_transform=transform is not None,
+        kind=kind,
         max_batches=smoke,
       )
     )

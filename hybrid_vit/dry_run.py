@@ -238,7 +238,8 @@ def _examine_evaluation(plan: Plan, run: Run) -> None:
     example = lambda: readable_example(open_source(run.data))  # noqa: E731
   for item in run.evaluation:
     with plan.checking(f"evaluation set {item.name!r}"):
-      reading = build.read_transform(item.transform, item.decoder, task.spec.evaluation, example)
+      fields = run.evaluation_fields(item.kind)
+      reading = build.read_transform(item.transform, item.decoder, fields, example)
       ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] if plan.mesh is not None else 1
       if item.batch_size % ways and item.batch_size != plan.config.data.batch_size:
         raise ConfigError(f"batch_size {item.batch_size} does not fall on {ways} devices")

@@ -54,7 +54,7 @@ def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
   if not run.evaluation:
     raise ConfigError("`config.evaluation.sets` is empty: there is nothing to evaluate on")
   mesh = sharding.make_mesh(run.mesh_axes)
-  sets = open_evaluation(run.evaluation, run.task.spec.evaluation, mesh)
+  sets = open_evaluation(run.evaluation, run.evaluation_fields, mesh)
   check_classes(run, sets)
   variables, report = place(run, weights, mesh)
   show = print if jax.process_index() == 0 else lambda *_: None

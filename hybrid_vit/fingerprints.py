@@ -8,6 +8,8 @@ layout on accelerators.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,6 +67,12 @@ def fingerprints(tree: Any) -> dict[str, int]:
   """Fingerprint of every leaf, by its path; with several processes all of them call this."""
   values = jax.device_get([_fingerprint_of(leaf) for leaf in jax.tree.leaves(tree)])
   return {name: int(value) for name, value in zip(leaf_names(tree), values)}
+
+
+def digest(tree: Any) -> str:
+  """Of all leaves together: 64 hexadecimal digits."""
+  leaves = json.dumps(fingerprints(tree), sort_keys=True)
+  return hashlib.sha256(leaves.encode()).hexdigest()
 
 
 def first_difference(tree: Any, expected: Mapping[str, int]) -> str | None:

@@ -30,6 +30,7 @@ _RIGHT, _WRONG = "#1d7a2b", "#c01c1c"
 # Curves with more points than this are drawn pale, with their running mean on top.
 _SMOOTHED_FROM = 60
 _MAX_PICTURES_IN_A_ROW = 8
+_SHEET_COLUMNS = 4
 
 # Letters of a class's name under its picture, and of a measure's or a set's beside its curve.
 _CLASS_LETTERS, _CURVE_LETTERS = 18, 40
@@ -169,6 +170,35 @@ def plot_rows(rows: Mapping[str, np.ndarray], png: Any) -> None:
         axes.set_yticks([])
         if not column:
           axes.set_ylabel(one_line(title, _CURVE_LETTERS), fontsize=8)
+    save_figure(figure, png)
+
+
+def plot_sheet(images: Sequence[np.ndarray], titles: Sequence[str], heading: str, png: Any) -> None:
+  """Draws pictures, each below its title, on one sheet.
+
+  Args:
+    images: N of `[H, W, 3]`, uint8.
+    titles: N texts.
+    heading: of the sheet.
+    png: the file to write.
+
+  Raises:
+    ValueError: no picture, or unequal numbers.
+  """
+  if not len(images) or len(images) != len(titles):
+    raise ValueError(f"{len(images)} pictures and {len(titles)} titles; as many were expected")
+  columns = min(_SHEET_COLUMNS, len(images))
+  rows = math.ceil(len(images) / columns)
+  with plain_text():
+    size = (max(2.0 * columns, 4.0), 2.25 * rows + 0.4)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid:
+      axes.axis("off")
+    for axes, image, title in zip(grid, images, titles):
+      axes.imshow(image)
+      axes.set_title(one_line(title, 28), fontsize=8)
+    figure.suptitle(one_line(heading, 80), fontsize=11)
     save_figure(figure, png)
 
 

@@ -9,7 +9,7 @@ from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.pipeline import EvaluationSettings
 from hybrid_vit.early_stop import EarlyStop
 from hybrid_vit.sinks import SINKS
-from hybrid_vit.tasks.base import Task
+from hybrid_vit.tasks.base import Task, evaluation_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,16 @@ def read_settings(config: Config, task: Task, evaluation: Sequence[EvaluationSet
   Raises:
     ConfigError: a best metric that no evaluation set measures.
   """
-  checkpoint, sets = config.group("checkpoint"), [item.name for item in evaluation]
-  default = f"{sets[0]}/{next(iter(task.measures))}" if sets and task.measures else None
+  checkpoint = config.group("checkpoint")
+  known = {
+    f"{item.name}/{measure}": way
+    for item in evaluation
+    for measure, way in evaluation_kind(task, item.kind).measures.items()
+  }
+  default = next(iter(known), None)
   best = checkpoint.text("best_metric", default)
   if not checkpoint.flag("keep_best", True):
     best = None
-  known = {f"{name}/{measure}": way for name in sets for measure, way in task.measures.items()}
   if best is not None and best not in known:
     raise ConfigError(
       f"`config.checkpoint.best_metric` is {best!r}; there are: {', '.join(known) or 'none'}"

@@ -27,6 +27,7 @@ from hybrid_vit.data.classes import check_same_classes
 from hybrid_vit.data.evaluation import EvaluationSet
 from hybrid_vit.paths import as_path
 from hybrid_vit.train_state import TrainState
+from hybrid_vit.weights.architectures import clip_with
 from hybrid_vit.weights.families import import_checkpoint
 from hybrid_vit.weights.head_rows import carry_head, head_rows
 from hybrid_vit.weights.readers import read_checkpoint
@@ -179,7 +180,10 @@ def _initial_weights(run: Run, place: str) -> tuple[dict[str, Any], dict[str, An
   if not path.is_file():
     return load_weights(place)
   # Read as the registry's network; what another size or window needs, the transfer sees to.
-  imported = import_checkpoint(read_checkpoint(str(path)).weights, run.network)
+  network = run.network
+  if text := run.metadata.get("text_tower"):
+    network = clip_with(network, text) or network
+  imported = import_checkpoint(read_checkpoint(str(path)).weights, network)
   return imported.variables, {"num_classes": imported.num_classes}
 
 

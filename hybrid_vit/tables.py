@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Shown in percent.
+# Shown in percent, as are recalls ("image_to_text_r5").
 _PARTS = ("top1", "top5")
 
 
@@ -49,6 +50,6 @@ def _shown(column: str, value: Any) -> str:
     return ""
   if not isinstance(value, float):
     return str(value)
-  if name in _PARTS:
+  if name in _PARTS or re.fullmatch(r"\w+_r\d+", name):
     return f"{value:.2%}"
-  return f"{value:,.0f}" if name == "examples" else f"{value:.5g}"
+  return f"{value:,.0f}" if name in ("examples", "captions") else f"{value:.5g}"

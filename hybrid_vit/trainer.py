@@ -67,7 +67,7 @@ def train(
   workdir, settings = as_path(workdir), run.settings
   mesh = sharding.make_mesh(run.mesh_axes)
   with StopSignal() as stop:
-    sets = open_evaluation(run.evaluation, run.task.spec.evaluation, mesh, stop.raise_if_told)
+    sets = open_evaluation(run.evaluation, run.evaluation_fields, mesh, stop.raise_if_told)
     check_classes(run, sets)
     checkpointer = Checkpointer(
       workdir,

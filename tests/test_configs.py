@@ -11,6 +11,7 @@ import pytest
 from hybrid_vit import build, config_files, dry_run
 from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, ConfigError, load_config
+from hybrid_vit.tasks.base import evaluation_kind
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -66,10 +67,12 @@ def test_every_variant_builds_its_network_and_transforms(path, variant):
   decoder = config.data.as_dataclass(build.TrainingSettings).decoder
   for phase, task in zip(curriculum.phases, tasks):
     build.read_transform(phase.transform, decoder, task.spec.train, None)
-  evaluation = build.read_evaluation(config, preprocessing)
+  evaluation = build.read_evaluation(config, preprocessing, tasks[-1])
   assert evaluation
   for item in evaluation:
-    build.read_transform(item.transform, item.decoder, tasks[-1].spec.evaluation, None)
+    build.read_transform(
+      item.transform, item.decoder, evaluation_kind(tasks[-1], item.kind).fields, None
+    )
 
 
 @pytest.mark.parametrize(

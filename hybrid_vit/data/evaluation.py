@@ -77,12 +77,12 @@ class EvaluationSet:
 
 def open_evaluation(
   settings: Sequence[EvaluationSettings],
-  fields: Fields,
+  fields: Callable[[str], Fields],
   mesh: Mesh,
   interrupt: Callable[[], None] = lambda: None,
 ) -> list[EvaluationSet]:
-  """All sets."""
-  return [EvaluationSet(item, fields, mesh, interrupt) for item in settings]
+  """All sets; `fields` gives those of a set's kind."""
+  return [EvaluationSet(item, fields(item.kind), mesh, interrupt) for item in settings]
 
 
 def describe_preparation(

@@ -71,6 +71,8 @@ class EvaluationSettings:
       that of the set, so none are unless told.
     decoder: "pil", which published figures are measured with, or "opencv".
     max_batches: where a pass ends early; None: at its end.
+    kind: what is measured, of a task that can measure several things; "" for its usual one.
+    options: what the task is told of the set; it refuses what it does not know.
   """
 
   name: str
@@ -84,6 +86,8 @@ class EvaluationSettings:
   max_corrupt_fraction: float = 0.0
   decoder: str = "pil"
   max_batches: int | None = None
+  kind: str = ""
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     _check_fraction(f"config.evaluation.sets.{self.name}", self.max_corrupt_fraction)

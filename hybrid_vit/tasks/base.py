@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from hybrid_vit.data.spec import Spec
+from hybrid_vit.data.spec import Fields, Spec
 
 Variables = Mapping[str, Any]
 # Arrays, or their shapes where only those matter.
@@ -44,6 +45,7 @@ class EvaluationData(Protocol):
 
   name: str
   info: Mapping[str, Any]
+  settings: Any
 
   def __len__(self) -> int: ...
 
@@ -60,6 +62,22 @@ class EvaluationData(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluationKind:
+  """One of the things that a task can measure on a data set.
+
+  Attributes:
+    fields: of an example.
+    measures: each with its direction, as `Task.measures`.
+    transform: operations that follow those on the picture where the set has no transform of its
+      own, e.g. "|all_captions(77)"; "" for none.
+  """
+
+  fields: Fields
+  measures: Mapping[str, str]
+  transform: str = ""
+
+
 class Task(Protocol):
   """From variables and a batch to a loss. Every method but `evaluators` is pure.
 
@@ -69,6 +87,9 @@ class Task(Protocol):
   A task may have a further method, `constants() → tree of NumPy arrays`: what its loss reads and no
   step changes, such as a teacher's weights. They are put on the devices once, are no part of the
   state or of a checkpoint, and stand in the variables of `loss` and `activations` as "constants".
+
+  A task that can measure several things has `evaluation_kinds`: the `kind` of an evaluation set →
+  an `EvaluationKind`. Its `spec` and `measures` are those of a set that names none.
 
   Attributes:
     model: the network, as the registry made it.
@@ -128,6 +149,21 @@ class Task(Protocol):
   def stored_info(self) -> dict[str, Any]:
     """What goes with the weights beside the network and its preprocessing, e.g. class names."""
     ...
+
+
+def evaluation_kind(task: Task, kind: str) -> EvaluationKind:
+  """What a set of some kind needs and gives.
+
+  Raises:
+    ValueError: a kind that the task does not know; the message gives those that it does.
+  """
+  known = getattr(task, "evaluation_kinds", {})
+  if not kind:
+    return EvaluationKind(task.spec.evaluation, task.measures)
+  if kind not in known:
+    there = f"there are: {', '.join(known)}" if known else "this task has one alone: leave it out"
+    raise ValueError(f"an evaluation set's kind is {kind!r}; {there}")
+  return known[kind]
 
 
 def constants_of(task: Task) -> Any:

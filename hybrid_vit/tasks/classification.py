@@ -300,29 +300,14 @@ class Classification:
       label_sets: int32 `[N, M]`, the right classes of each example of the set by its "index", -1
         for none; None where "label" is the only one. There is no "loss" then.
     """
-    logits = self.predict(variables, batch)
-    if competing is not None:
-      # Not -inf, which times a target of 0 is NaN.
-      logits = jnp.where(competing, logits, _LOWEST)
-    mask, labels = batch[MASK], batch["label"]
-    one_hot = smooth_one_hot(labels, self.num_classes, 0.0)
-    right = one_hot > 0
-    if label_sets is not None:
-      sets = jnp.asarray(label_sets)[batch[INDEX]]
-      right = jnp.any(sets[..., None] == jnp.arange(self.num_classes), axis=1)
-    # The best of the right ones; one that is NaN counts as none.
-    own = jnp.max(jnp.where(right, logits, -jnp.inf), axis=-1, keepdims=True)
-    # Ties count against the network, and so does what cannot be compared: neither a constant one
-    # nor one whose logits are NaN may look right.
-    rank = jnp.sum(~(logits < own) & ~right, axis=-1)
-    weight = jnp.sum(mask)
-    sums = {"top1": (jnp.sum(mask * (rank < 1)), weight)}
-    if self.num_classes > 5:
-      sums["top5"] = (jnp.sum(mask * (rank < 5)), weight)
+    logits = competing_only(self.predict(variables, batch), competing)
+    mask = batch[MASK]
+    sums = ranked(logits, batch, label_sets)
     if label_sets is None:
       # Rows that do not count may hold anything: a NaN times 0 would still be one.
+      one_hot = smooth_one_hot(batch["label"], self.num_classes, 0.0)
       losses = jnp.where(mask > 0, self._losses(logits, one_hot), 0.0)
-      sums = {"loss": (jnp.sum(losses), weight), **sums}
+      sums = {"loss": (jnp.sum(losses), jnp.sum(mask)), **sums}
     return sums
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
@@ -340,6 +325,39 @@ class Classification:
     if self.loss_name == "softmax":
       return optax.softmax_cross_entropy(logits, targets)
     return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
+
+
+def competing_only(logits: jax.Array, competing: np.ndarray | None) -> jax.Array:
+  """Logits `[B, K]` with those of classes that do not compete (bool `[K]`) below all others."""
+  # Not -inf, which times a target of 0 is NaN.
+  return logits if competing is None else jnp.where(competing, logits, _LOWEST)
+
+
+def ranked(
+  logits: jax.Array, batch: Batch, label_sets: np.ndarray | None = None
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """ "top1", and with more than five classes "top5", as (sum, weight) over rows that count.
+
+  Args:
+    logits: `[B, K]`.
+    batch: has "mask", "label" and, for `label_sets`, "index".
+    label_sets: see `Classification.evaluate_batch`.
+  """
+  mask, classes = batch[MASK], jnp.arange(logits.shape[-1])
+  right = batch["label"][:, None] == classes
+  if label_sets is not None:
+    sets = jnp.asarray(label_sets)[batch[INDEX]]
+    right = jnp.any(sets[..., None] == classes, axis=1)
+  # The best of the right ones; one that is NaN counts as none.
+  own = jnp.max(jnp.where(right, logits, -jnp.inf), axis=-1, keepdims=True)
+  # Ties count against the network, and so does what cannot be compared: neither a constant one nor
+  # one whose logits are NaN may look right.
+  rank = jnp.sum(~(logits < own) & ~right, axis=-1)
+  weight = jnp.sum(mask)
+  sums = {"top1": (jnp.sum(mask * (rank < 1)), weight)}
+  if len(classes) > 5:
+    sums["top5"] = (jnp.sum(mask * (rank < 5)), weight)
+  return sums
 
 
 def count_correct(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -7,15 +7,13 @@ hard form with a token of its own (arXiv:2012.12877, section 4).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hybrid_vit.data.classes import check_same_classes
-from hybrid_vit.fingerprints import fingerprints
+from hybrid_vit.fingerprints import digest
 from hybrid_vit.tasks.base import CONSTANTS, Batch, Variables
 from hybrid_vit.tasks.classification import (
   Classification,
@@ -136,9 +134,8 @@ class Distillation(Classification):
     info = super().stored_info()
     if self.teacher is None:
       return info
-    leaves = json.dumps(fingerprints(self.teacher.variables), sort_keys=True)
-    digest = hashlib.sha256(leaves.encode()).hexdigest()[:16]
-    teacher = {"path": self.teacher_path, "name": self.teacher.name, "fingerprint": digest}
+    mark = digest(self.teacher.variables)[:16]
+    teacher = {"path": self.teacher_path, "name": self.teacher.name, "fingerprint": mark}
     return {**info, "teacher": teacher}
 
   def loss(

@@ -3,6 +3,7 @@ r"""Times on this machine: the forms of an operation side by side, or pictures r
     python -m hybrid_vit.tools.benchmark depthwise_conv
     python -m hybrid_vit.tools.benchmark data --source=folder:/path/flowers \
       --transform="decode|random_resized_crop(224)|flip_lr"
+    python -m hybrid_vit.tools.benchmark tokenizer
 
 What is compared is measured in turn, round by round, and the median of the rounds is given: a
 machine that slows down meanwhile slows all of it. Ratios are to the first row, the reference.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import random
 import statistics
 import sys
 import time
@@ -28,6 +30,7 @@ from hybrid_vit.data import spec
 from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.data.loader import Reading, train_batches
 from hybrid_vit.data.sources import Source, create_source
+from hybrid_vit.data.tokenizer import ClipTokenizer
 from hybrid_vit.data.transforms import DECODERS, parse_transform
 from hybrid_vit.ops import depthwise_conv
 
@@ -191,6 +194,76 @@ def pictures_per_second(
   return {decoder: steps * batch_size / seconds for decoder, seconds in medians.items()}
 
 
+# Of captions made by rule: common letters of nine scripts.
+_SCRIPTS = (
+  "abcdefghijklmnopqrstuvwxyz",
+  "абвгдежзиклмнопрстуфхцчшыюя",
+  "αβγδεζηθικλμνξοπρστυφχψω",
+  "אבגדהוזחטיכלמנסעפצקרשת",
+  "ابتثجحخدذرزسشصضطظعغفقكلمنهوي",
+  "कखगघचछजटठडतथदधनपफबभमयरलवशसह",
+  "あいうえおかきくけこさしすせそ",
+  "漢字日本語中文學習電腦網路",
+  "가나다라마바사아자차카타파하",
+)
+
+
+def made_captions(count: int, seed: int, scripts: Sequence[str], words: int | None) -> list[str]:
+  """Captions of ten words of 3 to 14 letters.
+
+  Args:
+    count: of captions.
+    seed: others come of another one.
+    scripts: letters; each word is of one of them.
+    words: from a list of so many, the first ones much more often; None: each one is new.
+  """
+  rng = random.Random(seed if words is None else 0)
+
+  def word() -> str:
+    letters = rng.choice(scripts)
+    return "".join(rng.choice(letters) for _ in range(rng.randint(3, 14)))
+
+  if words is None:
+    return [" ".join(word() for _ in range(10)) for _ in range(count)]
+  listed = [word() for _ in range(words)]
+  weights = [1 / (i + 1) for i in range(words)]
+  drawn = random.Random(seed).choices(listed, weights, k=10 * count)
+  return [" ".join(drawn[i : i + 10]) for i in range(0, len(drawn), 10)]
+
+
+def captions_per_second(count: int, rounds: int) -> dict[str, dict[str, float]]:
+  """Captions a second, "reference" and "fast", for each kind of text.
+
+  Each round has other captions. Where all words are new, what a tokenizer remembers of earlier ones
+  is no help; where they are few thousands, as in most captions, both remember nearly all.
+
+  Args:
+    count: of captions in a round.
+    rounds: the two take turns so many times.
+
+  Raises:
+    ImportError: the library of the fast one is not installed.
+  """
+  tokenizers = {"reference": ClipTokenizer(fast=False), "fast": ClipTokenizer(fast=True)}
+  kinds: dict[str, tuple[Sequence[str], int | None]] = {
+    "new words, Latin": (_SCRIPTS[:1], None),
+    "new words, nine scripts": (_SCRIPTS, None),
+    "20,000 words, Latin": (_SCRIPTS[:1], 20_000),
+  }
+  found = {}
+  for kind, (scripts, words) in kinds.items():
+    # Cleaned beforehand where it is not plain ASCII: ftfy would be most of the time of both.
+    texts = [made_captions(count, seed, scripts, words) for seed in range(rounds + 1)]
+
+    def run(tokenizer: ClipTokenizer, texts: list[list[str]] = texts) -> Callable[[], Any]:
+      turns = iter(texts)
+      return lambda: tokenizer.rows_of(next(turns))
+
+    medians = interleaved_medians({k: run(t) for k, t in tokenizers.items()}, rounds)
+    found[kind] = {name: count / seconds for name, seconds in medians.items()}
+  return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command; returns its exit status."""
   parser = argparse.ArgumentParser(
@@ -213,13 +286,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   command.add_argument("--batch_size", type=int, default=64, help="of one process")
   command.add_argument("--pictures", type=int, default=400, help="in a round, in whole batches")
   command.add_argument("--rounds", type=int, default=5)
+  command = commands.add_parser("tokenizer", help="captions a second, reference and fast")
+  command.add_argument("--captions", type=int, default=2000, help="in a round")
+  command.add_argument("--rounds", type=int, default=5)
   options = parser.parse_args(arguments)
   try:
-    if options.what == "data":
+    if options.what == "tokenizer":
+      _print_tokenizer(options)
+    elif options.what == "data":
       _print_data(options)
     else:
       _print_operation(options)
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   return 0
@@ -240,6 +318,18 @@ def _print_operation(options: argparse.Namespace) -> None:
         f"{t.both_ratio:.2f}",
       )
       print(row.format(t.case, t.form, *figures), flush=True)
+
+
+def _print_tokenizer(options: argparse.Namespace) -> None:
+  row = "{:26} {:>14} {:>14} {:>8}"
+  print(row.format("captions of ten words", "reference /s", "fast /s", "ratio"))
+  for kind, rates in captions_per_second(options.captions, options.rounds).items():
+    reference, fast = rates["reference"], rates["fast"]
+    print(row.format(kind, f"{reference:,.0f}", f"{fast:,.0f}", f"{fast / reference:.1f}"))
+  print(
+    f"{options.captions} captions, median of {options.rounds} rounds, {available_cores()} cores; "
+    "repair by ftfy is not counted"
+  )
 
 
 def _print_data(options: argparse.Namespace) -> None:

@@ -7,12 +7,16 @@ A set is a source, or NAME=source; "imagenet_v2:", "imagenet_real:", "imagenet_a
 and "imagenet_sketch:" follow those sets' own rules (hybrid_vit.data.imagenet_variants). Larger
 pictures than those of the training often do better (FixRes, arXiv:1906.06423); the crop keeps its
 ratio. Writes PATH.csv and PATH.md.
+
+Weights of an image and a text tower classify by the names of a set's classes, with --templates of
+prompts, or with --kind=retrieval find pictures by captions and captions by pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,8 +29,13 @@ from hybrid_vit.data.evaluation import open_evaluation
 from hybrid_vit.data.imagenet_variants import VARIANTS, corruption_errors, corruption_sets
 from hybrid_vit.data.pipeline import EvaluationSettings
 from hybrid_vit.tables import write_table
+from hybrid_vit.tasks import image_text_evaluation as measure
+from hybrid_vit.tasks.base import evaluation_kind
 from hybrid_vit.tasks.classification import LOSSES, Classification
-from hybrid_vit.weights.stored import StoredNetwork, check_finite, load_network
+from hybrid_vit.tasks.retrieval import RECALLS
+from hybrid_vit.weights.stored import StoredNetwork, check_finite, network_of
+from hybrid_vit.weights.stored_clip import StoredClip, clip_of
+from hybrid_vit.weights.transfer import is_clip
 
 AVERAGES = ("both", "averaged", "raw")
 COLUMNS = ("weights", "size", "set", "examples", "top1", "top5", "loss")
@@ -34,7 +43,7 @@ _CORRUPTED = "imagenet_c/"
 
 
 def evaluate_network(
-  network: StoredNetwork,
+  network: StoredNetwork | StoredClip,
   sets: Mapping[str, str],
   sizes: Sequence[int | None] = (None,),
   *,
@@ -42,18 +51,22 @@ def evaluate_network(
   batch_size: int = 64,
   data_dir: str | None = None,
   max_batches: int | None = None,
+  kind: str = "",
+  templates: str | Sequence[str] | None = None,
   show: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
   """A row for each size and set, with "size", "set" and the task's measures.
 
   Args:
-    network: a classifier.
+    network: a classifier, or two towers.
     sets: name → source.
     sizes: sides of the pictures; None for what the weights expect.
     split: of sources that have several.
     batch_size: of all devices together.
     data_dir: of prepared TFDS data.
     max_batches: where each pass ends early; None: at its end.
+    kind: of two towers, "zero_shot" (or "") or "retrieval".
+    templates: of two towers' prompts, see `data.prompts.read_templates`; None for the usual one.
     show: told each row as soon as it is there.
 
   Returns:
@@ -63,21 +76,18 @@ def evaluate_network(
   Raises:
     ValueError: no classifier, weights that are no numbers, or other classes than a set's.
   """
-  if not network.num_classes or network.loss not in LOSSES:
-    raise ValueError(
-      f"these weights of {network.name} are no classifier: {network.num_classes} classes, trained "
-      f"by the loss {network.loss!r}"
-    )
-  check_finite(network)
   expected = network.preprocessing
-  task = Classification(
-    model=network.model,
-    num_classes=network.num_classes,
-    mean=tuple(expected.mean),
-    std=tuple(expected.std),
-    loss_name=network.loss,
-    class_names=network.class_names,
-  )
+  mean, std = tuple(expected.mean), tuple(expected.std)
+  if isinstance(network, StoredClip):
+    measured = measure.kind_of(kind, network.model.text.context_length)
+    evaluators: Any = functools.partial(
+      measure.evaluators_for, measure.Encoders(network.model, mean, std)
+    )
+  else:
+    if kind or templates is not None:
+      raise ValueError(f"these weights of {network.name} have no text tower: no kind, no templates")
+    task: Any = _classification(network, mean, std)
+    measured, evaluators = evaluation_kind(task, ""), task.evaluators
   mesh = sharding.make_mesh({"data": -1})
   variables = jax.device_put(network.variables, sharding.replicated(mesh))
   rows: list[dict[str, Any]] = []
@@ -90,29 +100,50 @@ def evaluate_network(
         split=split,
         data_dir=data_dir,
         batch_size=batch_size,
-        transform=recipes.eval_transform(asked),
+        transform=recipes.eval_transform(asked) + measured.transform,
         own_transform=size is not None,
         max_batches=max_batches,
+        kind=kind,
+        options={} if templates is None else {"templates": templates},
       )
       for name, source in sets.items()
     ]
-    data = open_evaluation(settings, task.spec.evaluation, mesh)
-    for item in data:
-      _check_classes(network, item.name, item.info.get("class_names", ()))
+    data = open_evaluation(settings, lambda _: measured.fields, mesh)
+    if isinstance(network, StoredNetwork):
+      for item in data:
+        _check_classes(network, item.name, item.info.get("class_names", ()))
     top1 = {}
-    for evaluator in task.evaluators(data):
-      measured = evaluator.run(variables)
-      top1[evaluator.name] = measured["top1"]
-      rows.append({"size": asked.image_size, "set": evaluator.name, **measured})
+    for evaluator in evaluators(data):
+      rows.append({"size": asked.image_size, "set": evaluator.name, **evaluator.run(variables)})
+      top1[evaluator.name] = rows[-1].get("top1")
       show(rows[-1])
     corrupted = {
       name.removeprefix(_CORRUPTED): value
       for name, value in top1.items()
-      if name.startswith(_CORRUPTED)
+      if name.startswith(_CORRUPTED) and value is not None
     }
     for name, value in corruption_errors(corrupted).items():
       rows.append({"size": asked.image_size, "set": f"{_CORRUPTED}{name}", "value": value})
   return rows
+
+
+def _classification(
+  network: StoredNetwork, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Classification:
+  if not network.num_classes or network.loss not in LOSSES:
+    raise ValueError(
+      f"these weights of {network.name} are no classifier: {network.num_classes} classes, trained "
+      f"by the loss {network.loss!r}"
+    )
+  check_finite(network)
+  return Classification(
+    model=network.model,
+    num_classes=network.num_classes,
+    mean=mean,
+    std=std,
+    loss_name=network.loss,
+    class_names=network.class_names,
+  )
 
 
 def _check_classes(network: StoredNetwork, name: str, found: Sequence[str]) -> None:
@@ -153,11 +184,20 @@ def _sizes(text: str) -> tuple[int, ...]:
   return found
 
 
-def _networks(weights: str, arch: str | None, average: str) -> dict[str, StoredNetwork]:
+def _load(weights: str, arch: str | None, *, raw: bool = False) -> StoredNetwork | StoredClip:
+  found, metadata = checkpoints.load_weights(weights, raw=raw)
+  if is_clip(found):
+    return clip_of(weights, found, metadata, arch)
+  return network_of(weights, found, metadata, arch)
+
+
+def _networks(
+  weights: str, arch: str | None, average: str
+) -> dict[str, StoredNetwork | StoredClip]:
   """ "averaged" and "raw" where there are both; else the one that is there, called "weights"."""
   if average == "raw":
-    return {"raw": load_network(weights, arch, raw=True)}
-  usual = load_network(weights, arch)
+    return {"raw": _load(weights, arch, raw=True)}
+  usual = _load(weights, arch)
   if "averaged" not in str(usual.metadata.get("weights", "")):
     if average == "averaged":
       raise ValueError(f"{weights} holds no average of weights: --average=both takes what is there")
@@ -165,9 +205,18 @@ def _networks(weights: str, arch: str | None, average: str) -> dict[str, StoredN
   if average == "averaged":
     return {"averaged": usual}
   try:
-    return {"averaged": usual, "raw": load_network(weights, arch, raw=True)}
+    return {"averaged": usual, "raw": _load(weights, arch, raw=True)}
   except checkpoints.CheckpointError:
     return {"averaged": usual}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  figures = (
+    f"top-1 {row['top1']:.2%}"
+    if "top1" in row
+    else ", ".join(f"{name} {row[name]:.2%}" for name in RECALLS)
+  )
+  return f"  {row['set']} at {row['size']}: {figures} of {row['examples']:,.0f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,6 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--data_dir", help="of prepared TFDS data")
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--max_batches", type=int, help="end each pass early: for a try")
+  kinds = ("", measure.ZERO_SHOT, measure.RETRIEVAL)
+  parser.add_argument("--kind", choices=kinds, default="", help="what two towers are measured by")
+  parser.add_argument("--templates", help='of prompts: a file, or "imagenet" for OpenAI\'s 80')
   parser.add_argument("--table", help="PATH of PATH.csv and PATH.md")
   args = parser.parse_args(argv)
   rows: list[dict[str, Any]] = []
@@ -201,10 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=args.batch_size,
         data_dir=args.data_dir,
         max_batches=args.max_batches,
-        show=lambda row: print(
-          f"  {row['set']} at {row['size']}: top-1 {row['top1']:.2%} of {row['examples']:,.0f}",
-          flush=True,
-        ),
+        kind=args.kind,
+        templates=args.templates,
+        show=lambda row: print(_line(row), flush=True),
       )
       rows += [{"weights": which, **row} for row in found]
     for row in rows:

@@ -19,9 +19,8 @@ from typing import Any
 from etils import epath
 
 from hybrid_vit import checkpoints
-from hybrid_vit.models.registry import model_entry
 from hybrid_vit.paths import as_path
-from hybrid_vit.weights import families, readers
+from hybrid_vit.weights import architectures, families, readers
 
 
 def import_weights(
@@ -39,7 +38,8 @@ def import_weights(
   Args:
     source: see `readers.read_checkpoint`.
     directory: where to; one that holds weights already is replaced.
-    architecture: name in the registry; None for the one whose names and shapes the file has.
+    architecture: name in the registry, or of a CLIP; None for the one whose names and shapes the
+      file has.
     num_classes: see `families.import_checkpoint`.
     layout: see `families.import_checkpoint`.
     average: see `readers.read_checkpoint`.
@@ -59,13 +59,11 @@ def import_weights(
     file.weights, architecture, num_classes=num_classes, layout=layout, arguments=arguments
   )
   metadata = {
-    "name": architecture,
-    "arguments": imported.arguments,
+    **architectures.stored_description(architecture, imported.num_classes, imported.arguments),
     "num_classes": imported.num_classes,
-    "preprocessing": dataclasses.asdict(model_entry(architecture).preprocessing),
+    "preprocessing": dataclasses.asdict(architectures.preprocessing_of(architecture)),
     # Files of weights do not say what their outputs are called or by which loss they came about.
     "class_names": [],
-    "task": "classification",
     "task_settings": {},
     "step": None,
     "results": {},
@@ -150,7 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   print(imported.report)
   source = metadata["source"]
   branch = f", branch {source['branch']}" if source["branch"] else ""
-  print(f"{metadata['name']}, {imported.num_classes} classes, layout {imported.layout}{branch}")
+  if "system" in metadata:
+    network = (
+      f"{metadata['system']} ({metadata['name']} and the text tower {metadata['text_tower']})"
+    )
+    width = f"embeddings of {imported.num_classes}"
+  else:
+    network, width = metadata["name"], f"{imported.num_classes} classes"
+  print(f"{network}, {width}, layout {imported.layout}{branch}")
   for name, digest in source["files"].items():
     print(f"from {name}, SHA-256 {digest}")
   print(f"written to {args.to}")

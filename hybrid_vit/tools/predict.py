@@ -1,10 +1,12 @@
 """What a network sees in photos: the likeliest classes, as text and as a picture.
 
 python -m hybrid_vit.tools.predict --weights=DIR photo.jpg another.png
+python -m hybrid_vit.tools.predict --weights=DIR --zero_shot="a cat,a dog" photo.jpg
 
 DIR is a work directory, a checkpoint, an export, or what `hybrid_vit.tools.import_weights` wrote.
 Of a work directory the export is taken, unless the run went on after it. Photos are prepared as the
-weights expect. One that cannot be read is named and skipped, and the command then returns 2.
+weights expect. One that cannot be read is named and skipped, and the command then returns 2. With
+--zero_shot the weights are of an image and a text tower, and the texts, as they stand, the classes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,13 +24,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hybrid_vit import checkpoints, recipes
-from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.splits import sample_indices
-from hybrid_vit.data.transforms import parse_transform
-from hybrid_vit.models.registry import Preprocessing
+from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import one_line, plain_text, printable, save_figure
 from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import StoredNetwork, check_finite, class_names, load_network
+from hybrid_vit.weights.stored_clip import StoredClip, load_clip
 
 _BATCH_SIZE = 8
 _MAX_IN_A_PICTURE = 24
@@ -79,40 +79,46 @@ def predict(
     )
   check_finite(network)
   names = class_names(network)
-  images, skipped = {}, {}
-  for photo in map(Path, photos):
-    try:
-      images[photo] = prepare(photo, network.preprocessing)
-    except (CorruptExampleError, OSError) as error:
-      # PIL names the buffer it was given, which nobody knows.
-      skipped[photo] = re.sub(r" <_io\.BytesIO .*>", "", str(error))
+  images, skipped = read_photos(photos, network.preprocessing)
   predictions = []
   for batch, probabilities in _probabilities(network, images):
-    for photo, row in zip(batch, probabilities):
-      best = np.argsort(-row, kind="stable")[: min(top, len(row))]
-      predictions.append(
-        Prediction(
-          photo,
-          images[photo],
-          tuple(map(int, best)),
-          tuple(names[i] for i in best),
-          tuple(float(row[i]) for i in best),
-        )
-      )
+    predictions += [
+      _prediction(photo, images[photo], row, names, top) for photo, row in zip(batch, probabilities)
+    ]
   return predictions, skipped
 
 
-def prepare(photo: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-  """A photo as the weights expect it, before normalising: uint8 `[S, S, 3]`.
+def predict_zero_shot(
+  model: StoredClip, photos: Sequence[str | Path], texts: Sequence[str], top: int = 5
+) -> tuple[list[Prediction], dict[Path, str]]:
+  """As `predict`, of texts instead of classes.
 
   Raises:
-    CorruptExampleError: it is no picture, or only part of one.
-    OSError: it cannot be opened.
+    ValueError: fewer than two texts after training by a softmax, where one alone is always certain;
+      or none.
   """
-  # PIL's resizing is the one that published figures were measured with.
-  transform = parse_transform(recipes.eval_transform(preprocessing), decoder="pil")
-  example = transform({"image": Path(photo).read_bytes()}, np.random.default_rng(0))
-  return example["image"]
+  least = 1 if model.loss == "sigmoid" else 2
+  if len(texts) < least:
+    raise ValueError(
+      f"--zero_shot has {len(texts)} texts ({', '.join(texts)}); at least {least} were expected, "
+      'such as "a cat,a dog"'
+    )
+  images, skipped = read_photos(photos, model.preprocessing)
+  found = model.encode_image(list(images.values()))
+  rows = model.probabilities(found, model.encode_text(texts))
+  made = [_prediction(p, images[p], row, texts, top) for p, row in zip(images, rows)]
+  return made, skipped
+
+
+def _prediction(
+  photo: Path, image: np.ndarray, row: np.ndarray, names: Sequence[str], top: int
+) -> Prediction:
+  """The likeliest of a row of probabilities `[K]`."""
+  best = np.argsort(-row, kind="stable")[: min(top, len(row))]
+  probabilities = tuple(float(row[i]) for i in best)
+  return Prediction(
+    photo, image, tuple(map(int, best)), tuple(names[i] for i in best), probabilities
+  )
 
 
 def draw(predictions: Sequence[Prediction], png: str | Path) -> None:
@@ -174,11 +180,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--arch", help="network; default: as the weights say")
   parser.add_argument("--top", type=int, default=5, help="how many classes")
   parser.add_argument("--output", default="predictions.png", help="the picture to write")
+  parser.add_argument("--zero_shot", help='texts instead of classes, e.g. "a cat,a dog"')
   args = parser.parse_args(argv)
+  network: StoredNetwork | StoredClip
   try:
-    network = load_network(args.weights, args.arch)
-    predictions, skipped = predict(network, args.photos, args.top)
-  except (ValueError, checkpoints.CheckpointError) as error:
+    if args.zero_shot is not None:
+      network = load_clip(args.weights, args.arch)
+      texts = [text.strip() for text in args.zero_shot.split(",") if text.strip()]
+      predictions, skipped = predict_zero_shot(network, args.photos, texts, args.top)
+    else:
+      network = load_network(args.weights, args.arch)
+      predictions, skipped = predict(network, args.photos, args.top)
+  except (ValueError, ImportError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   expected = network.preprocessing

@@ -1,7 +1,7 @@
 """From a named architecture to the layouts of its checkpoints, and from a checkpoint to its names.
 
 The networks of `hybrid_vit/models/<file>.py` have their layouts in
-`hybrid_vit/weights/keymap_<file>.py`.
+`hybrid_vit/weights/keymap_<file>.py`. The CLIPs of `models/clip_systems.py` are architectures, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from hybrid_vit.models.registry import create_model, list_models, model_entry
+from hybrid_vit.weights import architectures
 from hybrid_vit.weights.convert import (
   ImportReport,
   Layout,
@@ -63,7 +63,10 @@ def layouts(architecture: str) -> dict[str, Layout]:
   Raises:
     ValueError: for an unknown name, or a family without a key map.
   """
-  module = _key_map_module(architecture)
+  return _layouts_in(_key_map_module(architecture), architecture)
+
+
+def _layouts_in(module: str, architecture: str) -> dict[str, Layout]:
   if importlib.util.find_spec(module) is None:
     raise ValueError(f"{architecture} has no key map yet: {module} does not exist")
   return importlib.import_module(module).LAYOUTS
@@ -72,9 +75,9 @@ def layouts(architecture: str) -> dict[str, Layout]:
 def families() -> dict[str, list[str]]:
   """Module of a family's networks → its architectures; only families that have a key map."""
   found: dict[str, list[str]] = {}
-  for name in list_models():
+  for name, module in architectures.all_architectures().items():
     if importlib.util.find_spec(_key_map_module(name)) is not None:
-      found.setdefault(model_entry(name).module_class.__module__, []).append(name)
+      found.setdefault(module, []).append(name)
   return found
 
 
@@ -90,9 +93,9 @@ def import_checkpoint(
 
   Args:
     weights: name to array, as `readers.read_checkpoint` gives them.
-    architecture: name in the registry.
+    architecture: name in the registry, or of a CLIP.
     num_classes: None for that of the checkpoint's head (0 where it has none). Another number begins
-      the head anew; 0 leaves it out.
+      the head anew; 0 leaves it out. The embedding of a CLIP is as wide as the checkpoint's.
     layout: None for the one whose names fit best.
     arguments: attributes of the network that replace the registry's and what the checkpoint's
       names say of them.
@@ -103,11 +106,18 @@ def import_checkpoint(
   """
   arguments = dict(arguments or {})
   name, found = _detect(weights, architecture, layout, arguments)
-  arguments = layouts(architecture)[name].arguments(create_model(architecture), found) | arguments
+  arguments = (
+    layouts(architecture)[name].arguments(architectures.build(architecture), found) | arguments
+  )
   in_file = _classes_in(weights, architecture, layouts(architecture)[name], arguments)
+  if architectures.is_clip(architecture) and num_classes not in (None, in_file):
+    raise ValueError(
+      f"{architecture} has an embedding ({in_file} wide), not {num_classes} classes: a classifier "
+      f"begins from its image tower, {architectures.image_tower(architecture)}"
+    )
   classes = in_file if num_classes is None else num_classes
   chosen, anew = layouts(architecture)[name], in_file != classes
-  model = create_model(architecture, num_classes=classes, **arguments)
+  model = architectures.build(architecture, num_classes=classes, **arguments)
   found = _without_constants(found, chosen, model)
   shapes = _shapes(architecture, classes, _frozen(arguments))
   template: dict[str, Any] = traverse_util.unflatten_dict(shapes, sep="/")
@@ -119,7 +129,7 @@ def import_checkpoint(
     template = _with_new_head(template, architecture, model, head)
   elif anew:
     # The head's names stay in the report as unused.
-    whole = create_model(architecture, num_classes=in_file, **arguments)
+    whole = architectures.build(architecture, num_classes=in_file, **arguments)
     head = set(_shapes(architecture, in_file, _frozen(arguments))) - set(shapes)
     head = {name for path in head for name in chosen.key_map(whole)(path).names}
   pattern = "|".join(f"^{re.escape(path)}$" for path in head) or r"(?!)"
@@ -140,14 +150,14 @@ def export_checkpoint(
 
   Args:
     variables: {"params", "batch_stats"} of `model`.
-    architecture: name in the registry.
+    architecture: its name, for messages.
     model: the network, with its own arguments.
     layout: one of `layouts(architecture)`.
 
   Raises:
     ValueError: for an unknown layout, or variables that share a name in it.
   """
-  known = layouts(architecture)
+  known = _layouts_in(_key_map_of(type(model).__module__), architecture)
   if layout not in known:
     raise ValueError(f"{architecture} has no layout {layout!r}; it has: {', '.join(known)}")
   key_map = known[layout].key_map(model)
@@ -185,8 +195,8 @@ def identify(weights: Weights) -> tuple[list[str], str]:
   for architecture in _by_size(families()[family], weights)[:_MOST_VARIANTS]:
     layout = layouts(architecture)[layout_name]
     if _fits_whole(weights, architecture, layout):
-      size = model_entry(architecture).published.parameters
-      alike = [n for n in families()[family] if model_entry(n).published.parameters == size]
+      size = architectures.parameters_of(architecture)
+      alike = [n for n in families()[family] if architectures.parameters_of(n) == size]
       return [n for n in alike if _fits_whole(weights, n, layout)], family
   return [], family
 
@@ -201,8 +211,11 @@ def _whose(weights: Weights) -> str:
 
 
 def _key_map_module(architecture: str) -> str:
-  family = model_entry(architecture).module_class.__module__.rsplit(".", 1)[1]
-  return f"hybrid_vit.weights.keymap_{family}"
+  return _key_map_of(architectures.module_of(architecture))
+
+
+def _key_map_of(module: str) -> str:
+  return f"hybrid_vit.weights.keymap_{module.rsplit('.', 1)[1]}"
 
 
 def _named(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
@@ -249,7 +262,7 @@ def _keys(
 ) -> Iterator[tuple[str, OfficialKey]]:
   """Path and key of each variable; nothing where the layout does not know this network."""
   arguments = arguments or {}
-  model = create_model(architecture, num_classes=num_classes, **arguments)
+  model = architectures.build(architecture, num_classes=num_classes, **arguments)
   try:
     key_map = layout.key_map(model)
     keys = [(p, key_map(p)) for p in _shapes(architecture, num_classes, _frozen(arguments))]
@@ -262,9 +275,9 @@ def _classes_in(
   weights: Weights, architecture: str, layout: Layout, arguments: Mapping[str, Any]
 ) -> int:
   """Width of the checkpoint's head; 0 where it has none."""
-  named = _named(weights, layout)
+  named, prefix = _named(weights, layout), architectures.head_prefix(architecture)
   for path, key in _keys(architecture, layout, None, arguments):
-    shape = _shape_in(named, key) if path.startswith("params/head/") else None
+    shape = _shape_in(named, key) if path.startswith(prefix) else None
     if shape:
       return shape[-1]
   return 0
@@ -279,10 +292,10 @@ def _likeness(weights: Weights, architecture: str, layout: Layout) -> float:
 
 def _fits_whole(weights: Weights, architecture: str, layout: Layout) -> bool:
   named = _named(weights, layout)
-  arguments = layout.arguments(create_model(architecture), named)
+  arguments = layout.arguments(architectures.build(architecture), named)
   classes = _classes_in(weights, architecture, layout, arguments)
   keys = list(_keys(architecture, layout, classes, arguments))
-  model = create_model(architecture, num_classes=classes, **arguments)
+  model = architectures.build(architecture, num_classes=classes, **arguments)
   named = _without_constants(named, layout, model)
   shapes = _shapes(architecture, classes, _frozen(arguments))
   return _names(keys) == set(named) and all(
@@ -307,14 +320,14 @@ def _shape_in(weights: Weights, key: OfficialKey) -> tuple[int, ...] | None:
 def _by_size(names: list[str], weights: Weights) -> list[str]:
   """Architectures, the one whose published parameters are nearest to the checkpoint's first."""
   total = sum(value.size for value in weights.values())
-  return sorted(names, key=lambda name: abs((model_entry(name).published.parameters or 0) - total))
+  return sorted(names, key=lambda name: abs((architectures.parameters_of(name) or 0) - total))
 
 
 def _with_new_head(
   template: dict[str, Any], architecture: str, model: nn.Module, head: set[str]
 ) -> dict[str, Any]:
   """The template with newly drawn numbers for the paths of the head."""
-  size = model_entry(architecture).preprocessing.image_size
+  size = architectures.preprocessing_of(architecture).image_size
 
   @jax.jit
   def draw(key: jax.Array) -> dict[str, jax.Array]:
@@ -333,13 +346,8 @@ def _shapes(
   architecture: str, num_classes: int | None, arguments: tuple[tuple[str, Any], ...]
 ) -> Shapes:
   """Path to shape and dtype of every variable, at the entry's own input size."""
-  model = create_model(architecture, num_classes=num_classes, **dict(arguments))
-  size = model_entry(architecture).preprocessing.image_size
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  variables = jax.eval_shape(
-    lambda key, x: model.init(key, x, train=False), jax.random.key(0), images
-  )
-  return traverse_util.flatten_dict(dict(variables), sep="/")
+  model = architectures.build(architecture, num_classes=num_classes, **dict(arguments))
+  return traverse_util.flatten_dict(architectures.shapes_of(architecture, model), sep="/")
 
 
 def _frozen(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -5,6 +5,8 @@ OpenCLIP's MobileCLIP-S1 and S2 hold it as `visual.trunk`) puts a bias of zeros 
 projection: give `head_bias=True` to import it; without one, the zeros are written on export.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from hybrid_vit.models.mci import MCi
@@ -158,6 +160,12 @@ def _any_convolution(name: str, leaf: str) -> OfficialKey:
   return OfficialKey(f"{name}.weight", to_ours, to_theirs)
 
 
+def merged_arguments(model: object, names: Iterable[str]) -> dict[str, bool]:
+  """A file whose branches are merged says so by its names."""
+  del model
+  return {"reparameterized": True} if any("reparam" in name for name in names) else {}
+
+
 def _zero_bias(model: MCi) -> dict[str, np.ndarray]:
   if model.head_bias or not model.num_classes:
     return {}
@@ -170,11 +178,13 @@ LAYOUTS = {
     # A file of MobileCLIP holds the text tower too.
     not_weights=rf"{torch_keys.BATCH_NORM_COUNTER}|^text_encoder\.|^logit_scale$",
     rename=lambda name: name.removeprefix("image_encoder.model."),
+    arguments=merged_arguments,
   ),
   "timm": Layout(
     timm_key_map,
     not_weights=rf"{torch_keys.BATCH_NORM_COUNTER}|^text\.|^logit_scale$",
     rename=lambda name: name.removeprefix("visual.trunk."),
     constants=_zero_bias,
+    arguments=merged_arguments,
   ),
 }

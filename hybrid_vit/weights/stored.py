@@ -1,4 +1,7 @@
-"""A directory of weights → the network they are of, its variables, and what they expect."""
+"""A directory of weights → the network they are of, its variables, and what they expect.
+
+Weights of two towers give the image tower here; both are `hybrid_vit.weights.stored_clip`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from hybrid_vit import checkpoints
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.table_resizing import resize_tables
+from hybrid_vit.weights.transfer import without_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class StoredNetwork:
 def load_network(
   directory: str | Path, name: str | None = None, *, raw: bool = False
 ) -> StoredNetwork:
-  """Loads an export, an import, a checkpoint or a work directory.
+  """Loads an export, an import, a checkpoint or a work directory; of a CLIP the image tower alone.
 
   Args:
     directory: see `checkpoints.load_weights`.
@@ -61,6 +65,13 @@ def load_network(
     CheckpointError: no weights in `directory`.
   """
   weights, metadata = checkpoints.load_weights(directory, raw=raw)
+  return network_of(directory, without_text(weights), metadata, name)
+
+
+def network_of(
+  directory: str | Path, weights: dict[str, Any], metadata: dict[str, Any], name: str | None = None
+) -> StoredNetwork:
+  """The one network that weights are of; see `load_network`."""
   # An export says it at the top, a training's checkpoint in its configuration.
   said = metadata if "name" in metadata else metadata.get("config", {}).get("model", {})
   if name is None and "name" not in said:
@@ -117,11 +128,20 @@ def imagenet_class_names() -> tuple[str, ...]:
   return tuple(s if short.count(s) == 1 else text for s, text in zip(short, lemmas))
 
 
+def is_two_towers(metadata: Mapping[str, Any]) -> bool:
+  """Whether metadata is of an image and a text tower."""
+  configured = metadata.get("config", {}).get("task") or {}
+  return bool(metadata.get("text_tower") or configured.get("text_tower"))
+
+
 def _loss(metadata: dict[str, Any]) -> str:
   # A state without `info` has its task in the configuration alone.
   configured = metadata.get("config", {}).get("task") or {}
   task = metadata.get("task") or configured.get("name") or "classification"
   settings = metadata.get("task_settings") or configured
+  if is_two_towers(metadata):
+    # The loss is between the towers; what the image tower answers are no classes.
+    return task
   return str(settings.get("loss") or ("softmax" if task == "classification" else ""))
 
 

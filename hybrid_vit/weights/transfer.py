@@ -58,6 +58,8 @@ def transfer(
 ) -> tuple[dict[str, Any], TransferReport]:
   """Puts the weights of `source` into the places of `target`.
 
+  Where `source` has an image and a text tower and `target` is one network, it takes the first.
+
   Args:
     source: {"params", "batch_stats"}, arrays.
     target: newly initialised variables of the network that is to be trained.
@@ -73,6 +75,12 @@ def transfer(
     ValueError: a shape that differs elsewhere than in a position table or a focal modulation, a
       head of another width that was not announced, or leaves outside the head that `source` lacks.
   """
+  unused_text: tuple[str, ...] = ()
+  if is_clip(source) and not is_clip(target):
+    whole = source["params"]
+    text = {"params": {name: whole[name] for name in whole if name != "image"}}
+    unused_text = tuple(flax.traverse_util.flatten_dict(text, sep="/"))
+    source = without_text(source)
   found = flax.traverse_util.flatten_dict(dict(source), sep="/")
   wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
   found, fitted, begun = fit_focal_levels(found, wanted)
@@ -122,11 +130,23 @@ def transfer(
       f"these weights are of another network: {len(missing)} leaves are missing and {len(wrong)} "
       f"have another shape, e.g. {example}"
     )
-  unused = tuple(name for name in found if name not in wanted)
+  unused = (*(name for name in found if name not in wanted), *unused_text)
   variables = flax.traverse_util.unflatten_dict(result, sep="/")
   for collection in target:
     variables.setdefault(collection, {})
   return variables, TransferReport(tuple(loaded), tuple(initialised), unused)
+
+
+def is_clip(variables: Mapping[str, Any]) -> bool:
+  """Whether {"params", …} are of an image and a text tower, see `models.clip`."""
+  return {"image", "text"} <= set(variables["params"])
+
+
+def without_text(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Of the variables of two towers those of the image tower; others as they are."""
+  if not is_clip(variables):
+    return dict(variables)
+  return {name: tree.get("image", {}) for name, tree in variables.items()}
 
 
 def is_head(name: str) -> bool:

@@ -81,3 +81,14 @@ def test_data_is_timed_on_the_way_that_training_takes(tmp_path, monkeypatch):
 def test_names_are_registered_once():
   with pytest.raises(ValueError, match="registered already"):
     benchmark.register_operation("depthwise_conv")(lambda: iter(()))
+
+
+def test_tokenizers_side_by_side(capsys):
+  pytest.importorskip("tokenizers")
+  assert benchmark.main(["tokenizer", "--captions=20", "--rounds=1"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line[:9] for line in lines[1:4]] == ["new words", "new words", "20,000 wo"]
+  assert all(float(line.split()[-1]) > 0 for line in lines[1:4])
+  few = benchmark.made_captions(50, 1, ["ab"], 3)
+  assert len({word for caption in few for word in caption.split()}) <= 3
+  assert few != benchmark.made_captions(50, 2, ["ab"], 3)

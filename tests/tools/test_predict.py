@@ -8,7 +8,7 @@ import optax
 import pytest
 from PIL import Image
 
-from hybrid_vit import checkpoints
+from hybrid_vit import checkpoints, photos
 from hybrid_vit.models.registry import Preprocessing, create_model
 from hybrid_vit.tools import predict
 from hybrid_vit.train_state import create_state
@@ -79,7 +79,7 @@ def by_hand(path, preprocessing):
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_photos_are_prepared_as_pil_does_pixel_by_pixel(tmp_path, preprocessing, shape, ending):
   path = photo(tmp_path / f"photo.{ending}", *shape)
-  found = predict.prepare(path, preprocessing)
+  found = photos.prepare(path, preprocessing)
   assert found.dtype == np.uint8
   np.testing.assert_array_equal(found, by_hand(path, preprocessing))
 
@@ -240,10 +240,10 @@ def test_pictures_are_read_by_what_training_reads(tmp_path):
   Image.fromarray(grey).save(tmp_path / "grey.png")
   expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=-1)
   plain = Preprocessing(32, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
-  np.testing.assert_array_equal(predict.prepare(tmp_path / "grey.png", plain), expected)
+  np.testing.assert_array_equal(photos.prepare(tmp_path / "grey.png", plain), expected)
   # 201 megapixels, in a shape that is quickly read.
   Image.new("L", (65500, 3069), 77).save(tmp_path / "large.jpg")
-  assert (predict.prepare(tmp_path / "large.jpg", SQUASH) == 77).all()
+  assert (photos.prepare(tmp_path / "large.jpg", SQUASH) == 77).all()
 
 
 def test_names_are_drawn_as_they_stand(tmp_path):
