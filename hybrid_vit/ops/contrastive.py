@@ -18,6 +18,7 @@ are split); where there is none, one device goes through the chunks.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,6 +84,38 @@ def sigmoid_loss(
   return _ring_loss(run, images, texts, (scale, bias), ())
 
 
+def count_nearest(images: jax.Array, texts: jax.Array, *, chunk: int = CHUNK) -> jax.Array:
+  """How many pictures' own texts are nearer to them than all others; float32 scalar.
+
+  Args: as of `softmax_loss`. Ties, and what is not a number, count as wrong; no gradient.
+  """
+  images, texts = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (images, texts))
+  ring = _surrounding_ring(len(images))
+
+  def count(images: jax.Array, texts: jax.Array) -> jax.Array:
+    own = jnp.sum(images * texts, axis=-1)
+
+    def step(carry: Any, turn: jax.Array) -> Any:
+      nearest, texts = carry
+
+      def block(carry: Any, part: jax.Array) -> Any:
+        nearest, first = carry
+        similarities = _similarities(images, part)
+        others = similarities - 4.0 * _diagonal(similarities.shape, first) * (turn == 0)
+        return (jnp.maximum(nearest, jnp.max(others, axis=1)), first + len(part)), None
+
+      begin = (nearest, jnp.zeros((), jnp.int32))
+      (nearest, _), _ = jax.lax.scan(block, begin, _cut(texts, len(images), chunk))
+      return (nearest, ring.turn(texts)), None
+
+    begin = (jnp.full(own.shape, _LOWEST), texts)
+    (nearest, _), _ = jax.lax.scan(step, begin, jnp.arange(ring.size))
+    return ring.sum(jnp.sum((own > nearest).astype(jnp.float32)))
+
+  row, whole = PartitionSpec(ring.axes), PartitionSpec()
+  return ring.mapped(count, (row, row), whole)(images, texts)
+
+
 def plain_softmax_loss(
   images: jax.Array, texts: jax.Array, scale: jax.Array, teachers: Teachers | None = None
 ) -> jax.Array:
@@ -131,6 +164,31 @@ class _Ring(NamedTuple):
     """Of all devices."""
     return jax.lax.psum(x, self.axes) if self.size > 1 else x
 
+  def mapped(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """The function of each device's part as one of the whole."""
+    if self.size == 1:
+      return function
+    # The sums over the ring are what makes results whole, which is not seen from their types.
+    return jax.shard_map(
+      function,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      axis_names=set(self.axes),
+      check_vma=False,
+    )
+
+
+def _surrounding_ring(batch: int) -> _Ring:
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = {name: mesh.shape[name] for name in BATCH_AXES if dict(mesh.shape).get(name, 1) > 1}
+  size = math.prod(sizes.values())
+  if batch % size:
+    raise ValueError(
+      f"contrastive loss: a batch of {batch} is not split evenly over {size} devices "
+      f"({', '.join(sizes)})"
+    )
+  return _Ring(tuple(sizes), size)
+
 
 def _ring_loss(
   run: _Parts,
@@ -146,32 +204,14 @@ def _ring_loss(
       f"contrastive loss: images {images.shape} and texts {texts.shape}; as many of both, and as "
       "wide, were expected"
     )
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(name for name in BATCH_AXES if dict(mesh.shape).get(name, 1) > 1)
-  ring = _Ring(axes, 1)
-  if axes:
-    size = 1
-    for name in axes:
-      size *= mesh.shape[name]
-    if batch % size:
-      raise ValueError(
-        f"contrastive loss: a batch of {batch} is not split evenly over {size} devices "
-        f"({', '.join(axes)})"
-      )
-    ring = _Ring(axes, size)
+  ring = _surrounding_ring(batch)
 
   def parts(images: Any, texts: Any, scalars: Any, given: Any) -> Any:
     return run(ring, batch, images, texts, scalars, given)
 
-  if ring.size > 1:
-    row, whole = PartitionSpec(axes), PartitionSpec()
-    parts = jax.shard_map(
-      parts,
-      in_specs=(row, row, whole, row),
-      out_specs=(whole, (row, row, whole)),
-      axis_names=set(axes),
-      check_vma=False,
-    )
+  row, whole = PartitionSpec(ring.axes), PartitionSpec()
+  specs = ((row, row, whole, row), (whole, (row, row, whole)))
+  parts = ring.mapped(parts, *specs)
 
   @jax.custom_vjp
   def loss(images: Any, texts: Any, scalars: Any) -> Any:
@@ -208,7 +248,7 @@ def _softmax_parts(
     theirs.append((a, b, *_normalizers(ring, a, b, teacher_scale, chunk)))
   count = len(images)
   # Travelling: what belongs to the columns. Teachers' rows stay, their columns go.
-  travelling = {
+  travelling: dict[str, Any] = {
     "texts": texts,
     "columns": columns,
     "gradient": jnp.zeros_like(texts),

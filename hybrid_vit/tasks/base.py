@@ -88,6 +88,10 @@ class Task(Protocol):
   step changes, such as a teacher's weights. They are put on the devices once, are no part of the
   state or of a checkpoint, and stand in the variables of `loss` and `activations` as "constants".
 
+  A task whose loss looks at a whole batch (`separable` is False) may have `embed(variables, batch,
+  rng) → (embeddings, batch statistics)`, rows by themselves, and `embedded_loss(variables,
+  embeddings, batch) → (loss, metrics)`: then `config.accumulation_steps` works for it too.
+
   A task that can measure several things has `evaluation_kinds`: the `kind` of an evaluation set →
   an `EvaluationKind`. Its `spec` and `measures` are those of a set that names none.
 
