@@ -70,7 +70,7 @@ class EvaluationKind:
     fields: of an example.
     measures: each with its direction, as `Task.measures`.
     transform: operations that follow those on the picture where the set has no transform of its
-      own, e.g. "|all_captions(77)"; "" for none.
+      own, e.g. "|all_captions(5)|tokenize(77)"; "" for none.
   """
 
   fields: Fields

@@ -248,9 +248,7 @@ class Contrastive:
     """Image, the image tower's endpoints, the text tower's for the first caption, embeddings."""
     found = {"image": batch["image"]}
     for tower, rows in (("image", batch["image"]), ("text", batch["text"][:, 0])):
-      own = {
-        name: variables.get(name, {}).get(tower, {}) for name in ("params", "batch_stats")
-      }
+      own = {name: variables.get(name, {}).get(tower, {}) for name in ("params", "batch_stats")}
       (answer, endpoints), _ = getattr(self.model, tower).apply(
         own, rows, train=True, rngs={"dropout": rng}, mutable=["batch_stats"]
       )

@@ -62,9 +62,9 @@ def transfer(
 ) -> tuple[dict[str, Any], TransferReport]:
   """Puts the weights of `source` into the places of `target`.
 
-  Where `source` has an image and a text tower and `target` is one network, it takes the first. Where
-  `target` has both and `source` is one network, that is the image tower: its head, which projects
-  here, and all of the text tower begin anew.
+  Where `source` has an image and a text tower and `target` is one network, it takes the first.
+  Where `target` has both and `source` is one network, that is the image tower: its head, which
+  projects here, and all of the text tower begin anew.
 
   Args:
     source: {"params", "batch_stats"}, arrays.
