@@ -13,6 +13,7 @@ from hybrid_vit import sharding
 from hybrid_vit.checkpoints import Checkpointer, abstract_like, load_weights
 from hybrid_vit.reporting import read_metrics
 from tests import command, distributed_worker
+from tests.tasks import test_image_text_evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +75,15 @@ def test_two_processes_are_one_device(compilation_cache, tmp_path):
     np.testing.assert_array_equal(
       weights["params"]["head"]["kernel"], restored.state.ema["params"]["head"]["kernel"]
     )
+
+
+def test_two_towers_are_measured_alike_in_two_processes(compilation_cache, tmp_path):
+  run_two(compilation_cache, "tests.image_text_worker", tmp_path)
+  alone = test_image_text_evaluation.both_kinds(None)
+  for process in range(2):
+    count, found = json.loads((tmp_path / f"{process}.json").read_text())
+    assert count == 2
+    assert found == [pytest.approx(values) for values in alone]
 
 
 def test_the_command_in_two_processes(unbroken, tiny_config, compilation_cache, tmp_path):

@@ -12,6 +12,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 # Words in one text of the library, and texts in one call: its costs are by the text.
@@ -64,23 +65,23 @@ class FastEncoder:
     self._find, self._find_plain = (p.findall for p in _patterns(contractions, kind))
     self._bytes = {byte: symbol for byte, symbol in byte_symbols.items() if chr(byte) != symbol}
     self._ends = frozenset(i for symbol, i in ids.items() if symbol.endswith(word_end))
-    self._known: dict[str, list[int]] = {}
+    self._known: dict[str, tuple[int, ...]] = {}
 
   def __call__(self, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text."""
     split = [(self._find_plain if t.isascii() else self._find)(t) for t in texts]
     known = self._known
-    new = [w for w in dict.fromkeys(w for words in split for w in words) if w not in known]
+    new = [w for w in dict.fromkeys(chain.from_iterable(split)) if w not in known]
     if new:
       if len(known) > _MOST_WORDS:
         # Another thread may be looking words up in the old one.
         known = self._known = {}
-        new = list(dict.fromkeys(w for words in split for w in words))
+        new = list(dict.fromkeys(chain.from_iterable(split)))
       known.update(zip(new, self._merge(new)))
-    return [[i for word in words for i in known[word]] for words in split]
+    return [list(chain.from_iterable(map(known.__getitem__, words))) for words in split]
 
-  def _merge(self, words: Sequence[str]) -> list[list[int]]:
-    """Ids of each word."""
+  def _merge(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+    """Ids of each word; tuples, which the collector of garbage need not look through."""
     # The symbol of a printable ASCII character is itself.
     spelt = [
       word
@@ -89,14 +90,13 @@ class FastEncoder:
       for word in words
     ]
     joined = [" ".join(spelt[i : i + _TOGETHER]) for i in range(0, len(spelt), _TOGETHER)]
-    found: list[list[int]] = []
-    word: list[int] = []
+    found: list[tuple[int, ...]] = []
     for encoded in self._library.encode_batch_fast(joined, add_special_tokens=False):
-      for i in encoded.ids:
-        word.append(i)
-        if i in self._ends:
-          found.append(word)
-          word = []
+      ids, start = encoded.ids, 0
+      for end, last in enumerate(map(self._ends.__contains__, ids), start=1):
+        if last:
+          found.append(tuple(ids[start:end]))
+          start = end
     return found
 
 

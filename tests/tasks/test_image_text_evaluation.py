@@ -49,10 +49,25 @@ class Towers(nn.Module):
 TASK = measured.Encoders(Towers(), (0.5,) * 3, (0.25,) * 3)
 
 
-@pytest.fixture(scope="module")
-def variables():
+def made_variables():
   made = TASK.model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, LENGTH), int))
   return jax.tree.map(np.asarray, made)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  return made_variables()
+
+
+def both_kinds(mesh):
+  """Measures of a zero-shot and of a retrieval set, uneven both."""
+  variables = placed(made_variables(), mesh)
+  labels = np.random.default_rng(3).integers(0, 7, 21).astype(np.int32)
+  sets = [
+    Data({"image": pictures(21), "label": labels}, mesh, info={"class_names": NAMES}),
+    Data(captioned()[0], mesh, kind="retrieval"),
+  ]
+  return [evaluator.run(variables) for evaluator in measured.evaluators_for(TASK, sets)]
 
 
 class Data:
@@ -73,6 +88,10 @@ class Data:
       batch["mask"] = (np.arange(8) < there).astype(np.float32)
       batch["index"] = np.arange(start, start + 8, dtype=np.int32)
       where = self._mesh and sharding.batch_sharding(self._mesh)
+      if where:
+        # This process's rows.
+        part, parts = sharding.batch_part(where)
+        batch = {k: np.split(v, parts)[part] for k, v in batch.items()}
       yield (sharding.put_batch(batch, where) if where else batch), {}
 
   def sample(self, count):
@@ -97,7 +116,9 @@ def embedded(variables, images=None, texts=None):
 
 
 def placed(variables, mesh):
-  return variables if mesh is None else jax.device_put(variables, sharding.replicated(mesh))
+  if mesh is None:
+    return variables
+  return sharding.put_tree(variables, jax.tree.map(lambda _: sharding.replicated(mesh), variables))
 
 
 def meshes():
