@@ -272,7 +272,8 @@ def test_steps_on_several_devices_are_those_of_one():
     del shapes
     make_state = jax.jit(lambda key: programs.new_state(run, key), out_shardings=layout)
     state = make_state(jax.random.key(0))
-    placed = sharding.put_tree(batch, sharding.batch_sharding(mesh))
+    place = sharding.batch_sharding(mesh)
+    placed = {name: sharding.put_tree(value, place) for name, value in batch.items()}
     new, report = programs.compile_step(run, 0, mesh)(state, placed)
     found.append(jax.device_get((report["metrics"], report["gradient_norm"], new.params)))
   for one, other in zip(*map(jax.tree.leaves, found)):
