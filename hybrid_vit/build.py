@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -234,6 +235,10 @@ def preprocessing_of(config: Config) -> Preprocessing:
   )
 
 
+# "{image_size}", "{interpolation!r}"; not the braces of a dict.
+_FILLED_IN = re.compile(r"\{\w*(?:![rs])?(?::[^{}'\"]*)?\}")
+
+
 def fill_transform(text: str, preprocessing: Preprocessing) -> str:
   """`{image_size}`, `{interpolation!r}` and so on in a transform string → the values.
 
@@ -242,7 +247,7 @@ def fill_transform(text: str, preprocessing: Preprocessing) -> str:
   """
   fields = dataclasses.asdict(preprocessing)
   try:
-    return text.format(**fields)
+    return _FILLED_IN.sub(lambda match: match[0].format(**fields), text)
   except (KeyError, IndexError, ValueError) as error:
     raise ConfigError(
       f"transform {text!r} names {error} in braces; there are: {', '.join(fields)}"

@@ -41,7 +41,7 @@ MAX_COMPILED_BLOCKS = 14
 # Examples and classes of data that is seldom at hand where one plans a run.
 _KNOWN_DATA = {"tfds:imagenet2012": (1_281_167, 1000)}
 # Opened in no time; a folder would have to be listed.
-_QUICK_SOURCES = ("digits", "tfds", "fashion_mnist")
+_QUICK_SOURCES = ("digits", "scenes", "tfds", "fashion_mnist")
 
 
 @dataclasses.dataclass

@@ -175,7 +175,7 @@ def compile_step(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), constants_of(run.tasks[phase])
   )
   given = (shapes, batch, *((constants,) if constants else ()))
-  # Operations that go around the devices (`ops/contrastive.py`) find the mesh here.
+  # What a loss does around the devices (`ops.contrastive`) it does around these.
   with jax.set_mesh(mesh):
     lowered = jitted_step(run, phase, mesh, layout).lower(*given)
   return lowered.compile(compiler_options=dict(options) if options else None)

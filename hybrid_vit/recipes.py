@@ -206,6 +206,40 @@ def deit(
   return config
 
 
+def caption_schedule(
+  config: ConfigDict, start: Mapping[str, float], end: Mapping[str, float], phases: int
+) -> ConfigDict:
+  """A mixture of caption sources that changes over the training, in equal phases.
+
+  Args:
+    config: a recipe whose `config.data.transform` has an operation `captions`; changed in place.
+    start: weights of the first phase, e.g. {"alt": 1.0}.
+    end: of the last one; the phases between lie on a straight line between the two.
+    phases: how many, at least 2.
+
+  Raises:
+    ValueError: a single phase, or no one operation `captions` in the transform.
+  """
+  operations = config.data.transform.split("|")
+  places = [i for i, o in enumerate(operations) if o.partition("(")[0].strip() == "captions"]
+  if phases < 2 or len(places) != 1:
+    raise ValueError(
+      f"{phases} phases of the transform {config.data.transform!r}: at least 2, and one operation "
+      "`captions` in it, were expected"
+    )
+  rows = []
+  for k in range(phases):
+    part = k / (phases - 1)
+    weights = {
+      name: round((1 - part) * start.get(name, 0.0) + part * end.get(name, 0.0), 6)
+      for name in dict.fromkeys((*start, *end))
+    }
+    operations[places[0]] = f"captions({weights!r})"
+    rows.append(dict(transform="|".join(operations)))
+  config.phases = tuple(rows)
+  return config
+
+
 def _preprocessing_fields(preprocessing: Preprocessing | None) -> dict[str, Any]:
   """Fields of `config.data`; empty ones can be given on the command line."""
   if preprocessing is not None:

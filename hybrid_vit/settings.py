@@ -90,7 +90,7 @@ def read_settings(config: Config, task: Task, evaluation: Sequence[EvaluationSet
       )
   smoke = config.integer("smoke_steps", None, minimum=1) is not None
   accumulation = config.integer("accumulation_steps", 1, minimum=1)
-  if accumulation > 1 and not task.separable:
+  if accumulation > 1 and not task.separable and not hasattr(task, "embed"):
     raise ConfigError(
       f"`config.accumulation_steps` is {accumulation}, and this task's loss looks at a whole "
       "batch: 1 was expected"

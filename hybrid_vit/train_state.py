@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from hybrid_vit.data.spec import REPLACED
+from hybrid_vit.gradient_caching import cached_gradients
 from hybrid_vit.models.freezing import running_statistics
 from hybrid_vit.optimizers import Schedule
 from hybrid_vit.tasks.base import Batch, Task, with_constants
@@ -91,6 +92,9 @@ def loss_and_gradients(
   rows. Every part starts from the same running statistics and the new ones are averaged, so that
   the result is that of the whole batch with statistics by groups.
 
+  A task whose loss looks at the whole batch is taken apart where it has `embed` and `embedded_loss`
+  (see `Task`): by `gradient_caching`, the gradient is that of the whole batch.
+
   Args:
     task: its loss.
     variables: {"params", "batch_stats"}.
@@ -124,7 +128,8 @@ def loss_and_gradients(
   if accumulation_steps == 1:
     loss, aux, gradients = one_part(batch, rng)
     return loss, aux, whole(gradients)
-  if not task.separable:
+  embed = getattr(task, "embed", None)
+  if not task.separable and embed is None:
     raise ValueError(
       "this task's loss looks at a whole batch, which accumulation would take apart: set "
       "config.accumulation_steps to 1"
@@ -139,14 +144,28 @@ def loss_and_gradients(
     parts = rows.reshape(-1, accumulation_steps, *rows.shape[1:])
     return jnp.moveaxis(parts, 1, 0)
 
+  parts = (jax.tree.map(split, dict(batch)), jax.random.split(rng, accumulation_steps))
+  mean = lambda tree: jax.tree.map(lambda x: x / accumulation_steps, tree)  # noqa: E731
+  if not task.separable:
+
+    def embed_part(trained: Any, part: Batch, key: jax.Array) -> Any:
+      params = flax.traverse_util.unflatten_dict({**trained, **fixed})
+      with running_statistics(_frozen_modules(fixed, trained)):
+        return embed({**variables, "params": params}, part, key)  # type: ignore[misc]
+
+    def whole_loss(trained: Any, embeddings: Any) -> Any:
+      params = flax.traverse_util.unflatten_dict({**trained, **fixed})
+      return task.embedded_loss({**variables, "params": params}, embeddings, batch)  # type: ignore[attr-defined]
+
+    loss, metrics, stats, gradients = cached_gradients(embed_part, whole_loss, trained, parts)
+    return loss, {"metrics": metrics, "batch_stats": mean(stats)}, whole(gradients)
+
   def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
     return jax.tree.map(jnp.add, total, one_part(*part)), None
 
-  parts = (jax.tree.map(split, dict(batch)), jax.random.split(rng, accumulation_steps))
   shapes = jax.eval_shape(one_part, *jax.tree.map(lambda part: part[0], parts))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   (loss, aux, gradients), _ = jax.lax.scan(body, zeros, parts)
-  mean = lambda tree: jax.tree.map(lambda x: x / accumulation_steps, tree)  # noqa: E731
   # Metrics are pairs of sums, and stay so.
   aux = {**aux, "batch_stats": mean(aux["batch_stats"])}
   return mean(loss), aux, whole(mean(gradients))

@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import logging
 import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from hybrid_vit.data.listing import Listing, PackedNames, list_folder
+from hybrid_vit.data.mapped_arrays import cache_path, load_arrays, store_arrays
 
 # Fewer are read faster than anybody would notice.
 _MIN_PICTURES = 10_000
 _MAGIC = b"hybrid_vit manifest 1\n"
-_ALIGNMENT = 64
 _THREADS = 8
 
 _known: weakref.WeakValueDictionary[str, Listing] = weakref.WeakValueDictionary()
@@ -50,16 +45,7 @@ def read_listing(root: Path) -> Listing:
 
 def manifest_path(root: Path) -> Path | None:
   """Where a folder's manifest lies, if there is one; None where there is no place for any."""
-  cache = os.environ.get("XDG_CACHE_HOME")
-  try:
-    base = Path(cache) if cache and os.path.isabs(cache) else Path.home() / ".cache"
-  except RuntimeError:  # no home
-    return None
-  real = os.path.realpath(root)
-  # Machines with a local copy each, but one home, get a manifest each.
-  key = f"{real}\n{os.stat(real).st_ino}"
-  name = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
-  return base / "hybrid_vit" / "manifests" / f"{name}.manifest"
+  return cache_path("manifests", root, ".manifest")
 
 
 class _WrittenError(Exception):
@@ -126,38 +112,17 @@ def _store(path: Path, root: str, listing: Listing) -> None:
     "root": root,
     "directories": list(listing.directories),
     "others": dict(listing.others),
-    "arrays": {name: [array.dtype.str, len(array)] for name, array in arrays.items()},
   }
-  # ASCII: names that are no UTF-8 stay as they are.
-  text = json.dumps(header).encode("ascii")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-      for array in arrays.values():
-        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-        file.write(np.ascontiguousarray(array).data)
-    os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      os.unlink(temporary)
-    raise
+  store_arrays(path, _MAGIC, header, arrays)
 
 
 def _load(path: Path, root: str) -> Listing | None:
   """None where there is none, it is not whole, or the folder has changed."""
   try:
-    with path.open("rb") as file:
-      if file.read(len(_MAGIC)) != _MAGIC:
-        return None
-      header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-      place = file.tell()
-    arrays = {}
-    for name, (dtype, count) in header["arrays"].items():
-      place += -place % _ALIGNMENT
-      arrays[name] = np.memmap(path, dtype, "r", place, (count,))
-      place += arrays[name].nbytes
+    found = load_arrays(path, _MAGIC)
+    if found is None:
+      return None
+    header, arrays = found
     listing = Listing(
       directories=header["directories"],
       ends=arrays["ends"],

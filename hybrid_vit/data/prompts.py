@@ -1,18 +1,10 @@
-"""Texts for classes and pictures: templates of prompts, and all captions of a picture."""
+"""Texts for classes: templates of prompts."""
 
 from __future__ import annotations
 
-import functools
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from hybrid_vit.data import arguments as check
-from hybrid_vit.data.tokenizer import ClipTokenizer
-from hybrid_vit.data.transform_registry import Transform, register_transform
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 # Instead of a file: OpenAI's 80 templates for ImageNet, in the order of its notebook.
@@ -62,35 +54,3 @@ def _lines(given: str, embedded: str) -> list[str]:
   else:
     text = Path(given).expanduser().read_text(encoding="utf-8")
   return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-@register_transform("all_captions")
-def all_captions(context_length: int = 77, most: int = 5, source: str | None = None) -> Transform:
-  """ "captions" → "text", int32 `[K, context_length]` with K up to `most`: for retrieval.
-
-  Those of one source, or of all in their order; empty ones are left out.
-  """
-  check.whole("context_length", context_length, 2)
-  check.whole("most", most, 1)
-
-  def apply(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    given = example.get("captions", example.get("text"))
-    if given is None:
-      raise ValueError(f"the example has no captions; it has: {', '.join(sorted(example))}")
-    if isinstance(given, Mapping):
-      if source is not None and source not in given:
-        raise ValueError(f"no captions of {source!r}; the example has: {', '.join(sorted(given))}")
-      given = (
-        given[source] if source is not None else [c for found in given.values() for c in found]
-      )
-    listed = [given] if isinstance(given, str) else list(given)
-    kept = [caption for caption in listed if caption.strip()][:most]
-    tokens = _tokenizer(context_length)(kept)
-    return {**{k: v for k, v in example.items() if k != "captions"}, "text": tokens}
-
-  return apply
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer(context_length: int) -> ClipTokenizer:
-  return ClipTokenizer(context_length)

@@ -6,6 +6,7 @@
     fashion_mnist[:/path]   the four files of Fashion-MNIST
     tfds:name[/config][:version]   a prepared TFDS data set, ArrayRecord or TFRecord, or tfds:/path
                             of its directory; no TensorFlow needed
+    scenes[:size=64,…]      drawn from their number, with captions, maps, boxes, depth: `scenes`
     imagenet_v2:/path, …    ImageNet's other evaluation sets, see `imagenet_variants`
 
 A split is "train", "validation" or "test", with a slice in TFDS's manner: "train[:90%]". Where a
@@ -25,12 +26,14 @@ from hybrid_vit.data.archives import ZipReader
 from hybrid_vit.data.arrays import digits, fashion_mnist
 from hybrid_vit.data.folders import FileSource, FolderReader, open_files
 from hybrid_vit.data.imagenet_variants import VARIANTS, open_variant
+from hybrid_vit.data.scenes import open_scenes
 from hybrid_vit.data.splits import parse_split, part_slice, spread_order
 from hybrid_vit.data.tfds_source import TfdsSource
 from hybrid_vit.paths import as_path, is_remote
 
-_KINDS = "digits, folder:/path, zip:/path.zip, fashion_mnist[:/path], tfds:name, " + ", ".join(
-  f"{name}:/path" for name in VARIANTS
+_KINDS = (
+  "digits, scenes, folder:/path, zip:/path.zip, fashion_mnist[:/path], tfds:name, "
+  + ", ".join(f"{name}:/path" for name in VARIANTS)
 )
 _FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
@@ -79,14 +82,16 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
   if kind in VARIANTS:
     # Each has one part, whatever it is called.
     return open_variant(kind, str(_local(spec, rest)), parse_split(split)[1])
-  if kind not in ("digits", "folder", "zip", "fashion_mnist"):
+  if kind not in ("digits", "scenes", "folder", "zip", "fashion_mnist"):
     raise ValueError(f"unknown data source {spec!r}; there are: {_KINDS}")
   name, part = parse_split(split)
   source: Source
-  if name == "all" and kind in ("digits", "fashion_mnist"):
+  if name == "all" and kind in ("digits", "scenes", "fashion_mnist"):
     raise ValueError(f"split {split!r}: {kind} has train, validation and test; all is for others")
   if kind == "digits":
     source = digits(name)
+  elif kind == "scenes":
+    source = open_scenes(spec, name)
   elif kind == "fashion_mnist":
     source = fashion_mnist(_local(spec, rest or _FASHION_MNIST), name)
   else:

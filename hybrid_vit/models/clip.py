@@ -5,6 +5,7 @@ Alec Radford et al., "Learning Transferable Visual Models From Natural Language 
 (`CLIP`), which differ in `max_scale` alone.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -24,11 +25,16 @@ class CLIP(nn.Module):
     text: a tower of `text.create_text_tower` whose `embedding_size` is D.
     max_scale: the scale is not above it: 100 in MobileCLIP; None in open_clip, whose training
       clamps the parameter instead.
+    initial_scale: where the scale begins.
+    initial_bias: where a trained bias of the logits begins ("logit_bias", for SigLIP's loss); None
+      for no bias.
   """
 
   image: nn.Module
   text: nn.Module
   max_scale: float | None = 100.0
+  initial_scale: float = 1 / 0.07
+  initial_bias: float | None = None
 
   @nn.compact
   def __call__(
@@ -45,11 +51,38 @@ class CLIP(nn.Module):
         raise ValueError(
           f"CLIP: the image's embedding has {widths[0]} numbers, the text's {widths[1]}"
         )
-    start = nn.initializers.constant(math.log(1 / 0.07))
-    scale = jnp.exp(self.param("logit_scale", start, (), jnp.float32))
-    if self.max_scale is not None:
-      scale = jnp.minimum(scale, self.max_scale)
+    start = nn.initializers.constant(math.log(self.initial_scale))
+    scale = self.scale_of(self.param("logit_scale", start, (), jnp.float32))
+    if self.initial_bias is not None:
+      self.param("logit_bias", nn.initializers.constant(self.initial_bias), (), jnp.float32)
     return image_features, text_features, scale
+
+  def scale_of(self, logit_scale: jax.Array) -> jax.Array:
+    """The trained logarithm → the scale, which is not above `max_scale`.
+
+    There a gradient that leads back below passes and one that leads further up does not, as if the
+    parameter itself were clamped after each step (open_clip's training does that).
+    """
+    if self.max_scale is None:
+      return jnp.exp(logit_scale)
+    return jnp.exp(_clamped(logit_scale, math.log(self.max_scale)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _clamped(x: jax.Array, limit: float) -> jax.Array:
+  return jnp.minimum(x, limit)
+
+
+def _clamped_forward(x: jax.Array, limit: float) -> tuple[jax.Array, jax.Array]:
+  return jnp.minimum(x, limit), x
+
+
+def _clamped_backward(limit: float, x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+  # Descent goes against the gradient: where that is positive, downwards.
+  return (jnp.where((x < limit) | (cotangent > 0), cotangent, 0.0),)
+
+
+_clamped.defvjp(_clamped_forward, _clamped_backward)
 
 
 def _unit_length(x: jax.Array | None, tower: str) -> jax.Array:

@@ -70,7 +70,7 @@ class EvaluationKind:
     fields: of an example.
     measures: each with its direction, as `Task.measures`.
     transform: operations that follow those on the picture where the set has no transform of its
-      own, e.g. "|all_captions(77)"; "" for none.
+      own, e.g. "|all_captions(5)|tokenize(77)"; "" for none.
   """
 
   fields: Fields
@@ -87,6 +87,10 @@ class Task(Protocol):
   A task may have a further method, `constants() → tree of NumPy arrays`: what its loss reads and no
   step changes, such as a teacher's weights. They are put on the devices once, are no part of the
   state or of a checkpoint, and stand in the variables of `loss` and `activations` as "constants".
+
+  A task whose loss looks at a whole batch (`separable` is False) may have `embed(variables, batch,
+  rng) → (embeddings, batch statistics)`, rows by themselves, and `embedded_loss(variables,
+  embeddings, batch) → (loss, metrics)`: then `config.accumulation_steps` works for it too.
 
   A task that can measure several things has `evaluation_kinds`: the `kind` of an evaluation set →
   an `EvaluationKind`. Its `spec` and `measures` are those of a set that names none.

@@ -121,7 +121,7 @@ def evaluation_kinds(context_length: int) -> dict[str, EvaluationKind]:
     RETRIEVAL: EvaluationKind(
       {"image": image, "text": text},
       dict.fromkeys(RECALLS, "max"),
-      f"|all_captions({context_length}, {MOST_CAPTIONS})",
+      f"|all_captions({MOST_CAPTIONS})|tokenize({context_length})",
     ),
   }
 

@@ -18,6 +18,7 @@ from hybrid_vit.tasks.base import BETTER, Task
 # The modules that register tasks when imported.
 _MODULES = (
   "hybrid_vit.tasks.classification",
+  "hybrid_vit.tasks.contrastive",
   "hybrid_vit.tasks.distillation",
   "hybrid_vit.tasks.intermediate_supervision",
   "hybrid_vit.tasks.masked_autoencoding",

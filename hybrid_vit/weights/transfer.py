@@ -53,12 +53,18 @@ class TransferReport:
     )
 
 
+# Why a leaf of two towers begins anew where the source is one network: text, image.
+_ALONE = ("no text tower in the source", "a projection in the place of a head")
+
+
 def transfer(
   source: Mapping[str, Any], target: Mapping[str, Any], *, reinitialize_head: bool = False
 ) -> tuple[dict[str, Any], TransferReport]:
   """Puts the weights of `source` into the places of `target`.
 
   Where `source` has an image and a text tower and `target` is one network, it takes the first.
+  Where `target` has both and `source` is one network, that is the image tower: its head, which
+  projects here, and all of the text tower begin anew.
 
   Args:
     source: {"params", "batch_stats"}, arrays.
@@ -81,6 +87,9 @@ def transfer(
     text = {"params": {name: whole[name] for name in whole if name != "image"}}
     unused_text = tuple(flax.traverse_util.flatten_dict(text, sep="/"))
     source = without_text(source)
+  alone = is_clip(target) and not is_clip(source)
+  if alone:
+    source = {collection: {"image": tree} for collection, tree in source.items()}
   found = flax.traverse_util.flatten_dict(dict(source), sep="/")
   wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
   found, fitted, begun = fit_focal_levels(found, wanted)
@@ -91,6 +100,10 @@ def transfer(
   result = {}
   for name, new in wanted.items():
     parts = name.split("/")
+    if alone and (parts[1] != "image" or is_head("/".join((parts[0], *parts[2:])))):
+      result[name] = new
+      initialised.append(f"{name} ({_ALONE[parts[1] == 'image']})")
+      continue
     if is_head(name) and reinitialize_head:
       result[name] = new
       old_shape = tuple(found[name].shape) if name in found else None

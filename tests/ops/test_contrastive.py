@@ -1,119 +1,132 @@
-"""Losses of pairs: by their definitions, chunked as plain, float32 logits."""
+"""Contrastive losses: by their definition, and around the ring as in one piece."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_vit import sharding
-from hybrid_vit.ops import contrastive
+from hybrid_vit.ops.contrastive import (
+  Teachers,
+  plain_sigmoid_loss,
+  plain_softmax_loss,
+  sigmoid_loss,
+  softmax_loss,
+)
 
-SIZE, WIDTH = 48, 16
+BATCH, WIDTH = 32, 12
 
 
-def unit(rng, *shape):
-  values = rng.normal(size=shape).astype(np.float32)
-  return values / np.linalg.norm(values, axis=-1, keepdims=True)
+def unit(*shape, seed):
+  x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def given(loss, seed=0):
-  """Arguments of a loss, and its chunked and plain forms."""
-  rng = np.random.default_rng(seed)
-  image, text = unit(rng, SIZE, WIDTH), unit(rng, SIZE, WIDTH)
-  text = text + image  # Some pairs are right.
-  text /= np.linalg.norm(text, axis=-1, keepdims=True)
-  if loss == "softmax":
-    rest = (np.float32(20.0),)
-  elif loss == "sigmoid":
-    rest = (np.float32(10.0), np.float32(-10.0))
+IMAGES, TEXTS = unit(BATCH, WIDTH, seed=0), unit(BATCH, WIDTH, seed=1)
+THEIRS = Teachers(unit(BATCH, 2, 7, seed=2), unit(BATCH, 2, 7, seed=3), 20.0)
+LOSSES = {
+  "softmax": (
+    lambda i, t, s, b, **k: softmax_loss(i, t, s, **k) + 0 * b,
+    lambda i, t, s, b: plain_softmax_loss(i, t, s) + 0 * b,
+  ),
+  "teachers": (
+    lambda i, t, s, b, **k: softmax_loss(i, t, s, THEIRS, **k) + 0 * b,
+    lambda i, t, s, b: plain_softmax_loss(i, t, s, THEIRS) + 0 * b,
+  ),
+  "sigmoid": (sigmoid_loss, plain_sigmoid_loss),
+}
+GIVEN = (IMAGES, TEXTS, jnp.float32(14.0), jnp.float32(-3.0))
+ALL = (0, 1, 2, 3)
+
+
+def log_softmax(x, axis):
+  x = x - x.max(axis, keepdims=True)
+  return x - np.log(np.exp(x).sum(axis, keepdims=True))
+
+
+def test_the_references_are_the_definitions():
+  a, b = IMAGES.astype(np.float64), TEXTS.astype(np.float64)
+  logits = 14.0 * a @ b.T
+  rows, columns = log_softmax(logits, 1), log_softmax(logits, 0)
+  clip = -(np.trace(rows) + np.trace(columns)) / (2 * BATCH)
+  assert plain_softmax_loss(*GIVEN[:3]) == pytest.approx(clip, rel=1e-5)
+  theirs = [20.0 * THEIRS.images[:, k] @ THEIRS.texts[:, k].T for k in range(2)]
+  row_target = np.mean([np.exp(log_softmax(x, 1)) for x in theirs], 0)
+  column_target = np.mean([np.exp(log_softmax(x, 0)) for x in theirs], 0)
+  soft = -(np.sum(row_target * rows) + np.sum(column_target * columns)) / (2 * BATCH)
+  assert plain_softmax_loss(*GIVEN[:3], THEIRS) == pytest.approx(soft, rel=1e-5)
+  signs = 2 * np.eye(BATCH) - 1
+  sigmoid = np.sum(np.log1p(np.exp(-signs * (logits - 3.0)))) / BATCH
+  assert plain_sigmoid_loss(*GIVEN) == pytest.approx(sigmoid, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("axes", [None, (8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("chunk", [1024, 3])
+def test_the_ring_is_the_whole(name, axes, chunk):
+  ours, plain = LOSSES[name]
+  expected = jax.value_and_grad(plain, ALL)(*GIVEN)
+  function = jax.jit(jax.value_and_grad(lambda *x: ours(*x, chunk=chunk), ALL))
+  if axes is None:
+    found = function(*GIVEN)
   else:
-    rest = (np.float32(20.0), unit(rng, SIZE, 2, 8), unit(rng, SIZE, 2, 8))
-  forms = getattr(contrastive, f"{loss}_loss"), getattr(contrastive, f"{loss}_loss_plain")
-  return (image, text, *rest), *forms
+    mesh = sharding.make_mesh(dict(zip(("data", "fsdp", "tensor"), axes)))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    images, texts = (jax.device_put(x, rows) for x in GIVEN[:2])
+    with jax.set_mesh(mesh):
+      found = function(images, texts, *GIVEN[2:])
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def log_softmax(x):
-  x = x - x.max(axis=1, keepdims=True)
-  return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+def largest(jaxpr):
+  """Elements of the largest array that a program makes, inside of loops and shards too."""
+  most = 0
+  for equation in jaxpr.eqns:
+    most = max([most, *(np.prod(v.aval.shape, dtype=int) for v in equation.outvars)])
+    for inner in jaxprs_in_params(equation.params):
+      most = max(most, largest(inner))
+  return most
 
 
-def by_definition(loss, image, text, scale, *rest):
-  """In float64, pair by pair."""
-  logits = float(scale) * image.astype(np.float64) @ text.astype(np.float64).T
-  if loss == "softmax":
-    return -(np.diag(log_softmax(logits)) + np.diag(log_softmax(logits.T))).mean() / 2
-  if loss == "sigmoid":
-    total = 0.0
-    for i in range(SIZE):
-      for j in range(SIZE):
-        sign = 1 if i == j else -1
-        total += np.log1p(np.exp(-sign * (logits[i, j] + float(rest[0]))))
-    return total / SIZE
-  cosines = np.einsum("ite,jte->tij", *(r.astype(np.float64) for r in rest))
-  total = 0.0
-  for student, teachers in ((logits, cosines), (logits.T, cosines.transpose(0, 2, 1))):
-    targets = np.mean([np.exp(log_softmax(100 * t)) for t in teachers], axis=0)
-    total -= (targets * log_softmax(student)).sum(axis=1).mean() / 2
-  return total
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_matrix_of_all_pairs_is_made(name):
+  """Of 64 rows and 8 columns at a time, nothing is larger than the features."""
+  ours, plain = LOSSES["softmax" if name == "teachers" else name]
+  wide = [unit(64, 8, seed=k) for k in range(2)]
+
+  def program(loss, **options):
+    f = jax.value_and_grad(lambda *x: loss(*x, **options), ALL)
+    return jax.make_jaxpr(f)(*wide, *GIVEN[2:]).jaxpr
+
+  assert largest(program(plain)) == 64 * 64
+  assert largest(program(ours, chunk=8)) == 64 * 8
 
 
-LOSSES = ("softmax", "sigmoid", "distillation")
+def test_logits_are_float32_whatever_the_features_are():
+  half = [jnp.asarray(x, jnp.bfloat16) for x in GIVEN[:2]]
+  for ours, plain in LOSSES.values():
+    value, gradients = jax.value_and_grad(ours, (0, 1))(*half, *GIVEN[2:])
+    assert value.dtype == jnp.float32 and gradients[0].dtype == jnp.bfloat16
+    expected = plain(*(x.astype(jnp.float32) for x in half), *GIVEN[2:])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_by_definition(loss):
-  arguments, chunked, plain = given(loss)
-  expected = by_definition(loss, *arguments)
-  np.testing.assert_allclose(plain(*arguments), expected, rtol=2e-6)
-  np.testing.assert_allclose(chunked(*arguments, chunk=7), expected, rtol=2e-6)
+def test_large_scales_do_not_overflow():
+  same = unit(16, 4, seed=5)
+  value, gradient = jax.value_and_grad(softmax_loss)(same, same, jnp.float32(1e4))
+  assert np.isfinite(value) and np.isfinite(gradient).all()
+  # A NaN is not hidden.
+  broken = same.copy()
+  broken[0, 0] = np.nan
+  assert np.isnan(softmax_loss(broken, same, jnp.float32(10.0)))
 
 
-@pytest.mark.parametrize("mesh", [None, dict(data=8), dict(data=2, fsdp=2, tensor=2)])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_chunked_is_plain_with_gradients(loss, mesh):
-  arguments, chunked, plain = given(loss, seed=1)
-  learnt = tuple(range(4 if loss == "sigmoid" else 3))
-  value, gradients = jax.value_and_grad(plain, learnt)(*arguments)
-
-  def run(*arguments):
-    return jax.value_and_grad(lambda *a: chunked(*a, chunk=4), learnt)(*arguments)
-
-  if mesh is None:
-    found = jax.jit(run)(*arguments)
-  else:
-    made = sharding.make_mesh(mesh)
-    rows = NamedSharding(made, PartitionSpec(sharding.BATCH_AXES))
-    placed = [jax.device_put(a, rows) if np.ndim(a) else a for a in arguments]
-    with jax.set_mesh(made):
-      lowered = jax.jit(run).lower(*placed)
-    assert "collective_permute" in lowered.as_text()
-    found = lowered.compile()(*placed)
-  np.testing.assert_allclose(found[0], value, rtol=1e-6)
-  for ours, theirs in zip(found[1], gradients):
-    assert np.max(np.abs(theirs)) > 1e-4
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_logits_are_float32_of_bfloat16_features(loss):
-  arguments, chunked, plain = given(loss)
-  low = [jnp.asarray(a, jnp.bfloat16) if np.ndim(a) else a for a in arguments]
-  rounded = [np.asarray(a, np.float32) if np.ndim(a) else a for a in low]
-  for form in (chunked, plain):
-    found = form(*low)
-    assert found.dtype == jnp.float32
-    # Logits of bfloat16 would be off by 1e-2.
-    np.testing.assert_allclose(found, by_definition(loss, *rounded), rtol=3e-6)
-
-
-def test_teachers_get_no_gradient():
-  arguments, chunked, plain = given("distillation")
-  for form in (chunked, plain):
-    for gradient in jax.grad(form, (3, 4))(*arguments):
-      assert not np.any(gradient)
-
-
-def test_unequal_pairs_are_refused():
-  with pytest.raises(ValueError, match=r"\(4, 2\).*\(3, 2\)"):
-    contrastive.softmax_loss(jnp.ones((4, 2)), jnp.ones((3, 2)), jnp.float32(1))
+def test_what_does_not_fit_is_named():
+  with pytest.raises(ValueError, match=r"images \(32, 12\) and texts \(31, 12\)"):
+    softmax_loss(IMAGES, TEXTS[:-1], jnp.float32(1.0))
+  mesh = sharding.make_mesh({"data": 8})
+  with pytest.raises(ValueError, match="batch of 31 is not split evenly"), jax.set_mesh(mesh):
+    softmax_loss(IMAGES[:-1], TEXTS[:-1], jnp.float32(1.0))

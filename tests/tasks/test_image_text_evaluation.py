@@ -16,7 +16,6 @@ from hybrid_vit.data import evaluation as data_evaluation
 from hybrid_vit.data.pipeline import EvaluationSettings
 from hybrid_vit.data.prompts import prompts, read_templates
 from hybrid_vit.data.tokenizer import ClipTokenizer
-from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.models.registry import Preprocessing
 from hybrid_vit.settings import read_settings
 from hybrid_vit.tasks import image_text_evaluation as measured
@@ -251,22 +250,6 @@ def test_errors_name_the_set(variables):
     evaluator.run(variables)
 
 
-def test_all_captions_become_tokens():
-  apply = parse_transform("all_captions(10, 3)")
-  given = {"alt": ["a cat", " "], "synthetic": ["two dogs", "a tree", "a house"]}
-  found = apply({"captions": given, "other": 1}, np.random.default_rng(0))
-  expected = ClipTokenizer(10)(["a cat", "two dogs", "a tree"])
-  np.testing.assert_array_equal(found["text"], expected)
-  assert set(found) == {"text", "other"}
-  one = parse_transform("all_captions(10, source='alt')")({"captions": given}, None)
-  np.testing.assert_array_equal(one["text"], ClipTokenizer(10)(["a cat"]))
-  assert apply({"captions": ["", " "]}, None)["text"].shape == (0, 10)
-  with pytest.raises(ValueError, match="no captions of 'human'; the example has: alt, synthetic"):
-    parse_transform("all_captions(10, source='human')")({"captions": given}, None)
-  with pytest.raises(ValueError, match="the example has no captions; it has: image"):
-    apply({"image": 1}, None)
-
-
 class Source:
   """Pictures with captions in one file, as a source of image–text pairs gives them."""
 
@@ -304,7 +287,7 @@ def test_a_set_says_what_is_measured_on_it(variables, monkeypatch):
   config = config_of(imagenet={"options": {"templates": "imagenet"}}, coco={"kind": "retrieval"})
   zero_shot, retrieval = build.read_evaluation(config, PREPARED, Task())
   assert zero_shot.kind == "" and zero_shot.options == {"templates": "imagenet"}
-  assert retrieval.transform == f"{zero_shot.transform}|all_captions({LENGTH}, 5)"
+  assert retrieval.transform == f"{zero_shot.transform}|all_captions(5)|tokenize({LENGTH})"
   assert read_settings(config, Task(), (zero_shot, retrieval)).best_metric == "imagenet/top1"
   assert read_settings(config, Task(), (retrieval,)).best_metric == "coco/image_to_text_r1"
   with pytest.raises(ValueError, match="kind is 'retrival'; there are: zero_shot, retrieval"):
