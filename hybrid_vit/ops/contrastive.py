@@ -254,7 +254,8 @@ def _softmax_parts(
     "gradient": jnp.zeros_like(texts),
     "teachers": [(b, below) for _, b, _, below in theirs],
   }
-  value = jnp.sum(rows) + jnp.sum(columns)
+  # Of each row by itself: the sums of all are large, and their difference would be rounding.
+  value = rows + columns
 
   def step(carry: Any, turn: jax.Array) -> Any:
     value, of_images, of_scale, travelling = carry
@@ -273,7 +274,7 @@ def _softmax_parts(
       else:
         target = 2.0 * _diagonal(logits.shape, first) * (turn == 0)
       wrong = jnp.exp(logits - rows[:, None]) + jnp.exp(logits - part["columns"]) - target
-      value -= jnp.sum(target * logits)
+      value -= jnp.sum(target * logits, axis=1)
       of_scale += jnp.sum(wrong * similarities)
       of_images += scale * _product(wrong, part["texts"])
       of_texts = scale * _product(wrong.T, images)
@@ -288,7 +289,7 @@ def _softmax_parts(
   begin = (value, jnp.zeros_like(images), zero, travelling)
   (value, of_images, of_scale, travelling), _ = jax.lax.scan(step, begin, jnp.arange(ring.size))
   half = 0.5 / batch
-  return half * ring.sum(value), (
+  return half * ring.sum(jnp.sum(value)), (
     half * of_images,
     half * travelling["gradient"],
     (half * ring.sum(of_scale),),
