@@ -17,6 +17,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,9 @@ _SEARCHED = 2048
 _SETTLED_NS = 2_000_000_000
 # Problems that are told one by one.
 _TOLD = 5
+# Types of members without bytes, whatever their size, and of files.
+_EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE)
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 
 
@@ -136,7 +140,7 @@ def build_index(path: Path) -> TarIndex:
 
 def _members(path: Path, problems: list[str]) -> Iterator[tuple[str, int, int]]:
   """(name, offset, size) of the files in a tar, -1 for the size of one that is cut short."""
-  place, longer = 0, dict[str, str]()
+  place, longer, cut = 0, dict[str, str](), False
   with path.open("rb", buffering=0) as file:
     length = os.fstat(file.fileno()).st_size
     while place < length:
@@ -157,30 +161,54 @@ def _members(path: Path, problems: list[str]) -> Iterator[tuple[str, int, int]]:
         place, longer = after, {}
         continue
       start = place + _BLOCK
-      size = int(longer.get("size", header.size))
+      size = int(longer.get("size", header.size)) if header.type not in _EMPTY else 0
       place = start + -(-size // _BLOCK) * _BLOCK
       if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
         longer |= _extension(header.type, os.pread(file.fileno(), size, start))
         continue
-      if header.isreg():
+      if header.type in _FILES and not header.name.endswith("/"):
         name = longer.get("path", header.name)
         if start + size > length:
           problems.append(
             f"{name} is cut short: {max(0, length - start)} of its {size} bytes are there, and "
             "nothing behind it. Get the file anew"
           )
-          size = -1
+          size, cut = -1, True
         yield name, start, size
       # Headers of the whole file and of long links say nothing of the next member's name.
       if header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
         longer = {}
+  if not cut:
+    problems.append(
+      "it ends without the blocks of zeros that close a tar, and may have been cut short: compare "
+      "its size with the original's"
+    )
 
 
-def _header(block: bytes) -> tarfile.TarInfo | None:
+class _Header(NamedTuple):
+  name: str
+  size: int
+  type: bytes
+
+
+def _header(block: bytes) -> _Header | None:
+  """What a header says (POSIX.1-1988, -2001 and GNU tar); None where its checksum does not fit."""
   try:
-    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-  except tarfile.HeaderError:
+    stored = int(block[148:156].strip(b" \0") or b"-1", 8)
+    if len(block) < _BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != stored:
+      return None
+    if block[124] & 0x80:  # GNU's for more than 8 GB
+      size = int.from_bytes(block[125:136], "big")
+    else:
+      size = int(block[124:136].strip(b" \0") or b"0", 8)
+  except ValueError:
     return None
+  if size < 0:
+    return None
+  name = block[:100].partition(b"\0")[0]
+  if block[257:263] == b"ustar\0" and block[345]:
+    name = block[345:500].partition(b"\0")[0] + b"/" + name
+  return _Header(os.fsdecode(name), size, block[156:157])
 
 
 def _extension(kind: bytes, data: bytes) -> dict[str, str]:
@@ -194,6 +222,8 @@ def _extension(kind: bytes, data: bytes) -> dict[str, str]:
       break
     found[os.fsdecode(match[2])] = os.fsdecode(data[match.end() : end - 1])
     place = end
+  if not found.get("size", "0").isdecimal():
+    del found["size"]
   return {key: value for key, value in found.items() if key in ("path", "size")}
 
 

@@ -228,6 +228,24 @@ def test_duplicates_and_what_is_no_tar(tmp_path, caplog):
     create_source(f"tar:{tmp_path / 'b.tar'}", "train")
 
 
+def test_a_tar_cut_between_members_or_in_a_header(tmp_path):
+  path = write_tar(tmp_path / "a.tar", {"./a": {"txt": b"x" * 512}, "b": {"txt": b"y" * 512}})
+  whole = path.read_bytes()
+  assert list(build_index(path).keys) == ["a", "b"] and not build_index(path).problems
+  path.write_bytes(whole[:1024])
+  index = build_index(path)
+  assert list(index.keys) == ["a"] and "ends without the blocks of zeros" in index.problems[0]
+  path.write_bytes(whole[:1500])
+  index = build_index(path)
+  assert list(index.keys) == ["a"] and "the 476 bytes from byte 1024 on" in index.problems[0]
+  # A header with a negative size, which would be read for ever.
+  header = bytearray(whole[:512])
+  header[124:136], header[148:156] = b"-0000002000\0", b" " * 8
+  header[148:156] = b"%06o\0 " % sum(header)
+  path.write_bytes(bytes(header) + whole[512:])
+  assert list(build_index(path).keys) == ["b"]
+
+
 def test_resuming_in_the_middle_of_a_tar_on_any_number_of_processes(tmp_path):
   source = create_source(f"tar:{write_three(tmp_path / 'tars')}", "train")
   reading = Reading(4, parse_transform(TRANSFORM), FIELDS)
