@@ -7,14 +7,15 @@
     --config=configs/clip_quality_captions.py:v5e8              the same on eight chips
     --config=configs/clip_quality_captions.py:runlocal          some minutes on a laptop, on scenes
 
-`model` is a published pair (`models.clip_systems.CLIP_MODELS`) or any image network of the registry,
-with CLIP's text tower. The data are tars, `--config.data.source=tar:/path/{00000..01023}.tar`, whose
-pairs have a caption "caption" and in the DR sets "syn_text", and the teachers' embeddings.
+`model` is a published pair (`models.clip_systems.CLIP_MODELS`) or any image network of the
+registry, with CLIP's text tower. The data are tars, `--config.data.source=tar:/path/{00..99}.tar`,
+whose pairs have a caption "caption" and in the DR sets "syn_text" and the teachers' embeddings.
 
 Published (apple/ml-mobileclip's scripts, the same group's): batch, iterations, AdamW with b2 0.95,
-weight decay 0.2, rate 1e-3 after 1,000 steps, cosine, clipping at 1, captions a step, weights of the
-losses. The paper itself was not at hand; its pretraining is recalled to be theirs. Recalled: scale of
-the crops of plain CLIP (0.9 to 1), where the cosine ends (0).
+weight decay 0.2, rate 1e-3 after 1,000 steps, cosine, clipping at 1, captions a step, weights of
+the losses. The paper itself was not at hand; its pretraining is recalled to be theirs. Recalled,
+too: scale of the crops of plain CLIP (0.9 to 1), where the cosine ends (0). Not published: the
+presets for few chips.
 """
 
 from ml_collections import ConfigDict
@@ -89,6 +90,11 @@ def pretraining(data: str, model: str) -> ConfigDict:
     b1=0.9,
     b2=0.95,
     weight_decay=0.2,
+    # open_clip's: tables of positions decay, which elsewhere here they do not.
+    weight_decay_rules=(
+      (r"(^|/)(bias|scale|gamma|class_token|logit_scale|logit_bias)$", 0.0),
+      (r".*", 1.0),
+    ),
     gradient_clip_norm=1.0,
     schedule=dict(name="cosine", warmup_steps=1000, end_learning_rate=0.0),
   )

@@ -28,7 +28,11 @@ SCHEDULES = ("cosine", "linear", "constant")
 # Biases, scales of norms and of layers, class tokens and position tables are vectors or lookups:
 # decaying them helps nobody.
 DEFAULT_WEIGHT_DECAY_RULES = (
-  (r"(^|/)(bias|scale|gamma|class_token|position_[a-z]+\d*)$", 0.0),
+  (
+    r"(^|/)(bias|scale|gamma|class_token|distillation_token|position_[a-z]+\d*"
+    r"|logit_scale|logit_bias)$",
+    0.0,
+  ),
   (r".*", 1.0),
 )
 

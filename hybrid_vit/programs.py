@@ -124,7 +124,10 @@ def _resizing(wanted: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Any:
 
 
 def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
-  """The step of a phase under `jax.jit`, with everything where it belongs; not yet traced."""
+  """The step of a phase under `jax.jit`, with everything where it belongs; not yet traced.
+
+  Trace it within `jax.set_mesh(mesh)`: what a loss does around the devices it does around these.
+  """
   settings = run.settings
   step = make_train_step(
     run.tasks[phase],
@@ -175,7 +178,6 @@ def compile_step(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), constants_of(run.tasks[phase])
   )
   given = (shapes, batch, *((constants,) if constants else ()))
-  # What a loss does around the devices (`ops.contrastive`) it does around these.
   with jax.set_mesh(mesh):
     lowered = jitted_step(run, phase, mesh, layout).lower(*given)
   return lowered.compile(compiler_options=dict(options) if options else None)

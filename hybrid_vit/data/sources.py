@@ -7,6 +7,8 @@
     tfds:name[/config][:version]   a prepared TFDS data set, ArrayRecord or TFRecord, or tfds:/path
                             of its directory; no TensorFlow needed
     scenes[:size=64,…]      drawn from their number, with captions, maps, boxes, depth: `scenes`
+    tar:/path/{00000..00099}.tar   image–text pairs in WebDataset's tars, see `tars`
+    captions:/path/file.csv   image–text pairs of files and a table, see `caption_tables`
     imagenet_v2:/path, …    ImageNet's other evaluation sets, see `imagenet_variants`
 
 A split is "train", "validation" or "test", with a slice in TFDS's manner: "train[:90%]". Where a
@@ -24,16 +26,18 @@ import numpy as np
 
 from hybrid_vit.data.archives import ZipReader
 from hybrid_vit.data.arrays import digits, fashion_mnist
+from hybrid_vit.data.caption_tables import CaptionTable
 from hybrid_vit.data.folders import FileSource, FolderReader, open_files
 from hybrid_vit.data.imagenet_variants import VARIANTS, open_variant
 from hybrid_vit.data.scenes import open_scenes
 from hybrid_vit.data.splits import parse_split, part_slice, spread_order
+from hybrid_vit.data.tars import TarSource
 from hybrid_vit.data.tfds_source import TfdsSource
 from hybrid_vit.paths import as_path, is_remote
 
 _KINDS = (
-  "digits, scenes, folder:/path, zip:/path.zip, fashion_mnist[:/path], tfds:name, "
-  + ", ".join(f"{name}:/path" for name in VARIANTS)
+  "digits, scenes, folder:/path, zip:/path.zip, fashion_mnist[:/path], tfds:name, tar:/path, "
+  "captions:/path.csv, " + ", ".join(f"{name}:/path" for name in VARIANTS)
 )
 _FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
@@ -82,9 +86,14 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
   if kind in VARIANTS:
     # Each has one part, whatever it is called.
     return open_variant(kind, str(_local(spec, rest)), parse_split(split)[1])
+  if kind in ("tar", "captions"):
+    place = str(_local(spec, rest))
+    pairs = TarSource(place) if kind == "tar" else CaptionTable(place)
+    # One part, too.
+    return _part(pairs, spec, split)
   if kind not in ("digits", "scenes", "folder", "zip", "fashion_mnist"):
     raise ValueError(f"unknown data source {spec!r}; there are: {_KINDS}")
-  name, part = parse_split(split)
+  name, _ = parse_split(split)
   source: Source
   if name == "all" and kind in ("digits", "scenes", "fashion_mnist"):
     raise ValueError(f"split {split!r}: {kind} has train, validation and test; all is for others")
@@ -97,6 +106,12 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
   else:
     path = _local(spec, rest)
     source = open_files(FolderReader(path) if kind == "folder" else ZipReader(path), name)
+  return _part(source, spec, split)
+
+
+def _part(source: Source, spec: str, split: str) -> Source:
+  """The slice of a split."""
+  _, part = parse_split(split)
   chosen: Sequence[int] | np.ndarray = range(len(source))[part_slice(part, len(source))]
   if not len(chosen):
     raise ValueError(f"split {split!r} of {spec!r} is empty")

@@ -110,7 +110,8 @@ def resolve(
   """Fields with every type and shape known.
 
   The transform is tried on noise of two sizes. Where it does not give both the same shape, or needs
-  a real example, `example` is asked for one.
+  a real example, or there is a value of which the data alone knows the shape, `example` is asked
+  for one.
 
   Args:
     fields: as a task declares them.
@@ -130,7 +131,8 @@ def resolve(
     error = caught
   varying = [] if error else [n for n, f in fields.items() if not _same(f, n, *found)]
   missing = [name for name in varying if name not in found[0]]
-  if (error or varying) and example is not None:
+  of_data = any(field.kind == "value" and not field.resolved for field in fields.values())
+  if (error or varying or of_data) and example is not None:
     found, error = [transform(dict(example()), np.random.default_rng(0))], None
   elif error:
     raise error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from hybrid_vit.data.caption_fields import CAPTION, without_empty
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.tfrecord import TfRecordShards
 from hybrid_vit.paths import as_path, is_remote
@@ -19,7 +21,9 @@ class TfdsSource:
   """A split of a prepared TFDS data set, with all of its features.
 
   Pictures come as their encoded bytes, text as str, whole numbers as int, the rest as TFDS decodes
-  it. Where there is a feature "label" with classes, their names are in `info`.
+  it. Where there is a feature "label" with classes, their names are in `info`. A feature
+  "captions" or "caption" of strings, also where they are the "text" of several parts as COCO's,
+  comes as "captions" {"caption": strings}.
 
   Args:
     name: "imagenet2012", "name/config", with ":1.0.0" for a version (the newest otherwise); or a
@@ -72,11 +76,25 @@ class TfdsSource:
     for key in self._texts:
       if isinstance(example[key], bytes):
         example[key] = example[key].decode(errors="replace")
-    return {key: _plain(value) for key, value in example.items()}
+    found = {key: _plain(value) for key, value in example.items()}
+    captions = _captions(example)
+    return found if captions is None else {**found, "captions": captions}
 
   def describe(self, index: int) -> str:
     """See `sources.Source`."""
     return f"tfds:{self._name} {self._split} #{index}"
+
+
+def _captions(example: Mapping[str, Any]) -> dict[str, list[str]] | None:
+  """Captions by caption source, of a feature "captions" or else "caption"; None without any."""
+  value = example.get("captions", example.get("caption"))
+  # Of a sequence of {"text", "id"} TFDS makes a dict of arrays.
+  value = value.get("text") if isinstance(value, Mapping) else value
+  many = [value] if isinstance(value, str | bytes) else value
+  if not np.iterable(many) or not all(isinstance(text, str | bytes) for text in many):
+    return None
+  texts = [t.decode(errors="replace") if isinstance(t, bytes) else t for t in many]
+  return without_empty({CAPTION: [text.strip() for text in texts]})
 
 
 def _plain(value: Any) -> Any:

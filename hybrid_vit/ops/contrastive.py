@@ -386,6 +386,16 @@ def _diagonal(shape: tuple[int, ...], first: jax.Array) -> jax.Array:
 
 
 def _cut(tree: Any, count: int, chunk: int) -> Any:
-  """Leaves `[count, …]` → `[pieces, at most chunk, …]`, evenly."""
+  """Leaves `[count, …]` → `[pieces, at most chunk, …]`, evenly.
+
+  Raises:
+    ValueError: a count of so few divisors that pieces would be a quarter of that and less, each a
+      step of its own.
+  """
   size = next(n for n in range(min(chunk, count), 0, -1) if count % n == 0)
+  if 4 * size <= min(chunk, count):
+    raise ValueError(
+      f"contrastive loss: {count} rows of a device fall into equal pieces of {size} at most, where "
+      f"up to {chunk} were wanted: choose a batch size with more divisors"
+    )
   return jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), tree)

@@ -133,6 +133,24 @@ def test_shapes_are_known_without_data(operation, rows):
   assert found["text"].shape == (rows, 12) and found["text"].resolved
 
 
+def test_shapes_of_stored_embeddings_are_those_of_the_data():
+  fields = {
+    "text": Field("text", "int32", (None, None)),
+    "text_teacher": Field("value", "float32", (None, None, None)),
+  }
+  transform = parse_transform("captions('true', 'alt')|tokenize(9)", kinds=spec.kinds(fields))
+  stored = {"true": np.ones((2, 3, 4)), "alt": np.ones((1, 3, 4))}
+  example = {"captions": CAPTIONS, "text_teacher": stored}
+  found = spec.resolve(fields, transform, lambda: example)
+  assert found["text_teacher"].shape == (2, 3, 4) and found["text"].shape == (2, 9)
+  assert (
+    spec.row(
+      found["text_teacher"], "t", transform(example, np.random.default_rng(0))["text_teacher"]
+    ).dtype
+    == np.float32
+  )
+
+
 @pytest.mark.parametrize(
   ("text", "message"),
   [

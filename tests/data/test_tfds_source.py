@@ -1,5 +1,6 @@
 """TFDS data sets in either format, and the tool that makes them."""
 
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,15 @@ from hybrid_vit.data.tfrecord import (
   read_records,
 )
 from hybrid_vit.tools import prepare_data
-from tests.data.pictures import as_tfrecord, crc32c_bit_by_bit, tfrecord, write_folder, write_zip
+from tests.data.pictures import (
+  as_tfrecord,
+  crc32c_bit_by_bit,
+  encoded,
+  photo,
+  tfrecord,
+  write_folder,
+  write_zip,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,43 @@ def test_where_it_is_looked_for(data, monkeypatch, tmp_path):
   for version in ("1.0.0", "9.0.0"):
     (tmp_path / "pets" / version / "features.json").unlink()
   assert len(create_source("tfds:pets", "train", str(tmp_path))) == 15
+
+
+def test_captions_nested_as_cocos_and_plain(tmp_path):
+  """Features as those of coco_captions, and one of plain strings."""
+  import tensorflow_datasets as tfds
+
+  picture = encoded(photo(0))
+  features = {
+    "image": tfds.features.Image(shape=(None, None, 3)),
+    "captions": tfds.features.Sequence({"text": np.str_, "id": np.int64}),
+    "caption": tfds.features.Text(),
+  }
+
+  def captions(names, example):
+    class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+      VERSION = tfds.core.Version("1.0.0")
+      code_path = None
+
+      def _info(self):
+        chosen = tfds.features.FeaturesDict({name: features[name] for name in names})
+        return tfds.core.DatasetInfo(builder=self, features=chosen)
+
+      def _split_generators(self, dl_manager):
+        return {"train": iter([("0", example)])}
+
+      def _generate_examples(self):
+        raise NotImplementedError
+
+    data_dir = str(tmp_path / names[-1])
+    Pairs(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return create_source("tfds:pairs", "train", data_dir)[0]
+
+  nested = [{"text": "a dög", "id": 1}, {"text": "", "id": 2}, {"text": "one dog", "id": 3}]
+  found = captions(("image", "captions"), {"image": io.BytesIO(picture), "captions": nested})
+  assert found["captions"] == {"caption": ["a dög", "one dog"]} and found["image"] == picture
+  found = captions(("image", "caption"), {"image": io.BytesIO(picture), "caption": " a cat"})
+  assert found["captions"] == {"caption": ["a cat"]}
 
 
 def test_data_sets_of_old_do_not_name_their_format(data, tmp_path):

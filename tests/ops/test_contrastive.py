@@ -78,7 +78,8 @@ def test_the_ring_is_the_whole(name, axes, chunk):
     with jax.set_mesh(mesh):
       found = function(images, texts, *GIVEN[2:])
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    # Values near 1 to 1e-6; the scale's gradient is a sum of a thousand terms.
+    np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-6)
 
 
 def largest(jaxpr):
@@ -94,14 +95,23 @@ def largest(jaxpr):
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_matrix_of_all_pairs_is_made(name):
   """Of 64 rows and 8 columns at a time, nothing is larger than the features."""
-  ours, plain = LOSSES["softmax" if name == "teachers" else name]
   wide = [unit(64, 8, seed=k) for k in range(2)]
+  theirs = Teachers(unit(64, 2, 4, seed=2), unit(64, 2, 4, seed=3))
+  ours, plain = {
+    "softmax": (softmax_loss, plain_softmax_loss),
+    "teachers": (
+      lambda *x, **k: softmax_loss(*x, theirs, **k),
+      lambda *x: plain_softmax_loss(*x, theirs),
+    ),
+    "sigmoid": LOSSES["sigmoid"],
+  }[name]
+  given = (*wide, *GIVEN[2 : 4 if name == "sigmoid" else 3])
 
   def program(loss, **options):
-    f = jax.value_and_grad(lambda *x: loss(*x, **options), ALL)
-    return jax.make_jaxpr(f)(*wide, *GIVEN[2:]).jaxpr
+    f = jax.value_and_grad(lambda *x: loss(*x, **options), tuple(range(len(given))))
+    return jax.make_jaxpr(f)(*given).jaxpr
 
-  assert largest(program(plain)) == 64 * 64
+  assert largest(program(plain)) >= 64 * 64
   assert largest(program(ours, chunk=8)) == 64 * 8
 
 
@@ -127,6 +137,9 @@ def test_large_scales_do_not_overflow():
 def test_what_does_not_fit_is_named():
   with pytest.raises(ValueError, match=r"images \(32, 12\) and texts \(31, 12\)"):
     softmax_loss(IMAGES, TEXTS[:-1], jnp.float32(1.0))
+  many = [unit(31, 4, seed=k) for k in range(2)]
+  with pytest.raises(ValueError, match="31 rows of a device fall into equal pieces of 1 at most"):
+    softmax_loss(*many, jnp.float32(1.0), chunk=8)
   mesh = sharding.make_mesh({"data": 8})
   with pytest.raises(ValueError, match="batch of 31 is not split evenly"), jax.set_mesh(mesh):
     softmax_loss(IMAGES[:-1], TEXTS[:-1], jnp.float32(1.0))
