@@ -5,6 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybrid_vit import build, recipes
+from hybrid_vit.config import Config
 from hybrid_vit.data import spec
 from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.spec import Field
@@ -170,17 +171,18 @@ def test_wrong_arguments_are_told(text, message):
 
 
 def test_a_mixture_over_the_training_is_phases():
-  config = ConfigDict(dict(data=dict(transform="decode|resize({image_size})|captions|tokenize")))
+  transform = "decode|resize({image_size})|captions|tokenize"
+  config = ConfigDict(dict(data=dict(transform=transform, batch_size=4), total_steps=30))
   recipes.caption_schedule(config, {"alt": 1.0}, {"true": 0.8, "alt": 0.2}, 3)
   size = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
-  filled = [build.fill_transform(phase["transform"], size) for phase in config.phases]
-  assert filled == [
-    f"decode|resize(32)|captions({weights})|tokenize"
+  phases = build.read_curriculum(Config(config), 100, size).phases
+  assert [(phase.steps, phase.transform) for phase in phases] == [
+    (10, f"decode|resize(32)|captions({weights})|tokenize")
     for weights in (
       "{'alt': 1.0, 'true': 0.0}", "{'alt': 0.6, 'true': 0.4}", "{'alt': 0.2, 'true': 0.8}",
     )
   ]  # fmt: skip
-  for text in filled:
-    parse_transform(text)
+  for phase in phases:
+    parse_transform(phase.transform)
   with pytest.raises(ValueError, match="one operation `captions` in it"):
     recipes.caption_schedule(ConfigDict(dict(data=dict(transform="decode"))), {}, {}, 3)
