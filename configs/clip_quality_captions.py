@@ -45,7 +45,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     model="mobileclip_b",
     batch_size=None,
     steps=None,
-    captions="true",
+    captions="exact",
   )
   if variant == "runlocal":
     return local(keys["captions"], keys["steps"] or 2400, keys["batch_size"] or 128)
@@ -118,14 +118,14 @@ def local(captions: str, steps: int, batch_size: int) -> ConfigDict:
   """Two small towers from nothing, on scenes; zero-shot on pairs that no training scene has.
 
   `captions` is one of the scenes' qualities, or "noisy". Classes are asked for as the captions say
-  them; the retrieval set has true captions.
+  them; the retrieval set has exact captions.
   """
-  config = pretraining("datacomp12m", "resnet50")
+  config = pretraining("datacomp12m", "tiny_moat_0")
   scenes = "scenes:size=48,objects=2"
   config.precision = "float32"
   config.model = dict(
-    name="resnet50",
-    arguments=dict(stem_width=24, widths=(48, 96, 192), depths=(1, 1, 1), batch_norm_momentum=0.9),
+    name="tiny_moat_0",
+    arguments={**recipes.TINY_MOAT, "widths": (24, 48, 64), "strides": (2, 2, 2)},
   )
   config.task.update(
     text_arguments=dict(width=64, depth=2, num_heads=2, context_length=40), embedding_size=64
@@ -141,15 +141,15 @@ def local(captions: str, steps: int, batch_size: int) -> ConfigDict:
   config.total_steps = steps
   config.optimizer.update(dict(learning_rate=2e-3, weight_decay=0.1))
   config.optimizer.schedule.warmup_steps = max(1, steps // 20)
-  held_out = f"{scenes},combinations=held_out"
-  options = dict(templates=("a large {}", "a large striped {}", "a picture of a large {}"))
+  held_out = "scenes:size=48,objects=1,combinations=held_out"
+  options = dict(templates=("a {}", "a large {}", "a picture of a {}"))
   config.evaluation.sets = dict(
     held_out=dict(source=held_out, batch_size=200, options=options, transform="decode|resize(48)"),
     captions=dict(
       source=f"{scenes},count=200",
       batch_size=200,
       kind="retrieval",
-      transform="decode|resize(48)|all_captions(3, 'true')|tokenize(40)",
+      transform="decode|resize(48)|all_captions(3, 'exact')|tokenize(40)",
     ),
   )
   config.evaluate_every_steps = max(1, steps // 4)

@@ -11,12 +11,12 @@ import numpy as np
 if TYPE_CHECKING:
   from hybrid_vit.data.scenes import SceneObject
 
-# True, of all objects and attributes; of the main object alone; what web pages have beside
-# pictures; a true one's words in another order; attributes replaced by wrong ones; and a true one
-# that is at a set rate one of the last three kinds instead.
-QUALITIES = ("true", "short", "alt", "shuffled", "wrong", "noisy")
+# Exact: true, of all objects, with a part of their attributes each. Of the main object alone; what
+# web pages have beside pictures; an exact one's words in another order; attributes replaced by
+# wrong ones; and an exact one that is at a set rate one of the last three kinds instead.
+QUALITIES = ("exact", "short", "alt", "shuffled", "wrong", "noisy")
 # How many captions of a quality an example has.
-_SEVERAL = {"true": 3, "noisy": 3}
+_SEVERAL = {"exact": 3, "noisy": 3}
 _SHOPS = ("free download", "buy online", "hd wallpaper", "best price", "stock photo", "clip art")
 _NAMES = ("IMG", "DSC", "image", "photo", "pic", "scan")
 _STARTS = ("", "", "a picture of ", "there is ", "this shows ")
@@ -32,9 +32,9 @@ def scene_captions(
     noise: the part of "noisy" captions that are bad.
     rng: draws all of it.
   """
-  true = [true_caption(objects, rng) for _ in range(_SEVERAL["true"])]
+  true = [true_caption(objects, rng) for _ in range(_SEVERAL["exact"])]
   found = {
-    "true": true,
+    "exact": true,
     "short": [f"a {objects[0].color} {objects[0].shape}"],
     "alt": [_alt(objects[0], rng)],
     "shuffled": [shuffled(true[0], rng)],
@@ -50,24 +50,25 @@ def pick(rng: np.random.Generator, names: Sequence[str]) -> str:
 
 
 def true_caption(objects: Sequence[SceneObject], rng: np.random.Generator) -> str:
-  """One sentence: every object with its attributes, and where it is."""
+  """One sentence of every object: color and shape always, the rest as often as not."""
   main, others = objects[0], objects[1:]
   start = pick(rng, _STARTS)
-  text = f"{start}{describe(main)} {_where(main)}"
+  text = f"{start}{describe(main, rng)}" + (f" {_where(main)}" if rng.random() < 0.5 else "")
   if not others:
     return text
   clauses = []
   for other in others:
     relation = _relation(main, other) if rng.random() < 0.5 else _where(other)
-    clauses.append(f"{describe(other)} {relation}")
+    clauses.append(f"{describe(other, rng)} {relation}")
   joined = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
   return f"{text}, with {joined}"
 
 
-def describe(one: SceneObject) -> str:
-  """ "a large striped red circle"."""
-  texture = "" if one.texture == "plain" else f"{one.texture} "
-  return f"a {one.size} {texture}{one.color} {one.shape}"
+def describe(one: SceneObject, rng: np.random.Generator) -> str:
+  """ "a large striped red circle", of which size and texture may be left out."""
+  words = [one.size] if rng.random() < 0.5 else []
+  words += [one.texture] if one.texture != "plain" and rng.random() < 0.5 else []
+  return " ".join(("a", *words, one.color, one.shape))
 
 
 def shuffled(caption: str, rng: np.random.Generator) -> str:

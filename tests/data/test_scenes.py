@@ -112,11 +112,11 @@ def test_captions_say_what_is_there():
     assert captions["short"] == [f"a {color} {shape}"]
     shapes = [list(SHAPES)[label] for label in scene["box_labels"]]
     assert shapes[0] == shape
-    for caption in captions["true"]:
+    for caption in captions["exact"]:
       words = caption.replace(",", " ").split()
       assert sorted(w for w in words if w in SHAPES) == sorted(shapes)
       assert next(w for w in words if w in COLORS) == color
-    words = sorted(captions["true"][0].replace(",", "").split())
+    words = sorted(captions["exact"][0].replace(",", "").split())
     assert sorted(captions["shuffled"][0].split()) == words
     wrong = captions["wrong"][0].split()
     assert next(w for w in wrong if w.strip(",") in SHAPES).strip(",") != shape
@@ -129,7 +129,7 @@ def test_a_caption_without_noise_is_true_and_noise_comes_at_its_rate():
     bad = 0
     for index in range(100):
       captions = source[index]["captions"]
-      bad += captions["noisy"][0] != captions["true"][0]
+      bad += captions["noisy"][0] != captions["exact"][0]
     # A shuffled caption of few words may by chance be the same.
     assert least - 3 * (noise == 1) <= bad <= most
 

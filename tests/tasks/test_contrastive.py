@@ -189,9 +189,9 @@ def config(**changes):
     source="scenes:size=32,count=96,objects=1",
     batch_size=32,
     image_size=32,
-    transform="decode|resize(32)|captions('true', 'short')|tokenize(24)",
+    transform="decode|resize(32)|captions('exact', 'short')|tokenize(24)",
   )
-  evaluation = "decode|resize(32)|all_captions(5, 'true')|tokenize(24)"
+  evaluation = "decode|resize(32)|all_captions(5, 'exact')|tokenize(24)"
   values.evaluation = dict(
     sets=dict(
       classes=dict(

@@ -1,8 +1,8 @@
-"""Caption quality in miniature: two small towers on scenes, true captions against noisy ones.
+"""Caption quality in miniature: two small towers on scenes, exact captions against noisy ones.
 
     python docs/results/clip/miniature.py --workdir /tmp/clip
 
-At an equal budget of steps, from the same first weights: captions that are true, and ones of which
+At an equal budget of steps, from the same first weights: captions that are exact, and ones of which
 three quarters are shuffled words, wrong attributes or what web pages have beside pictures. Of each
 network: zero-shot top-1 on pairs of shape and colour that no training scene has (64 classes), and,
 by a linear probe of its frozen maps, mIoU of a segmentation and RMSE of depth on held-out scenes.
@@ -25,8 +25,8 @@ from hybrid_vit.config_files import find_config
 from hybrid_vit.data.scenes import SceneSource
 from hybrid_vit.tables import write_table
 
-QUALITIES = ("true", "noisy")
-COLORS = {"true": "tab:blue", "noisy": "tab:red", "none": "tab:gray"}
+QUALITIES = ("exact", "noisy")
+COLORS = {"exact": "tab:blue", "noisy": "tab:red", "none": "tab:gray"}
 SIZE, OBJECTS, NOISE = 48, 2, 0.75
 MAPS = ("stage2", "stage3")
 PROBED, HELD_OUT = 600, 300
@@ -149,7 +149,7 @@ def draw(rows: list[dict], path: Path) -> None:
       own = [row for row in rows if row["captions"] == quality]
       sizes = sorted({row["pairs"] for row in own})
       means = [np.mean([r[column] for r in own if r["pairs"] == n]) for n in sizes]
-      name = "true" if quality == "true" else f"{NOISE:.0%} of them bad"
+      name = "exact" if quality == "exact" else f"{NOISE:.0%} of them bad"
       axis.plot(sizes, means, "-", color=COLORS[quality], label=name)
       points = [(row["pairs"], row[column]) for row in own]
       axis.plot(*zip(*points), "o", color=COLORS[quality], markersize=4)
