@@ -105,15 +105,15 @@ def check_size(values: np.ndarray, photo: bytes, name: str, photo_name: str) -> 
     )
 
 
-def check_labels(labels: np.ndarray, classes: int, name: str) -> None:
-  """Raises CorruptExampleError for a label that is neither a class nor `IGNORE`."""
-  wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
+def check_labels(labels: np.ndarray, most: int, ignore: int, name: str) -> None:
+  """Raises CorruptExampleError for a label that is neither 0 to `most` nor `ignore`."""
+  wrong = labels[((labels < 0) | (labels > most)) & (labels != ignore)]
   if wrong.size:
     found = ", ".join(map(str, np.unique(wrong)[:5]))
     raise CorruptExampleError(
-      f"{name} holds label {found}; 0 to {classes - 1} ({classes} classes), or {IGNORE} for no "
-      "class, were expected: say how many classes there are (classes=…), which number stands for "
-      "none (ignore=…), or that 0 is none and classes begin at 1 (reduce_zero_label=true)"
+      f"{name} holds label {found}; 0 to {most}, or {ignore} for no class, were expected: say how "
+      "many classes there are (classes=…), which number stands for none (ignore=…), or that 0 is "
+      "none and the classes begin at 1 (reduce_zero_label=true)"
     )
 
 

@@ -8,6 +8,8 @@
                             of its directory; no TensorFlow needed
     scenes[:size=64,…]      drawn from their number, with captions, maps, boxes, depth: `scenes`
     imagenet_v2:/path, …    ImageNet's other evaluation sets, see `imagenet_variants`
+    maps:/path, ade20k:/path, cityscapes:/path, coco_panoptic:/path, depth:/path, nyu_depth:/path,
+    kitti_depth:/path       photos with a map of classes or of depth each, see `maps`
 
 A split is "train", "validation" or "test", with a slice in TFDS's manner: "train[:90%]". Where a
 folder or zip has no validation part, a fixed tenth of each class of the training part is held out;
@@ -26,6 +28,7 @@ from hybrid_vit.data.archives import ZipReader
 from hybrid_vit.data.arrays import digits, fashion_mnist
 from hybrid_vit.data.folders import FileSource, FolderReader, open_files
 from hybrid_vit.data.imagenet_variants import VARIANTS, open_variant
+from hybrid_vit.data.maps import MAP_SOURCES, open_maps
 from hybrid_vit.data.scenes import open_scenes
 from hybrid_vit.data.splits import parse_split, part_slice, spread_order
 from hybrid_vit.data.tfds_source import TfdsSource
@@ -33,7 +36,7 @@ from hybrid_vit.paths import as_path, is_remote
 
 _KINDS = (
   "digits, scenes, folder:/path, zip:/path.zip, fashion_mnist[:/path], tfds:name, "
-  + ", ".join(f"{name}:/path" for name in VARIANTS)
+  + ", ".join(f"{name}:/path" for name in (*VARIANTS, *MAP_SOURCES))
 )
 _FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
@@ -82,7 +85,7 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
   if kind in VARIANTS:
     # Each has one part, whatever it is called.
     return open_variant(kind, str(_local(spec, rest)), parse_split(split)[1])
-  if kind not in ("digits", "scenes", "folder", "zip", "fashion_mnist"):
+  if kind not in ("digits", "scenes", "folder", "zip", "fashion_mnist", *MAP_SOURCES):
     raise ValueError(f"unknown data source {spec!r}; there are: {_KINDS}")
   name, part = parse_split(split)
   source: Source
@@ -94,6 +97,8 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
     source = open_scenes(spec, name)
   elif kind == "fashion_mnist":
     source = fashion_mnist(_local(spec, rest or _FASHION_MNIST), name)
+  elif kind in MAP_SOURCES:
+    source = open_maps(kind, str(_local(spec, rest)), name)
   else:
     path = _local(spec, rest)
     source = open_files(FolderReader(path) if kind == "folder" else ZipReader(path), name)
