@@ -103,16 +103,17 @@ def classes_of(ids: np.ndarray, segments: np.ndarray, classes: np.ndarray, name:
   Raises:
     CorruptExampleError: a segment that is not among them.
   """
-  found, places = np.unique(ids, return_inverse=True)
-  known = {0: IGNORE, **dict(zip(segments.tolist(), classes.tolist()))}
-  strange = [i for i in found.tolist() if i not in known]
-  if strange:
+  order = np.argsort(segments)
+  keys = np.concatenate([[0], segments[order]]).astype(np.int32)
+  table = np.concatenate([[IGNORE], classes[order]]).astype(np.int32)
+  places = np.minimum(np.searchsorted(keys, ids), len(keys) - 1)
+  strange = ids[keys[places] != ids]
+  if strange.size:
     raise CorruptExampleError(
       f"{name} has segment {strange[0]}, which its annotation does not know: the PNG and the JSON "
       "belong to different data"
     )
-  table = np.array([known[i] for i in found.tolist()], np.int32)
-  return table[places].reshape(ids.shape)
+  return table[places]
 
 
 def _photos(names: Sequence[str], directory: str) -> dict[str, str]:
