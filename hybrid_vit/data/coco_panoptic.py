@@ -16,7 +16,7 @@ import numpy as np
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.folders import Reader
 from hybrid_vit.data.map_reading import IGNORE, read_segments
-from hybrid_vit.data.palettes import voc_palette
+from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
 
 _FILE = re.compile(r"(?:(.*)/)?panoptic_([a-z]+)(\d*)\.json")
@@ -126,4 +126,4 @@ def _palette(categories: Sequence[dict[str, Any]]) -> np.ndarray:
   """The file's own colours where it has them."""
   if all("color" in category for category in categories):
     return np.array([category["color"] for category in categories], np.uint8)
-  return voc_palette(len(categories) + 1)[1:]
+  return spread_palette(len(categories))

@@ -42,7 +42,7 @@ from hybrid_vit.data.palettes import (
   CITYSCAPES_CLASSES,
   CITYSCAPES_IDS,
   CITYSCAPES_PALETTE,
-  voc_palette,
+  spread_palette,
 )
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
 
@@ -373,5 +373,4 @@ def _classes(
   # Numbers of the file where there are no names.
   first = int(kind == "ade20k")
   classes = tuple(lines) or tuple(str(first + i) for i in range(count or 0))
-  # Number 0 would be black; that is what no class has.
-  return classes, voc_palette(len(classes) + 1)[1:]
+  return classes, spread_palette(len(classes))

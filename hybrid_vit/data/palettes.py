@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+
 import numpy as np
 
 CITYSCAPES_CLASSES = (
@@ -21,16 +23,18 @@ CITYSCAPES_PALETTE = np.array(
   np.uint8,
 )  # fmt: skip
 
+_GOLDEN = (5**0.5 - 1) / 2
+_SATURATIONS, _VALUES = (0.75, 0.5, 0.95), (0.95, 0.75, 0.5)
 
-def voc_palette(count: int) -> np.ndarray:
-  """Pascal VOC's colours, uint8 `[count, 3]`; number 0 is black.
 
-  The bits of the number go in turn to red, green and blue, from the upper bit of each on: any two
-  numbers below 256 have different colours, and neighbours very different ones.
+def spread_palette(count: int) -> np.ndarray:
+  """Colours for classes that have none of their own, uint8 `[count, 3]`, none of them twice.
+
+  Hues go round in golden steps, so that neighbours differ most and every beginning is spread; the
+  saturation and lightness take turns, so that near hues differ, too.
   """
-  numbers = np.arange(count)
-  colours = np.zeros((count, 3), np.int64)
-  for place in range(8):
-    for channel in range(3):
-      colours[:, channel] |= ((numbers >> (3 * place + channel)) & 1) << (7 - place)
-  return colours.astype(np.uint8)
+  colors = [
+    colorsys.hsv_to_rgb(i * _GOLDEN % 1, _SATURATIONS[i % 3], _VALUES[i // 3 % 3])
+    for i in range(count)
+  ]
+  return np.round(np.array(colors).reshape(-1, 3) * 255).astype(np.uint8)

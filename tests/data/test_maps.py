@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
-from hybrid_vit.data.palettes import CITYSCAPES_PALETTE, voc_palette
+from hybrid_vit.data.palettes import CITYSCAPES_PALETTE, spread_palette
 from hybrid_vit.data.sources import create_source
 from tests.data.pictures import encoded, photo, write_zip
 
@@ -65,7 +65,7 @@ def test_a_tenth_is_held_out_where_nothing_is_apart(tmp_path):
   train, held = (create_source(spec, split) for split in ("train", "validation"))
   assert (len(train), len(held)) == (9, 1) and held.describe(0).endswith("009.jpg")
   assert train.info["map_class_names"] == ("0", "1", "2")
-  np.testing.assert_array_equal(train.info["palette"], voc_palette(4)[1:])
+  np.testing.assert_array_equal(train.info["palette"], spread_palette(3))
 
 
 def test_ignored_and_reduced_labels(tmp_path):
@@ -263,9 +263,10 @@ def test_refused(tmp_path, spec, error, message):
     create_source(spec.format(plain(tmp_path)), "train")
 
 
-def test_voc_palette():
-  # The first colours of Pascal VOC 2012: background, aeroplane, bicycle, bird; and the border's.
-  palette = voc_palette(256)
-  np.testing.assert_array_equal(palette[:4], [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])
-  np.testing.assert_array_equal(palette[255], [224, 224, 192])
-  assert len(np.unique(palette, axis=0)) == 256
+def test_colours_of_classes_are_told_apart():
+  palette = spread_palette(255).astype(int)
+  assert len(np.unique(palette, axis=0)) == 255
+  few = palette[:12]
+  apart = np.abs(few[:, None] - few[None]).max(-1) + 255 * np.eye(12)
+  assert apart.min() >= 40
+  np.testing.assert_array_equal(spread_palette(5), palette[:5])
