@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data import photometric
 from hybrid_vit.data.geometry import Crop, Plane, Resize, Size, move, plane_size
+from hybrid_vit.data.map_reading import as_depth, read_depth, read_labels
 from hybrid_vit.data.resizing import FILTERS
 from hybrid_vit.data.transform_registry import (
   Example,
@@ -26,6 +28,54 @@ from hybrid_vit.data.transform_registry import (
 
 # Of `random_crop_map`, before it takes what comes.
 _TRIES = 10
+
+
+@register_transform("decode_map")
+def decode_map(source: str, *, kinds: Mapping[str, str]) -> Transform:
+  """The encoded map under the key `source` becomes the task's map: of TFDS, whose names differ."""
+  target = _only(kinds, "map")
+
+  def transform(example: Example, rng: np.random.Generator) -> Example:
+    del rng
+    value = _at(example, source)
+    if isinstance(value, np.ndarray):
+      labels = value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value
+      return {**example, target: labels.astype(np.int32)}
+    return {**example, target: read_labels(bytes(value), f"its {source!r}")}
+
+  return transform
+
+
+@register_transform("decode_depth")
+def decode_depth(source: str, scale: float = 1.0, *, kinds: Mapping[str, str]) -> Transform:
+  """What is under the key `source`, `scale` units a metre, becomes the task's depth: of TFDS."""
+  check.positive("scale", scale)
+  target = _only(kinds, "depth")
+
+  def transform(example: Example, rng: np.random.Generator) -> Example:
+    del rng
+    value = _at(example, source)
+    if isinstance(value, np.ndarray):
+      return {**example, target: as_depth(value, f"its {source!r}", scale)}
+    return {**example, target: read_depth(bytes(value), f"its {source!r}", scale)}
+
+  return transform
+
+
+def _only(kinds: Mapping[str, str], kind: str) -> str:
+  found = [name for name, its in kinds.items() if its == kind]
+  if len(found) != 1:
+    raise ValueError(
+      f"the task has {len(found)} keys of kind {kind!r} ({', '.join(found) or 'none'}); one was "
+      "expected"
+    )
+  return found[0]
+
+
+def _at(example: Example, name: str) -> Any:
+  if name not in example:
+    raise ValueError(f"the examples have no {name!r}; they have: {', '.join(sorted(example))}")
+  return example[name]
 
 
 @register_transform("resize_range")

@@ -77,6 +77,15 @@ def read_depth(encoded: bytes, name: str, scale: float, cap: float | None = None
         ".npy, was expected: a picture painted of the depth does not hold it"
       )
     values = np.asarray(picture)
+  return as_depth(values, name, scale, cap)
+
+
+def as_depth(values: np.ndarray, name: str, scale: float, cap: float | None = None) -> np.ndarray:
+  """The same of numbers, `[H, W]` or `[H, W, 1]`; see `read_depth`."""
+  if values.ndim == 3 and values.shape[2] == 1:
+    values = values[..., 0]
+  if values.ndim != 2:
+    raise CorruptExampleError(f"{name} has shape {list(values.shape)}; [H, W] was expected")
   depth = values.astype(np.float32) / np.float32(scale)
   depth = np.where(np.isfinite(depth), depth, np.float32(0))
   if depth.min(initial=0) < 0:
@@ -134,8 +143,4 @@ def _array(encoded: bytes, name: str) -> np.ndarray:
     raise CorruptExampleError(f"{name} is no array of NumPy's: {error}") from error
   if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
     raise CorruptExampleError(f"{name} holds no numbers; one array of depths was expected")
-  if values.ndim == 3 and values.shape[2] == 1:
-    values = values[..., 0]
-  if values.ndim != 2:
-    raise CorruptExampleError(f"{name} has shape {list(values.shape)}; [H, W] was expected")
   return values

@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_vit.data import photometric
 from hybrid_vit.data.transforms import parse_transform
-from tests.data.pictures import photo
+from tests.data.pictures import encoded, photo
 
 KINDS = {"image": "image", "map": "map", "depth": "depth"}
 
@@ -32,6 +32,26 @@ def run(text, given=None, seed=0):
 
 def generator():
   return np.random.default_rng(0)
+
+
+def test_maps_and_depth_under_other_names():
+  millimetres = np.array([[0, 1500], [250, 2000]], np.uint16)
+  labels = np.array([[0, 3], [255, 1]], np.uint8)
+  given = {
+    "image": np.zeros((2, 2, 3), np.uint8),
+    "mask": encoded(labels, "PNG"),
+    "far": encoded(millimetres, "PNG"),
+  }
+  text = "decode_map('mask')|decode_depth('far', 1000.0)|flip_lr(1.0)"
+  for case in (given, {**given, "mask": labels[..., None], "far": millimetres[..., None]}):
+    out = run(text, case)
+    np.testing.assert_array_equal(out["map"], [[3, 0], [1, 255]])
+    np.testing.assert_allclose(out["depth"], [[1.5, 0], [2.0, 0.25]])
+    assert out["map"].dtype == np.int32 and out["depth"].dtype == np.float32
+  with pytest.raises(ValueError, match="no 'masks'; they have: far, image, mask"):
+    run("decode_map('masks')", given)
+  with pytest.raises(ValueError, match="0 keys of kind 'map'"):
+    parse_transform("decode_map('mask')")
 
 
 # (height, width), scale, ratio, what mmcv's rescale_size gives: the smaller of the two factors.
