@@ -31,6 +31,7 @@ from hybrid_vit.data.archives import ZipReader
 from hybrid_vit.data.coco_panoptic import PANOPTIC_LAYOUT, panoptic_pairs
 from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.folders import HELD_OUT, FolderReader, Reader, tell_once
+from hybrid_vit.data.listing import EXTENSIONS
 from hybrid_vit.data.map_reading import (
   IGNORE,
   check_labels,
@@ -53,7 +54,7 @@ MAP_SOURCES = (
 _PHOTO = r"\.(?:jpe?g|png|webp|bmp|tiff?|ppm)"
 _TOP = r"((?:.*/)?)"
 # (photo, map) patterns: what their groups hold is the same for the two of a pair. The first of a
-# source's of which both are found is its layout; * after a name: a photo may lack its map.
+# source's of which both are found is its layout.
 _LAYOUTS: Mapping[str, Sequence[tuple[str, str]]] = {
   "maps": (
     (rf"{_TOP}images/(.*){_PHOTO}", rf"{_TOP}annotations/(.*)\.png"),
@@ -88,6 +89,8 @@ _LOOKED_FOR = {
 }
 # The first and last frames of KITTI's drives have no depth.
 _MAY_LACK = ("kitti_depth",)
+# Layouts of which every picture has a place; the others have files of other uses.
+_WHOLE = ("maps", "depth")
 _SCALES = {"depth": 1000.0, "nyu_depth": 1000.0, "kitti_depth": 256.0}
 _OPTIONS: Mapping[str, Sequence[str]] = {
   "maps": ("classes", "ignore", "reduce_zero_label"),
@@ -257,24 +260,35 @@ def _paired(kind: str, reader: Reader, names: Sequence[str]) -> list[tuple[str, 
     raise MissingDataError(
       f"{kind}: {_LOOKED_FOR[layout]} was looked for in {reader.root} and is not there"
     )
+  left: dict[str, list[str]] = {}
   alone = [photos[key] for key in sorted(photos.keys() - maps.keys())]
-  if alone:
+  if alone and kind not in _MAY_LACK:
     shown = ", ".join(map(reader.full_name, alone[:3])) + (", …" if len(alone) > 3 else "")
-    if kind not in _MAY_LACK:
-      raise MissingDataError(
-        f"{kind}: {len(alone):,} of {len(photos):,} photos have no {_WORD[kind]}: {shown}. Take "
-        f"them out, or write what is missing; looked for was {_LOOKED_FOR[layout]}"
-      )
-    tell_once(f"{reader.root}: left out", f"{len(alone):,} photos without depth: {shown}")
+    raise MissingDataError(
+      f"{kind}: {len(alone):,} of {len(photos):,} photos have no {_WORD[kind]}: {shown}. Take "
+      f"them out, or write what is missing; looked for was {_LOOKED_FOR[layout]}"
+    )
   both = sorted((photos[key], maps[key]) for key in photos.keys() & maps.keys())
   if not both:
-    raise MissingDataError(f"{kind}: no photo of {reader.root} has its {_WORD[kind]}: {shown}")
-  stray = sorted(maps[key] for key in maps.keys() - photos.keys())
-  if stray:
-    tell_once(
-      f"{reader.root}: left out",
-      f"{len(stray):,} files of {_WORD[kind]} without a photo, e.g. {reader.full_name(stray[0])}",
+    raise MissingDataError(
+      f"{kind}: no photo of {reader.root} has its {_WORD[kind]}, e.g. {reader.full_name(alone[0])}"
     )
+  left[f"photos without {_WORD[kind]}"] = alone
+  left[f"files of {_WORD[kind]} without a photo"] = [
+    maps[key] for key in sorted(maps.keys() - photos.keys())
+  ]
+  if layout in _WHOLE:
+    used = {*photos.values(), *maps.values()}
+    left["other pictures"] = [
+      name for name in names if name not in used and name.lower().endswith(EXTENSIONS)
+    ]
+  said = [
+    f"{len(found):,} {what}, e.g. {reader.full_name(found[0])}"
+    for what, found in left.items()
+    if found
+  ]
+  if said:
+    tell_once(f"{reader.root}: left out", "; ".join(said))
   return both
 
 

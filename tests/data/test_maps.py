@@ -1,15 +1,18 @@
 """Photos with a map each, in the layouts in which they are handed out."""
 
 import io
+import itertools
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hybrid_vit.data import loader, spec
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.palettes import CITYSCAPES_PALETTE, spread_palette
 from hybrid_vit.data.sources import create_source
+from hybrid_vit.data.transforms import parse_transform
 from tests.data.pictures import encoded, photo, write_zip
 
 SIZE = (40, 60)  # of `photo`
@@ -219,6 +222,16 @@ def test_frames_of_kitti_without_depth_are_left_out(tmp_path, caplog):
   assert "1 photos without depth" in caplog.text
 
 
+def test_what_a_layout_has_no_place_for_is_told(tmp_path, caplog):
+  for stem in ("images/a.jpg", "other/b.jpg"):
+    put(tmp_path / stem, encoded(photo(0)))
+  for stem in ("annotations/a.png", "annotations/c.png"):
+    put(tmp_path / stem, encoded(labels(0, 3), "PNG"))
+  assert len(create_source(f"maps:{tmp_path}?classes=3", "all")) == 1
+  assert "1 files of map without a photo, e.g. " in caplog.text and "c.png" in caplog.text
+  assert "1 other pictures, e.g. " in caplog.text and "b.jpg" in caplog.text
+
+
 def test_a_photo_without_a_map(tmp_path):
   plain(tmp_path, ("train", "val"))
   (tmp_path / "annotations/val/001.png").unlink()
@@ -270,3 +283,37 @@ def test_colours_of_classes_are_told_apart():
   apart = np.abs(few[:, None] - few[None]).max(-1) + 255 * np.eye(12)
   assert apart.min() >= 40
   np.testing.assert_array_equal(spread_palette(5), palette[:5])
+
+
+def test_a_batch_of_photos_of_any_size_with_their_maps(tmp_path):
+  for i, size in enumerate([(40, 60), (70, 50), (64, 64)]):
+    put(tmp_path / f"images/{i}.jpg", encoded(photo(i, *size)))
+    values = np.random.default_rng(i).integers(0, 3, size).astype(np.uint8)
+    put(tmp_path / f"annotations/{i}.png", encoded(values, "PNG"))
+  source = create_source(f"maps:{tmp_path}?classes=3", "all")
+  fields = {
+    "image": spec.Field("image", "uint8", (None, None, 3)),
+    "map": spec.Field("map", "int32", (None, None), minimum=0, maximum=255),
+  }
+  transform = parse_transform(
+    "decode|resize_range((256, 48), (0.5, 2.0))|random_crop_map(48)|flip_lr|pad(48)",
+    kinds=spec.kinds(fields),
+  )
+  known = spec.resolve(fields, transform, lambda: source[0])
+  assert known["image"].shape == (48, 48, 3) and known["map"].shape == (48, 48)
+  batches = loader.eval_batches(
+    source,
+    loader.Reading(2, transform, known),
+    process_index=0,
+    process_count=1,
+    num_threads=2,
+    max_corrupt_fraction=0.0,
+  )
+  arrays = [batch for batch, _ in itertools.islice(batches, 2)]
+  assert [int(batch["mask"].sum()) for batch in arrays] == [2, 1]
+  assert arrays[0]["map"].shape == (2, 48, 48) and set(np.unique(arrays[0]["map"])) <= {
+    0,
+    1,
+    2,
+    255,
+  }
