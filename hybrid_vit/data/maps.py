@@ -253,7 +253,7 @@ def _paired(kind: str, reader: Reader, names: Sequence[str]) -> list[tuple[str, 
   photos: dict[tuple[str, ...], str] = {}
   maps: dict[tuple[str, ...], str] = {}
   for patterns in _LAYOUTS[layout]:
-    photos, maps = (_matching(pattern, names) for pattern in patterns)
+    photos, maps = (_matching(pattern, names, reader) for pattern in patterns)
     if photos and maps:
       break
   else:
@@ -292,9 +292,18 @@ def _paired(kind: str, reader: Reader, names: Sequence[str]) -> list[tuple[str, 
   return both
 
 
-def _matching(pattern: str, names: Sequence[str]) -> dict[tuple[str, ...], str]:
+def _matching(pattern: str, names: Sequence[str], reader: Reader) -> dict[tuple[str, ...], str]:
+  """What pairs a file with its other half → the file."""
   compiled = re.compile(pattern, re.IGNORECASE)
-  return {match.groups(): name for name in names if (match := compiled.fullmatch(name))}
+  found: dict[tuple[str, ...], str] = {}
+  for name in names:
+    match = compiled.fullmatch(name)
+    if match and found.setdefault(match.groups(), name) != name:
+      raise ValueError(
+        f"{reader.full_name(found[match.groups()])} and {reader.full_name(name)} would belong to "
+        "the same pair: leave one of them"
+      )
+  return found
 
 
 def _listed(reader: Reader, names: set[str], path: Path) -> list[tuple[str, str]]:

@@ -222,6 +222,13 @@ def test_frames_of_kitti_without_depth_are_left_out(tmp_path, caplog):
   assert "1 photos without depth" in caplog.text
 
 
+def test_two_files_of_one_name(tmp_path):
+  root = plain(tmp_path)
+  put(root / "images/000.png", encoded(photo(9), "PNG"))
+  with pytest.raises(ValueError, match=r"000.jpg and \S+000.png would belong to the same pair"):
+    create_source(f"maps:{root}?classes=3", "train")
+
+
 def test_what_a_layout_has_no_place_for_is_told(tmp_path, caplog):
   for stem in ("images/a.jpg", "other/b.jpg"):
     put(tmp_path / stem, encoded(photo(0)))
