@@ -128,7 +128,7 @@ def plot_predictions(
       axes = figure.add_subplot(rows, columns, position + 1)
       # Enlarged pixels stay pixels; large pictures are averaged down.
       small = max(height, width) < cell_width * figure.dpi
-      axes.imshow(_displayable(image), interpolation="nearest" if small else "antialiased")
+      axes.imshow(displayable(image), interpolation="nearest" if small else "antialiased")
       axes.set_xticks([])
       axes.set_yticks([])
       true, predicted = true_names[position], predicted_names[position]
@@ -165,7 +165,7 @@ def plot_rows(rows: Mapping[str, np.ndarray], png: Any) -> None:
       for column, image in enumerate(images):
         axes = figure.add_subplot(len(rows), columns, row * columns + column + 1)
         small = max(image.shape[:2]) < 1.5 * figure.dpi
-        axes.imshow(_displayable(image), interpolation="nearest" if small else "antialiased")
+        axes.imshow(displayable(image), interpolation="nearest" if small else "antialiased")
         axes.set_xticks([])
         axes.set_yticks([])
         if not column:
@@ -284,7 +284,8 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
   return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _displayable(image: np.ndarray) -> np.ndarray:
+def displayable(image: np.ndarray) -> np.ndarray:
+  """uint8 as it is; floats beyond [0, 1] stretched to it."""
   if image.dtype == np.uint8:
     return image
   image = np.asarray(image, np.float32)

@@ -180,9 +180,9 @@ def test_predictions_show_each_picture_in_the_colour_of_its_verdict(tmp_path):
 
 def test_normalised_pictures_are_stretched_to_what_can_be_shown():
   image = np.array([[[-2.0, 0.0, 2.0]]])
-  np.testing.assert_allclose(plots._displayable(image), [[[0.0, 0.5, 1.0]]])
+  np.testing.assert_allclose(plots.displayable(image), [[[0.0, 0.5, 1.0]]])
   inside = np.array([[[0.1, 0.2, 0.3]]], np.float32)
-  np.testing.assert_array_equal(plots._displayable(inside), inside)
+  np.testing.assert_array_equal(plots.displayable(inside), inside)
 
 
 def test_pictures_and_names_that_do_not_fit_are_refused(tmp_path):

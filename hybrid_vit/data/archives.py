@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
-from hybrid_vit.data.listing import Listing, list_names
+from hybrid_vit.data.listing import Listing, is_data, list_names
 
 _METHODS = {
   1: "Shrink", 6: "Implode", 9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ",
@@ -76,6 +76,10 @@ class ZipReader:
   def full_name(self, name: str) -> str:
     """Its name for people."""
     return f"{self.root}:{self._members[name].filename}"
+
+  def names(self) -> list[str]:
+    """The paths of all files, pictures or not, sorted."""
+    return sorted(name for name in self._members if all(map(is_data, name.split("/"))))
 
   def _check(self) -> None:
     paths = map(self._listing.path, range(len(self._listing)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +13,12 @@ import numpy as np
 
 from hybrid_vit.data.classes import sort_classes
 from hybrid_vit.data.errors import MissingDataError
-from hybrid_vit.data.listing import BROKEN_LINKS, EXTENSIONS, Listing
+from hybrid_vit.data.listing import BROKEN_LINKS, EXTENSIONS, Listing, is_data
 from hybrid_vit.data.manifest import read_listing
 from hybrid_vit.data.splits import SPLIT_FOLDERS, SPLIT_OF
 
 # Every tenth picture of a class, in the order of names, where nothing is set apart.
-_HELD_OUT = 10
+HELD_OUT = 10
 
 _told: set[str] = set()
 
@@ -38,6 +39,10 @@ class Reader(Protocol):
 
   def full_name(self, name: str) -> str:
     """The same path for people."""
+    ...
+
+  def names(self) -> list[str]:
+    """The paths of all files, pictures or not, sorted."""
     ...
 
 
@@ -69,6 +74,15 @@ class FolderReader:
   def full_name(self, name: str) -> str:
     """See `Reader`."""
     return str(self.root / name)
+
+  def names(self) -> list[str]:
+    """See `Reader`."""
+    found = []
+    for directory, inner, files in os.walk(self.root, followlinks=True):
+      inner[:] = filter(is_data, inner)
+      below = Path(directory).relative_to(self.root)
+      found += [(below / name).as_posix() for name in files if is_data(name)]
+    return sorted(found)
 
 
 class FileSource:
@@ -151,14 +165,12 @@ def open_files(reader: Reader, split: str) -> FileSource:
   in_order = sorted(label_of, key=lambda directory: (label_of[directory], directory))
   chosen = _ranges(listing, in_order)
   if not apart and split != "all":
-    _tell(
+    tell_once(
       f"{reader.root}: no validation part is set apart",
       "every tenth picture of each class, in the order of names, is held out for it",
     )
     counts = [len(_range(listing, directory)) for directory in in_order]
-    held_out = (
-      _rank(np.repeat([label_of[d] for d in in_order], counts)) % _HELD_OUT == _HELD_OUT - 1
-    )
+    held_out = _rank(np.repeat([label_of[d] for d in in_order], counts)) % HELD_OUT == HELD_OUT - 1
     chosen = chosen[held_out == (split != "train")]
   _tell_left_out(reader, listing, layout, classes)
   if not len(chosen):
@@ -257,13 +269,13 @@ def _tell_left_out(
     names = ", ".join(layout.empty[:5]) + (", …" if len(layout.empty) > 5 else "")
     said.append(f"{len(layout.empty):,} folders without a picture, which are no class ({names})")
   if said:
-    _tell(
+    tell_once(
       f"{reader.root}: left out",
       f"{'; '.join(said)}. Read are {', '.join(EXTENSIONS)} in {len(classes):,} classes",
     )
 
 
-def _tell(head: str, text: str) -> None:
+def tell_once(head: str, text: str) -> None:
   """A warning, once in a process."""
   if head not in _told:
     _told.add(head)

@@ -146,19 +146,21 @@ def random_box(
 
 
 @register_transform("random_crop")
-def random_crop(size: int, padding: int = 0, mode: str = "constant", ignore: int = 255) -> OnPlane:
-  """A random `size` x `size` of the picture padded on each side: for small pictures."""
-  check.whole("size", size)
+def random_crop(
+  size: int | Sequence[int], padding: int = 0, mode: str = "constant", ignore: int = 255
+) -> OnPlane:
+  """A random part of `size`, one number or (height, width), of the picture padded on each side."""
+  h, w = check.sides("size", size)
   check.whole("padding", padding, 0)
   check.choice("mode", mode, ("constant", "reflect", "edge"))
   check.whole("ignore", ignore, 0)
 
   def draw(height: int, width: int, rng: np.random.Generator) -> Plane:
-    if min(height, width) + 2 * padding < size:
+    if height + 2 * padding < h or width + 2 * padding < w:
       raise ValueError(f"random_crop({size}) of a picture of {height} x {width}: resize it first")
-    top = int(rng.integers(0, height + 2 * padding - size + 1)) - padding
-    left = int(rng.integers(0, width + 2 * padding - size + 1)) - padding
-    return Crop((size, size), (height, width), top, left, mode, ignore=ignore)
+    top = int(rng.integers(0, height + 2 * padding - h + 1)) - padding
+    left = int(rng.integers(0, width + 2 * padding - w + 1)) - padding
+    return Crop((h, w), (height, width), top, left, mode, ignore=ignore)
 
   return OnPlane(draw)
 

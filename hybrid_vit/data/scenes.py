@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.scene_captions import pick, scene_captions
 from hybrid_vit.data.splits import PARTS
 
@@ -132,6 +133,7 @@ class SceneSource:
     self.info: dict[str, Any] = {
       "class_names": class_names(),
       "map_class_names": ("background", *SHAPES),
+      "palette": spread_palette(1 + len(SHAPES)),
       "object_class_names": tuple(SHAPES),
     }
 

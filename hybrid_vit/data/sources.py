@@ -10,6 +10,8 @@
     tar:/path/{00000..00099}.tar   image–text pairs in WebDataset's tars, see `tars`
     captions:/path/file.csv   image–text pairs of files and a table, see `caption_tables`
     imagenet_v2:/path, …    ImageNet's other evaluation sets, see `imagenet_variants`
+    maps:/path, ade20k:/path, cityscapes:/path, coco_panoptic:/path, depth:/path, nyu_depth:/path,
+    kitti_depth:/path       photos with a map of classes or of depth each, see `maps`
 
 A split is "train", "validation" or "test", with a slice in TFDS's manner: "train[:90%]". Where a
 folder or zip has no validation part, a fixed tenth of each class of the training part is held out;
@@ -29,6 +31,7 @@ from hybrid_vit.data.arrays import digits, fashion_mnist
 from hybrid_vit.data.caption_tables import CaptionTable
 from hybrid_vit.data.folders import FileSource, FolderReader, open_files
 from hybrid_vit.data.imagenet_variants import VARIANTS, open_variant
+from hybrid_vit.data.maps import MAP_SOURCES, open_maps
 from hybrid_vit.data.scenes import open_scenes
 from hybrid_vit.data.splits import parse_split, part_slice, spread_order
 from hybrid_vit.data.tars import TarSource
@@ -37,7 +40,7 @@ from hybrid_vit.paths import as_path, is_remote
 
 _KINDS = (
   "digits, scenes, folder:/path, zip:/path.zip, fashion_mnist[:/path], tfds:name, tar:/path, "
-  "captions:/path.csv, " + ", ".join(f"{name}:/path" for name in VARIANTS)
+  "captions:/path.csv, " + ", ".join(f"{name}:/path" for name in (*VARIANTS, *MAP_SOURCES))
 )
 _FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
@@ -91,7 +94,7 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
     pairs = TarSource(place) if kind == "tar" else CaptionTable(place)
     # One part, too.
     return _part(pairs, spec, split)
-  if kind not in ("digits", "scenes", "folder", "zip", "fashion_mnist"):
+  if kind not in ("digits", "scenes", "folder", "zip", "fashion_mnist", *MAP_SOURCES):
     raise ValueError(f"unknown data source {spec!r}; there are: {_KINDS}")
   name, _ = parse_split(split)
   source: Source
@@ -103,6 +106,8 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
     source = open_scenes(spec, name)
   elif kind == "fashion_mnist":
     source = fashion_mnist(_local(spec, rest or _FASHION_MNIST), name)
+  elif kind in MAP_SOURCES:
+    source = open_maps(kind, str(_local(spec, rest)), name)
   else:
     path = _local(spec, rest)
     source = open_files(FolderReader(path) if kind == "folder" else ZipReader(path), name)

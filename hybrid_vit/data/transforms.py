@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from hybrid_vit.data import caption_operations as _captions  # noqa: F401  (fills the registry)
-from hybrid_vit.data import operations as _operations  # noqa: F401  (the same)
+from hybrid_vit.data import map_operations as _map_operations  # noqa: F401  (the same)
+from hybrid_vit.data import operations as _operations  # noqa: F401  (as well)
 from hybrid_vit.data import spec
 from hybrid_vit.data.decoding import DECODERS, CorruptPictureError, decode_picture
 from hybrid_vit.data.geometry import PLANE_KINDS, Plane, move, plane_size
