@@ -48,7 +48,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     captions="exact",
   )
   if variant == "runlocal":
-    return local(keys["captions"], keys["steps"] or 2400, keys["batch_size"] or 128)
+    return local(keys["captions"], keys["steps"] or 2000, keys["batch_size"] or 128)
   small = {"one_gpu": (1024, 100_000, 16), "v5e8": (4096, 30_000, 1)}
   data = "datacomp12m" if variant in small else variant
   config = pretraining(data, keys["model"])

@@ -169,7 +169,7 @@ def cli() -> None:
   """The command line."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", type=Path, required=True, help="for the runs; not kept")
-  parser.add_argument("--steps", type=int, default=700)
+  parser.add_argument("--steps", type=int, default=400)
   parser.add_argument("--pairs", type=int, nargs="+", default=[400, 1600, 6400])
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument("--seeds_at", type=int, default=6400, help="pairs of which all seeds are run")
