@@ -63,6 +63,7 @@ class Plan:
     activation_bytes: of what one device keeps for the backward pass of its rows, in the phase that
       keeps most.
     rows: of one device in one forward pass of that phase.
+    stand_in_classes: number of classes in the place of the data's; None where it is known.
   """
 
   config: Config
@@ -78,6 +79,7 @@ class Plan:
   evaluation_shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   activation_bytes: int | None = None
   rows: int | None = None
+  stand_in_classes: int | None = None
 
   @contextlib.contextmanager
   def checking(self, what: str) -> Iterator[None]:
@@ -126,6 +128,11 @@ def examine(config: Config, devices: int | None = None) -> Plan:
   with plan.checking("config"):
     facts = _data(plan)
     plan.run = build.build(config, facts, checking=plan.checking)
+  if (
+    plan.stand_in_classes and plan.run is not None and (plan.run.metadata or {}).get("num_classes")
+  ):
+    # A task without classes asks nobody for their number.
+    plan.notes.append(f"number of classes: {plan.stand_in_classes} stand in, the data would tell")
   if plan.run is not None and plan.run.curriculum is not None:
     _examine_batches(plan, plan.run)
     _examine_state(plan, plan.run)
@@ -157,7 +164,7 @@ def _data(plan: Plan) -> DataFacts:
   if said is None and classes is None:
     with plan.checking("config.model.name"):
       classes = int(dict(model_entry(config.model.name).arguments).get("num_classes", 1000))
-      plan.notes.append(f"number of classes: {classes} stand in, the data would tell")
+      plan.stand_in_classes = classes
   if examples is None and config.get("total_steps") is None:
     plan.notes.append(
       f"number of examples unknown: {build.STAND_IN_STEPS:,} steps an epoch stand in"

@@ -231,8 +231,8 @@ def draw_scene(
 def render(objects: list[SceneObject], size: int, rng: np.random.Generator) -> dict[str, Any]:
   """Picture, maps, masks, boxes and depth; "kept", the numbers of the objects that can be seen.
 
-  Objects of which too little is visible are painted and then belong to the background of all maps
-  but the picture's own; the main object, which is nearest, is never one of them.
+  Objects of which too little is visible stay in picture and depth, and are background in the other
+  maps; the main object, which is nearest, is never one of them.
   """
   x, y = _centers(size)
   depth = _BEHIND + rng.uniform(-1, 1) + rng.uniform(-1, 1) * (x - 0.5) + (0.5 - y)

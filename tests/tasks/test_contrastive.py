@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import hybrid_vit
 from hybrid_vit import build, checkpoints, dry_run, evaluate, main, programs, sharding
 from hybrid_vit.build import DataFacts
-from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.config import Config, ConfigError, load_config
 from hybrid_vit.models.registry import Preprocessing, create_model
 from hybrid_vit.ops.contrastive import Teachers, plain_sigmoid_loss, plain_softmax_loss
 from hybrid_vit.reporting import read_metrics
@@ -284,7 +284,10 @@ def test_steps_on_several_devices_are_those_of_one():
 
 def test_the_dry_run_finds_what_is_wrong():
   plan = dry_run.examine(Config(config()), devices=8)
-  assert plan.problems == []
+  assert plan.problems == [] and plan.notes == []
+  recipe = load_config("clip_quality_captions", "datacompdr12m,model=mobileclip_s0,batch_size=64")
+  plan = dry_run.examine(Config(recipe), devices=8)
+  assert plan.problems == [] and not any("classes" in note for note in plan.notes)
   wrong = config(accumulation_steps=5)
   plan = dry_run.examine(Config(wrong), devices=8)
   assert any("accumulation" in str(problem) for problem in plan.problems)
