@@ -5,7 +5,7 @@
     --config=configs/clip_quality_captions.py:datacompdr1b,model=mobileclip_s2
     --config=configs/clip_quality_captions.py:one_gpu           ViT-B/16 at batch 1,024 in 16 parts
     --config=configs/clip_quality_captions.py:v5e8              the same on eight chips
-    --config=configs/clip_quality_captions.py:runlocal          some minutes on a laptop, on scenes
+    --config=configs/clip_quality_captions.py:runlocal          ten minutes on a laptop, on scenes
 
 `model` is a published pair (`models.clip_systems.CLIP_MODELS`) or any image network of the
 registry, with CLIP's text tower. The data are tars, `--config.data.source=tar:/path/{00..99}.tar`,
