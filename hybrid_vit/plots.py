@@ -192,7 +192,7 @@ def plot_sheet(images: Sequence[np.ndarray], titles: Sequence[str], heading: str
   with plain_text():
     size = (max(2.0 * columns, 4.0), 2.25 * rows + 0.4)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
       axes.axis("off")
     for axes, image, title in zip(grid, images, titles):

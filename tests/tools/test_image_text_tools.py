@@ -98,7 +98,10 @@ def test_search_by_a_text_and_by_a_picture(embedded, folder, weights, tmp_path, 
   assert search.main([f"--embeddings={embedded}", query, "--count=3", f"--sheet={sheet}"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 4 and lines[0].split() == ["1.0000", query]
-  assert Image.open(sheet).width > 400
+  drawn = np.asarray(Image.open(sheet).convert("RGB"))
+  assert drawn.shape[1] > 400
+  # The pictures are on it: the first one is green.
+  assert (drawn[..., 1].astype(int) - drawn[..., 0] > 100).mean() > 0.02
   text = "a " * 300 + "red circle"  # longer than any file's name
   for asked in ("a red circle", text):
     assert search.main([f"--embeddings={embedded}", asked]) == 0
