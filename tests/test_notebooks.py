@@ -27,7 +27,7 @@ def test_the_notebook_runs(path, tmp_path, compilation_cache):
     env=command.environment(compilation_cache),
     capture_output=True,
     text=True,
-    timeout=240,
+    timeout=600,
   )
   assert found.returncode == 0, found.stdout + found.stderr
   assert "done. In" in found.stdout and "predictions.png (" in found.stdout
