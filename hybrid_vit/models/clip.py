@@ -65,24 +65,25 @@ class CLIP(nn.Module):
     """
     if self.max_scale is None:
       return jnp.exp(logit_scale)
-    return jnp.exp(_clamped(logit_scale, math.log(self.max_scale)))
+    return _clamped_exp(logit_scale, self.max_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _clamped(x: jax.Array, limit: float) -> jax.Array:
-  return jnp.minimum(x, limit)
+def _clamped_exp(x: jax.Array, most: float) -> jax.Array:
+  return jnp.minimum(jnp.exp(x), most)
 
 
-def _clamped_forward(x: jax.Array, limit: float) -> tuple[jax.Array, jax.Array]:
-  return jnp.minimum(x, limit), x
+def _clamped_exp_forward(x: jax.Array, most: float) -> tuple[jax.Array, jax.Array]:
+  return _clamped_exp(x, most), x
 
 
-def _clamped_backward(limit: float, x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+def _clamped_exp_backward(most: float, x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
   # Descent goes against the gradient: where that is positive, downwards.
-  return (jnp.where((x < limit) | (cotangent > 0), cotangent, 0.0),)
+  passes = (jnp.exp(x) < most) | (cotangent > 0)
+  return (jnp.where(passes, cotangent * jnp.minimum(jnp.exp(x), most), 0.0),)
 
 
-_clamped.defvjp(_clamped_forward, _clamped_backward)
+_clamped_exp.defvjp(_clamped_exp_forward, _clamped_exp_backward)
 
 
 def _unit_length(x: jax.Array | None, tower: str) -> jax.Array:
