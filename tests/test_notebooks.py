@@ -9,8 +9,11 @@ import pytest
 
 from tests import command
 
-# A figure of the metrics, and what it is above at the end.
-FIGURES = {"finetune_folder": ("top1", 0.5), "image_text_scenes": ("image_to_text_r10", 0.06)}
+# A figure of the metrics, and what it is at the end. Knowing nothing, the loss of 128 pairs is 4.85.
+FIGURES = {
+  "finetune_folder": ("top1", lambda top1: top1 > 0.5),
+  "image_text_scenes": ("loss", lambda loss: loss < 4.5),
+}
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -32,5 +35,6 @@ def test_the_notebook_runs(path, tmp_path, compilation_cache):
   assert found.returncode == 0, found.stdout + found.stderr
   assert "done. In" in found.stdout and "predictions.png (" in found.stdout
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-  figure, least = FIGURES[path.stem]
-  assert [json.loads(line)[figure] for line in lines if figure in line][-1] > least
+  figure, reached = FIGURES[path.stem]
+  found = [json.loads(line).get(figure) for line in lines]
+  assert reached([value for value in found if value is not None][-1])
