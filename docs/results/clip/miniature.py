@@ -157,10 +157,13 @@ def draw(rows: list[dict], path: Path) -> None:
       if row["captions"] == "none" and row[column] is not None:
         axis.axhline(row[column], color=COLORS["none"], linestyle=":", label="new weights")
     axis.set_xscale("log")
+    sizes = sorted({row["pairs"] for row in rows if row["pairs"]})
+    axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axis.minorticks_off()
     axis.set_xlabel("pairs")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-  axes[0].legend()
+  axes[1].legend()
   figure.tight_layout()
   figure.savefig(path, dpi=110)
 
