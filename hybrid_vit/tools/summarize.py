@@ -207,6 +207,9 @@ def _depthwise_conv(eqn: Any) -> int:
   return math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[1].aval.shape[:2])
 
 
+# Resizing and averaging, by products or not: counted by nobody.
+_NOT_COUNTED = ("resized_bilinear", "averaged_bins")
+
 _FAST_FORMS: dict[str, Callable[[Any], int]] = {
   "depthwise_conv_shift_add": _depthwise_conv,
   "depthwise_conv_shift_add_once": _depthwise_conv,
@@ -229,7 +232,7 @@ def _multiply_adds_of(eqn: Any) -> int | None:
     return math.prod(eqn.outvars[0].aval.shape) * (math.prod(kernel) // out_features)
   if eqn.params.get("name") in _FAST_FORMS:
     return _FAST_FORMS[eqn.params["name"]](eqn)
-  return None
+  return 0 if eqn.params.get("name") in _NOT_COUNTED else None
 
 
 def _activations_of(eqn: Any) -> int | None:
@@ -237,7 +240,7 @@ def _activations_of(eqn: Any) -> int | None:
   counted = eqn.primitive.name in ("dot_general", "conv_general_dilated")
   if counted or eqn.params.get("name") in _FAST_FORMS:
     return math.prod(eqn.outvars[0].aval.shape)
-  return None
+  return 0 if eqn.params.get("name") in _NOT_COUNTED else None
 
 
 def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int | None]) -> int:

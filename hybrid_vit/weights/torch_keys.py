@@ -38,6 +38,17 @@ def conv(name: str, leaf: str) -> OfficialKey:
   return OfficialKey(f"{name}.{leaf}")
 
 
+def deconv(name: str, leaf: str) -> OfficialKey:
+  """Transposed convolution: (in, out, h, w) there, `[h, w, in, out]` here."""
+  if leaf == "kernel":
+    return OfficialKey(
+      f"{name}.weight",
+      lambda x: np.transpose(x, (2, 3, 0, 1)),
+      lambda x: np.transpose(x, (2, 3, 0, 1)),
+    )
+  return OfficialKey(f"{name}.{leaf}")
+
+
 def pointwise(name: str, leaf: str) -> OfficialKey:
   """A 1x1 convolution there, (out, in, 1, 1), a matrix product here, `[in, out]`."""
   if leaf == "kernel":

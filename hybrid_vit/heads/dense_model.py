@@ -1,0 +1,116 @@
+"""A backbone of the registry with a decoder: what segmentation and depth train.
+
+backbone → its pyramid → neck, where there is one → head; an auxiliary head reads the neck's maps,
+or the backbone's where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybrid_vit.heads.registry import create_head, create_neck, head_arguments, neck_arguments
+from hybrid_vit.models.registry import FeatureSpec
+
+# What heads and necks take from the run where they have it.
+_SHARED = ("batch_norm_groups", "dtype")
+
+
+class DenseModel(nn.Module):
+  """One map of each picture, coarser than it by the stride of the head.
+
+  Its parameters lie under "backbone", "neck", "head" and "auxiliary_head".
+
+  Attributes:
+    backbone: of the registry's contract, without a head.
+    head: over the neck's pyramid, else the backbone's.
+    neck: between the two, or None.
+    auxiliary_head: a further head, read in training only, or None.
+  """
+
+  backbone: nn.Module
+  head: nn.Module
+  neck: nn.Module | None = None
+  auxiliary_head: nn.Module | None = None
+
+  def __call__(
+    self, images: jax.Array, train: bool = False
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`[B, H, W, 3]` → float32 `[B, h, w, K]`, and endpoints; "auxiliary" among them."""
+    _, endpoints = self.backbone(images, train=train)
+    maps = endpoints
+    if self.neck is not None:
+      maps = {**endpoints, **self.neck(endpoints, train)}
+    # A half-precision backbone must not make a half-precision answer.
+    answer = self.head(maps, train).astype(jnp.float32)
+    found = {**maps, "answer": answer}
+    if self.auxiliary_head is not None and (train or self.is_initializing()):
+      found["auxiliary"] = self.auxiliary_head(maps, train).astype(jnp.float32)
+    return answer, found
+
+
+def create_dense_model(
+  backbone: nn.Module,
+  num_outputs: int,
+  *,
+  head: Mapping[str, Any],
+  neck: Mapping[str, Any] | None = None,
+  auxiliary: Mapping[str, Any] | None = None,
+) -> DenseModel:
+  """Puts a decoder on a backbone.
+
+  A backbone whose maps have all one stride (a plain transformer) gets the neck "feature2pyramid"
+  where none is named and the head asks for several levels.
+
+  Args:
+    backbone: with `features`; built with `num_classes=0`.
+    num_outputs: of both heads.
+    head: {"name": as registered, further attributes}.
+    neck: likewise, or None.
+    auxiliary: likewise, or None.
+
+  Raises:
+    ValueError: an unknown name or attribute.
+  """
+  shared = {name: getattr(backbone, name) for name in _SHARED if hasattr(backbone, name)}
+  features: Sequence[FeatureSpec] = tuple(backbone.features)
+  parts = dict(head)
+  head_name = parts.pop("name")
+  made_neck = None
+  if neck is None and needs_pyramid(features, head_name):
+    neck = {"name": "feature2pyramid"}
+  if neck is not None:
+    neck_parts = dict(neck)
+    name = neck_parts.pop("name")
+    made_neck = create_neck(name, features, **_with(shared, neck_arguments(name), neck_parts))
+    features = made_neck.outputs
+  made = create_head(
+    head_name, features, num_outputs, **_with(shared, head_arguments(head_name), parts)
+  )
+  made_auxiliary = None
+  if auxiliary is not None:
+    own = dict(auxiliary)
+    name = own.pop("name")
+    made_auxiliary = create_head(
+      name, features, num_outputs, **_with(shared, head_arguments(name), own)
+    )
+  return DenseModel(backbone, made, made_neck, made_auxiliary)
+
+
+def needs_pyramid(features: Sequence[FeatureSpec], head: str) -> bool:
+  """Whether maps of one stride have to become a pyramid for this head."""
+  return len({f.stride for f in features}) == 1 and head not in _ONE_STRIDE
+
+
+# Heads that take maps of one stride as they are.
+_ONE_STRIDE = ("fcn", "dpt_depth", "dpt_segmentation", "mim_depth")
+
+
+def _with(
+  shared: Mapping[str, Any], known: Sequence[str], own: Mapping[str, Any]
+) -> dict[str, Any]:
+  return {**{name: value for name, value in shared.items() if name in known}, **own}
