@@ -23,8 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
-from hybrid_vit.models.vit import resize_grid
+from hybrid_vit.models.positions import resize_grid
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Published,
+  imagenet_preprocessing,
+  output_pyramid,
+  register,
+)
 from hybrid_vit.ops import windows as windows_op
 
 _INIT = nn.initializers.normal(0.02)
@@ -39,8 +45,9 @@ class Swin(nn.Module):
 
   A call takes images `[B, H, W, 3]` of any size and returns logits `[B, num_classes]` in float32
   (None when `num_classes` is 0) and the endpoints: "stem" (the patch embedding), "stage2_merging"
-  and so on (what a stage's first block reads), "stage1" to "stage4", "stage1_block0" and so on, all
-  maps, and "pre_logits" `[B, C]` (the mean over the map; with a classifier, over the normed one).
+  and so on (what a stage's first block reads), "stage1" to "stage4", "stage1_block0" and so on,
+  "stage1_norm" and so on (see `output_norms`), all maps, and "pre_logits" `[B, C]` (the mean over
+  the map; with a classifier, over the normed one).
 
   Attributes:
     width: channels of the first stage; each further one has twice as many.
@@ -51,6 +58,8 @@ class Swin(nn.Module):
     patch_size: side of the patches that the stem embeds.
     mlp_ratio: hidden width of the MLP over the width.
     qkv_bias: whether query, key and value have biases.
+    output_norms: stages, counted from 1, whose output has a layer norm beside the trunk;
+      `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
@@ -64,6 +73,7 @@ class Swin(nn.Module):
   patch_size: int = 4
   mlp_ratio: float = 4.0
   qkv_bias: bool = True
+  output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
   dtype: Any = jnp.float32
@@ -71,10 +81,11 @@ class Swin(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    return tuple(
+    pyramid = [
       FeatureSpec(f"stage{i + 1}", self.patch_size * 2**i, self.width * 2**i)
       for i in range(len(self.depths))
-    )
+    ]
+    return output_pyramid(pyramid, self.output_norms)
 
   def at_size(self, size: int, made_for: int) -> dict[str, Any]:
     """Arguments of the same network for square pictures of another size: as many windows."""
@@ -112,6 +123,9 @@ class Swin(nn.Module):
         )(x, train)
         endpoints[name] = x
       endpoints[f"stage{stage + 1}"] = x
+      if stage + 1 in self.output_norms:
+        name = f"stage{stage + 1}_norm"
+        endpoints[name] = layers.layer_norm(_NORM_EPSILON, self.dtype, name)(x)
 
     logits = None
     if self.num_classes:
@@ -125,6 +139,7 @@ class Swin(nn.Module):
 
   def _check(self) -> None:
     layers.check_stages(self, "num_heads")
+    layers.check_output_norms(self)
     for i, heads in enumerate(self.num_heads):
       if (self.width * 2**i) % heads:
         raise ValueError(
@@ -266,7 +281,7 @@ def shift_mask(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
 
 
 def resize_bicubic_table(table: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Resizes a table of relative positions `[heads, H, W]`, bicubic as `vit.resize_grid`."""
+  """Resizes a table of relative positions `[heads, H, W]`, bicubic as `resize_grid`."""
   heads, *made = table.shape
   if tuple(made) == tuple(size):
     return table

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from hybrid_vit.models.layers import resize_relative_table
+from hybrid_vit.models.positions import resize_square_grid
 from hybrid_vit.models.swin import resize_bicubic_table
-from hybrid_vit.models.vit import resize_square_grid
 from hybrid_vit.weights.focal_levels import fit_focal_levels
 
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
