@@ -8,8 +8,9 @@ arXiv:2103.14030. Follows the authors' PyTorch code (microsoft/Swin-Transformer,
   bottom, and so are maps that windows do not divide (as the authors' detection code does; their
   classification code takes only sizes that divide). Such zeros attend and are attended to.
 * The table of relative positions always has the size of `window_size`. On a map smaller than that
-  the window shrinks to the map, as there, and takes the table resized by the rule by which the
-  authors fit a checkpoint's table to another window: bicubic, without antialiasing.
+  the window shrinks to the map, as in the classification code, and takes the table resized by the
+  rule by which the authors fit a checkpoint's table to another window: bicubic, without
+  antialiasing. With `shrink_windows=False` such a map is padded, as in the detection code.
 * Absolute position embeddings, which no published network has, are left out.
 * Linear layers begin as a plain normal, which is what the authors' truncation at a hundred standard
   deviations is.
@@ -58,6 +59,9 @@ class Swin(nn.Module):
     patch_size: side of the patches that the stem embeds.
     mlp_ratio: hidden width of the MLP over the width.
     qkv_bias: whether query, key and value have biases.
+    shrink_windows: where a side of the map is no longer than a window, the window becomes no larger
+      than the map and is not shifted; else the map is padded to a window, which shifts as any
+      other: for dense tasks.
     output_norms: stages, counted from 1, whose output has a layer norm beside the trunk;
       `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
@@ -73,6 +77,7 @@ class Swin(nn.Module):
   patch_size: int = 4
   mlp_ratio: float = 4.0
   qkv_bias: bool = True
+  shrink_windows: bool = True
   output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
@@ -117,6 +122,7 @@ class Swin(nn.Module):
           shifted=i % 2 == 1,
           mlp_ratio=self.mlp_ratio,
           qkv_bias=self.qkv_bias,
+          shrink_windows=self.shrink_windows,
           drop_path_rate=rates[stage][i],
           dtype=self.dtype,
           name=name,
@@ -193,6 +199,7 @@ class Block(nn.Module):
   shifted: bool
   mlp_ratio: float
   qkv_bias: bool
+  shrink_windows: bool
   drop_path_rate: float
   dtype: Any
 
@@ -205,6 +212,7 @@ class Block(nn.Module):
       self.window_size,
       self.shifted,
       self.qkv_bias,
+      self.shrink_windows,
       self.dtype,
       name="attention",
     )(y)
@@ -222,8 +230,9 @@ class WindowAttention(nn.Module):
     num_heads: of the attention.
     window_size: side of a window, and what the table of relative positions is made for.
     shifted: the map is rolled by half a window before, and rolled back after; cells that were not
-      neighbours before do not attend to each other. A map of one window's side is not shifted.
+      neighbours before do not attend to each other.
     qkv_bias: whether query, key and value have biases.
+    shrink_windows: see `Swin`.
     dtype: of the computation; logits, bias and softmax are float32.
   """
 
@@ -231,13 +240,16 @@ class WindowAttention(nn.Module):
   window_size: int
   shifted: bool
   qkv_bias: bool
+  shrink_windows: bool
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     size, channels = (x.shape[1], x.shape[2]), x.shape[-1]
-    side = min(self.window_size, *size)
-    shift = side // 2 if self.shifted and min(size) > self.window_size else 0
+    side, shifts = self.window_size, self.shifted
+    if self.shrink_windows and min(size) <= side:
+      side, shifts = min(size), False
+    shift = side // 2 if shifts else 0
     table_side = 2 * self.window_size - 1
     table = self.param(
       "position_bias", _INIT, (self.num_heads, table_side, table_side), jnp.float32
