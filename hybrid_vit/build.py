@@ -417,7 +417,8 @@ def read_evaluation(
     transform, kind = fields.text("transform", None), fields.text("kind", "")
     usual = recipes.eval_transform(preprocessing)
     if task is not None:
-      usual += evaluation_kind(task, kind).transform
+      own = evaluation_kind(task, kind).transform
+      usual = own if own and not own.startswith("|") else usual + own
     found.append(
       fields.as_dataclass(
         EvaluationSettings,

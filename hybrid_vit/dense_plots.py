@@ -73,50 +73,76 @@ def plot_segmentation(
   png: Any,
   truth: np.ndarray | None = None,
 ) -> None:
-  """Draws a photo, its classes over it with a legend, and a truth where there is one, with errors.
+  """`plot_segmentations` of one photo."""
+  truths = None if truth is None else [truth]
+  plot_segmentations([photo], [predicted], names, palette, png, truths=truths)
+
+
+def plot_segmentations(
+  photos: Sequence[np.ndarray],
+  predicted: Sequence[np.ndarray],
+  names: Sequence[str],
+  palette: np.ndarray,
+  png: Any,
+  truths: Sequence[np.ndarray] | None = None,
+) -> None:
+  """Draws photos, their classes over them, truths where there are some, with errors; one legend.
 
   Args:
-    photo: `[H, W, 3]`, uint8, or float in [0, 1].
-    predicted: whole numbers `[H, W]`, each a class or 255 for none.
+    photos: each `[H, W, 3]`, uint8, or float in [0, 1].
+    predicted: whole numbers `[H, W]` of each, a class or 255 for none.
     names: of the classes.
     palette: uint8 `[classes, 3]`.
     png: the file to write.
-    truth: like `predicted`; pixels of 255 are grey among the errors.
+    truths: like `predicted`; pixels of 255 are grey among the errors.
 
   Raises:
     ValueError: unequal sizes, or a class without a name or colour.
   """
   if len(names) != len(palette):
     raise ValueError(f"{len(names)} names of classes and {len(palette)} colours")
-  maps = {"Prediction": predicted} if truth is None else {"Prediction": predicted, "Truth": truth}
-  panels = {"Photo": displayable(photo)}
-  for title, labels in maps.items():
-    _check_size(photo, labels, title)
-    _check_labels(labels, len(palette))
-    panels[title] = overlay(photo, labels, palette)
-  if truth is not None:
-    counts = truth != _IGNORE
-    wrong = counts & (predicted != truth)
-    errors = np.where(wrong[..., None], _WRONG, _RIGHT)
-    panels[f"Wrong: {wrong.sum() / max(counts.sum(), 1):.1%}"] = np.where(
-      counts[..., None], errors, _NONE
-    ).astype(np.uint8)
-  found, areas = np.unique(np.concatenate([m.ravel() for m in maps.values()]), return_counts=True)
-  order = [int(found[i]) for i in np.argsort(-areas, kind="stable") if found[i] != _IGNORE]
+  rows, areas = [], np.zeros(_IGNORE + 1, np.int64)
+  for i, photo in enumerate(photos):
+    maps = {"Prediction": np.asarray(predicted[i])}
+    if truths is not None:
+      maps["Truth"] = np.asarray(truths[i])
+    panels = {"Photo": displayable(photo)}
+    for title, labels in maps.items():
+      _check_size(photo, labels, title)
+      _check_labels(labels, len(palette))
+      panels[title] = overlay(photo, labels, palette)
+      areas += np.bincount(labels.ravel(), minlength=_IGNORE + 1)
+    if "Truth" in maps:
+      title, panel = _errors(maps["Prediction"], maps["Truth"])
+      panels[title] = panel
+    rows.append(panels)
+  order = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c] and c != _IGNORE]
   handles = [
     Patch(color=palette[c] / 255, label=one_line(names[c], _CLASS_LETTERS))
     for c in order[:_LEGEND_CLASSES]
   ]
   if len(order) > _LEGEND_CLASSES:
     handles.append(Patch(alpha=0, label=f"and {len(order) - _LEGEND_CLASSES} more"))
-  panel = _PANEL_WIDTH * photo.shape[0] / photo.shape[1]
-  size = _PANEL_WIDTH * len(panels) + 1.8, max(panel + 0.4, 0.19 * len(handles) + 0.3)
+  columns = len(rows[0])
+  heights = [_PANEL_WIDTH * photo.shape[0] / photo.shape[1] + 0.4 for photo in photos]
+  size = _PANEL_WIDTH * columns + 1.8, max(sum(heights), 0.19 * len(handles) + 0.3)
   with plain_text():
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    for position, (title, image) in enumerate(panels.items()):
-      _draw(figure, len(panels), position, title, image)
+    grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+    for row, panels in enumerate(rows):
+      for column, (title, image) in enumerate(panels.items()):
+        _draw(figure, grid[row, column], title, image)
     figure.legend(handles=handles, loc="outside right center", fontsize=7.5, frameon=False)
     save_figure(figure, png)
+
+
+def _errors(predicted: np.ndarray, truth: np.ndarray) -> tuple[str, np.ndarray]:
+  """Title and picture of where the two differ."""
+  counts = truth != _IGNORE
+  wrong = counts & (predicted != truth)
+  colors = np.where(wrong[..., None], _WRONG, _RIGHT)
+  picture = np.where(counts[..., None], colors, _NONE).astype(np.uint8)
+  return f"Wrong: {wrong.sum() / max(counts.sum(), 1):.1%}", picture
 
 
 def overlay(photo: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -139,17 +165,57 @@ def overlay(photo: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.nd
 def plot_depth(
   photo: np.ndarray, predicted: np.ndarray, png: Any, truth: np.ndarray | None = None
 ) -> None:
-  """Draws a photo and its depth with a scale, and where there is a truth, it and the error.
+  """`plot_depths` of one photo."""
+  plot_depths([photo], [predicted], png, truths=None if truth is None else [truth])
+
+
+def plot_depths(
+  photos: Sequence[np.ndarray],
+  predicted: Sequence[np.ndarray],
+  png: Any,
+  truths: Sequence[np.ndarray] | None = None,
+) -> None:
+  """Draws photos and their depth with a scale, and where there are truths, these and the errors.
 
   Args:
-    photo: `[H, W, 3]`, uint8, or float in [0, 1].
-    predicted: metres, float `[H, W]`.
+    photos: each `[H, W, 3]`, uint8, or float in [0, 1].
+    predicted: metres, float `[H, W]` of each.
     png: the file to write.
-    truth: metres, float `[H, W]`; 0, "not measured", is grey.
+    truths: metres, float `[H, W]` of each; 0, "not measured", is grey.
 
   Raises:
     ValueError: unequal sizes.
   """
+  heights = [_PANEL_WIDTH * photo.shape[0] / photo.shape[1] + 0.85 for photo in photos]
+  columns = 2 if truths is None else 4
+  with plain_text():
+    figure = Figure(
+      figsize=(_PANEL_WIDTH * columns + 0.5, sum(heights)), dpi=120, layout="constrained"
+    )
+    grid = figure.add_gridspec(len(photos), columns, height_ratios=heights)
+    for row, photo in enumerate(photos):
+      axes, shown_image = _draw(figure, grid[row, 0], "Photo", displayable(photo))
+      # A scale that is not seen, so that the photo has the size of the others.
+      _scale(figure, axes, shown_image).ax.set_visible(False)
+      panels = _depth_panels(photo, predicted[row], None if truths is None else truths[row])
+      for column, (title, values, name, vmin, vmax) in enumerate(panels, 1):
+        axes, shown_image = _draw(
+          figure,
+          grid[row, column],
+          title,
+          np.ma.masked_invalid(values),
+          _colors(name),
+          vmin,
+          vmax,
+        )
+        _scale(figure, axes, shown_image)
+    save_figure(figure, png)
+
+
+def _depth_panels(
+  photo: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None
+) -> list[tuple[str, np.ndarray, str, float, float]]:
+  """Title, values, colours and their range of what is drawn beside a photo."""
   shown = {"Prediction": np.asarray(predicted, np.float64)}
   if truth is not None:
     shown["Truth"] = np.where(truth > 0, truth, np.nan)
@@ -167,23 +233,7 @@ def plot_depth(
     rmse = np.sqrt(np.mean(measured**2)) if measured.size else np.nan
     most = np.percentile(measured, 99) if measured.size else 1.0
     drawn.append((f"Error: RMSE {rmse:.3g} m", error, "magma", 0.0, max(most, 1e-6)))
-  height, width = photo.shape[:2]
-  columns = len(drawn) + 1
-  with plain_text():
-    figure = Figure(
-      figsize=(_PANEL_WIDTH * columns + 0.5, _PANEL_WIDTH * height / width + 0.85),
-      dpi=120,
-      layout="constrained",
-    )
-    axes, shown_image = _draw(figure, columns, 0, "Photo", displayable(photo))
-    # A scale that is not seen, so that the photo has the size of the others.
-    _scale(figure, axes, shown_image).ax.set_visible(False)
-    for position, (title, values, name, vmin, vmax) in enumerate(drawn, 1):
-      axes, shown_image = _draw(
-        figure, columns, position, title, np.ma.masked_invalid(values), _colors(name), vmin, vmax
-      )
-      _scale(figure, axes, shown_image)
-    save_figure(figure, png)
+  return drawn
 
 
 def _scale(figure: Figure, axes: Any, shown: Any) -> Any:
@@ -200,15 +250,14 @@ def _colors(name: str) -> Colormap:
 
 def _draw(
   figure: Figure,
-  columns: int,
-  position: int,
+  place: Any,
   title: str,
   image: np.ndarray,
   cmap: Colormap | None = None,
   vmin: float | None = None,
   vmax: float | None = None,
 ) -> tuple[Any, Any]:
-  axes = figure.add_subplot(1, columns, position + 1)
+  axes = figure.add_subplot(place)
   small = max(image.shape[:2]) < _PANEL_WIDTH * figure.dpi
   shown = axes.imshow(
     image, cmap=cmap, vmin=vmin, vmax=vmax, interpolation="nearest" if small else "antialiased"

@@ -27,6 +27,9 @@ from hybrid_vit.starting import check_classes
 from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.weights.transfer import transfer
 
+# Of what weights know of their data, what tasks ask for.
+_SAID_OF_CLASSES = ("class_names", "map_class_names", "palette")
+
 
 def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
   """Evaluates the weights of `workdir`, else of `config.init_from`, by their own preprocessing.
@@ -83,15 +86,15 @@ def _facts(
   preprocessing: Preprocessing,
 ) -> DataFacts:
   """What the weights know of the data that they were trained on: its classes, or their number."""
-  names = tuple(metadata.get("class_names") or ())
+  info = {name: metadata[name] for name in _SAID_OF_CLASSES if metadata.get(name)}
   bias = weights["params"].get("head", {}).get("bias")
 
   def example() -> Mapping[str, Any]:
     return readable_example(open_source(read_evaluation(config, preprocessing)[0]))
 
   return DataFacts(
-    info={"class_names": names} if names else {},
-    num_classes=None if bias is None else int(bias.shape[0]),
+    info=info,
+    num_classes=metadata.get("num_classes") if bias is None else int(bias.shape[0]),
     example=example,
   )
 

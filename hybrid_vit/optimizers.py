@@ -23,7 +23,7 @@ from hybrid_vit.sharding import path_name
 Schedule = Callable[[Any], Any]
 
 OPTIMIZERS = ("adamw", "lamb", "sgd")
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "polynomial", "power", "constant")
 
 # Biases, scales of norms and of layers, class tokens and position tables are vectors or lookups:
 # decaying them helps nobody.
@@ -73,11 +73,15 @@ def make_schedule(
   warmup_steps: int = 0,
   warmup_start: float = 0.0,
   end: float = 0.0,
+  power: float = 1.0,
+  warmup_power: float = 1.0,
 ) -> Schedule:
   """Learning rate as a function of the step.
 
-  A linear warm-up from `warmup_start` to `peak` over `warmup_steps`, then cosine or linear to `end`
-  at `total_steps`, or constant at `peak`. The first step of a warm-up from 0 has rate
+  A warm-up from `warmup_start` to `peak` over `warmup_steps`, with the `warmup_power` of its part
+  done, then to `end` at `total_steps`: cosine, linear, "polynomial" (mmsegmentation's poly, with
+  the `power` of the part left) or "power" (with that of the part done, as GLPN and
+  MIM-Depth-Estimation have it); or constant at `peak`. The first step of a warm-up from 0 has rate
   peak/warmup_steps, not 0, so that no step is lost.
 
   Raises:
@@ -99,12 +103,17 @@ def make_schedule(
       rate = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     elif name == "linear":
       rate = peak + (end - peak) * progress
+    elif name == "polynomial":
+      rate = end + (peak - end) * (1.0 - progress) ** power
+    elif name == "power":
+      rate = peak + (end - peak) * progress**power
     else:
       rate = jnp.full_like(progress, peak)
     if warmup_steps:
       # Phases may lay their steps between whole ones: the last would overshoot.
       fraction = jnp.minimum((step + 1.0) / warmup_steps, 1.0)
-      warm = warmup_start + (peak - warmup_start) * fraction
+      risen = fraction if warmup_power == 1.0 else fraction**warmup_power
+      warm = warmup_start + (peak - warmup_start) * risen
       rate = jnp.where(step < warmup_steps, warm, rate)
     return rate
 
@@ -151,6 +160,8 @@ def schedule_from_config(
     warmup_steps=warmup_steps,
     warmup_start=start,
     end=end,
+    power=fields.number("power", 1.0, above=0.0) if name in ("polynomial", "power") else 1.0,
+    warmup_power=fields.number("warmup_power", 1.0, above=0.0) if warmup_steps else 1.0,
   )
 
 

@@ -33,6 +33,9 @@ from hybrid_vit.weights.head_rows import carry_head, head_rows
 from hybrid_vit.weights.readers import read_checkpoint
 from hybrid_vit.weights.transfer import transfer
 
+# What data and weights say of their classes: of pictures and of maps.
+_CLASS_NAMES = ("class_names", "map_class_names")
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -97,12 +100,14 @@ def check_classes(run: Run, sets: Sequence[EvaluationSet]) -> None:
     ValueError: they have not; the message shows both.
   """
   for item in sets:
-    _compare(
-      run.metadata.get("class_names"),
-      item.info.get("class_names"),
-      f"the training data and evaluation set {item.name!r}",
-    )
-    width, found = run.metadata.get("num_classes"), item.info.get("class_names")
+    for names in _CLASS_NAMES:
+      _compare(
+        run.metadata.get(names),
+        item.info.get(names),
+        f"the training data and evaluation set {item.name!r}",
+      )
+    own = "map_class_names" if "map_class_names" in run.metadata else "class_names"
+    width, found = run.metadata.get("num_classes"), item.info.get(own)
     if width and found and width != len(found):
       raise ValueError(
         f"evaluation set {item.name!r} has {len(found)} classes, the network {width}"
@@ -115,11 +120,12 @@ def _compare(expected: Any, found: Any, what: str) -> None:
 
 
 def _check_restored(run: Run, restored: Restored, place: str) -> None:
-  _compare(
-    restored.info.get("class_names"),
-    run.metadata.get("class_names"),
-    f"the checkpoint in {place} and the training data",
-  )
+  for names in _CLASS_NAMES:
+    _compare(
+      restored.info.get(names),
+      run.metadata.get(names),
+      f"the checkpoint in {place} and the training data",
+    )
 
 
 def _other_teacher(run: Run, restored: Restored) -> tuple[str, ...]:
@@ -143,12 +149,13 @@ def _start_from(run: Run, state: TrainState, directory: str, layout: Any) -> tup
     weights, new_head = carry_head(weights, rows, fresh), False
     carried = f"\n  head: {(rows >= 0).sum()} of {len(rows)} classes carried over by {mapping}"
   elif not new_head:
-    _compare(
-      metadata.get("class_names"),
-      run.metadata.get("class_names"),
-      f"the weights in {directory} (their head is kept; --config.reinitialize_head=True begins it "
-      "anew) and the training data",
-    )
+    for names in _CLASS_NAMES:
+      _compare(
+        metadata.get(names),
+        run.metadata.get(names),
+        f"the weights in {directory} (their head is kept; --config.reinitialize_head=True begins "
+        "it anew) and the training data",
+      )
   variables, report = transfer(
     weights, jax.eval_shape(lambda s: s.variables, state), reinitialize_head=new_head
   )

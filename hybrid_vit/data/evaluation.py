@@ -27,6 +27,7 @@ class EvaluationSet:
     name: of the set.
     settings: as configured.
     info: what its source says of itself.
+    part: which part of its rows this process reads; others may read the same.
     interrupt: called before each batch; may raise, to end a pass early.
   """
 
@@ -43,11 +44,11 @@ class EvaluationSet:
     self._transform = parse_transform(settings.transform, settings.decoder, kinds(fields))
     self._fields = resolve(fields, self._transform, lambda: readable_example(self.source))
     self._sharding = sharding.batch_sharding(mesh)
-    part, parts = sharding.batch_part(self._sharding)
+    self.part, parts = sharding.batch_part(self._sharding)
     self._batches = loader.eval_batches(
       self.source,
       loader.Reading(settings.batch_size, self._transform, self._fields),
-      process_index=part,
+      process_index=self.part,
       process_count=parts,
       num_threads=settings.num_threads,
       max_corrupt_fraction=settings.max_corrupt_fraction,
@@ -65,14 +66,21 @@ class EvaluationSet:
   def sample(self, count: int) -> dict[str, np.ndarray]:
     """Rows of at most `count` readable examples spread evenly over the set."""
     names = on_device(self._fields)
-    rows: list[dict[str, np.ndarray]] = []
+    rows = [
+      {name: row(field, name, example[name]) for name, field in names.items()}
+      for example in self.examples(count)
+    ]
+    return {name: np.stack([r[name] for r in rows]) if rows else np.zeros((0,)) for name in names}
+
+  def examples(self, count: int) -> list[dict[str, Any]]:
+    """At most `count` readable examples spread evenly over the set, transformed."""
+    found = []
     for index in sample_indices(len(self), count):
       try:
-        example = self._transform(dict(self.source[index]), np.random.default_rng(index))
+        found.append(self._transform(dict(self.source[index]), np.random.default_rng(index)))
       except CorruptExampleError:
         continue
-      rows.append({name: row(field, name, example[name]) for name, field in names.items()})
-    return {name: np.stack([r[name] for r in rows]) if rows else np.zeros((0,)) for name in names}
+    return found
 
 
 def open_evaluation(

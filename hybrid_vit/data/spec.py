@@ -47,6 +47,9 @@ class Field:
     pad: fills ragged rows, and the whole of a row that does not count.
     minimum: the smallest value allowed, e.g. 0 for a class; None for no limit.
     maximum: the largest value allowed; None for no limit.
+    on_host: rows stay on the host as they are, each of its own shape, as with kind "host"; but
+      transforms move the key by its kind.
+    besides: one value allowed beside those of the range, e.g. 255 of a map for no class.
   """
 
   kind: str
@@ -56,6 +59,8 @@ class Field:
   pad: float = 0
   minimum: float | None = None
   maximum: float | None = None
+  on_host: bool = False
+  besides: float | None = None
 
   def __post_init__(self) -> None:
     if self.kind not in KINDS:
@@ -64,9 +69,14 @@ class Field:
       raise ValueError("a ragged field needs a shape: its first dimension is the most there may be")
 
   @property
+  def stays_on_host(self) -> bool:
+    """Whether it is no array of a batch."""
+    return self.on_host or self.kind == "host"
+
+  @property
   def resolved(self) -> bool:
     """Whether type and shape are known."""
-    return self.kind == "host" or (self.dtype is not None and None not in self.shape)
+    return self.stays_on_host or (self.dtype is not None and None not in self.shape)
 
 
 Fields = Mapping[str, Field]
@@ -99,7 +109,7 @@ def kinds(fields: Fields) -> dict[str, str]:
 
 def on_device(fields: Fields) -> dict[str, Field]:
   """The fields that go into a batch's arrays."""
-  return {name: field for name, field in fields.items() if field.kind != "host"}
+  return {name: field for name, field in fields.items() if not field.stays_on_host}
 
 
 def resolve(
@@ -220,7 +230,11 @@ def row(field: Field, name: str, value: Any) -> np.ndarray:
     (field.maximum, np.greater, "above the largest"),
   ):
     # Before the type changes, in which a number too large would become another one.
-    if limit is not None and (wrong := given[beyond(given, limit)]).size:
+    if limit is None:
+      continue
+    far = beyond(given, limit)
+    far = far if field.besides is None else far & (given != field.besides)
+    if (wrong := given[far]).size:
       raise ValueError(f"{name!r} is {wrong.flat[0]}, {word} allowed, {limit:g}")
   if dtype.kind in "iu" and not _whole(given, dtype):
     raise ValueError(f"{name!r} is {_first(given)} of type {given.dtype}; {dtype} was expected")

@@ -19,6 +19,8 @@ _POSITIONS = re.compile(r"position_embedding(\d+)$")
 # Stands behind a stage's blocks, and belongs to its last.
 _ENDS = re.compile(r"stage(\d+)_norm/")
 _FIRST = re.compile(r"(?:stem/|position_embedding$)")
+# Of a network with a decoder, see `heads.dense_model`.
+_BACKBONE = "backbone/"
 _LAST = re.compile(r"(?:(?:auxiliary_)?head\w*|norm|decoder\d+)/")
 
 _COLUMN = re.compile(r"column(\d+)/")
@@ -33,7 +35,8 @@ def layer_depths(paths: Iterable[str]) -> dict[str, int]:
   Block number b (counted through all stages) has 1 + b. What leads into a stage goes with its first
   block, a stage's closing norm with its last; position tables and class tokens go with what they
   are added to. Of RevCol, block b of column c has 1 + b + c, a fusion goes with its level's first
-  block, a gain with its column's, decoders with the heads.
+  block, a gain with its column's, decoders with the heads. Where a decoder stands on a
+  "backbone", all that is not of the backbone lies as deep as its head would.
 
   Args:
     paths: of all parameters, "stage1_block0/attention/out/kernel".
@@ -42,6 +45,8 @@ def layer_depths(paths: Iterable[str]) -> dict[str, int]:
     ValueError: a part whose place is not known, as in a network that names its parts otherwise.
   """
   paths = list(paths)
+  if any(path.startswith(_BACKBONE) for path in paths):
+    return _with_decoder(paths)
   if any(_COLUMN.match(path) for path in paths):
     return _on_grid(paths)
   found = (_BLOCK.match(path) for path in paths)
@@ -68,6 +73,17 @@ def layer_depths(paths: Iterable[str]) -> dict[str, int]:
     return len(blocks) + 1 if _LAST.match(path) else None
 
   return _all_known({path: depth(path) for path in paths})
+
+
+def _with_decoder(paths: list[str]) -> dict[str, int]:
+  """Of a backbone under a decoder: the decoder is as deep as a head would be."""
+  own = [path.removeprefix(_BACKBONE) for path in paths if path.startswith(_BACKBONE)]
+  depths = layer_depths([*own, "head/kernel"])
+  last = depths["head/kernel"]
+  return {
+    path: depths[path.removeprefix(_BACKBONE)] if path.startswith(_BACKBONE) else last
+    for path in paths
+  }
 
 
 def _on_grid(paths: list[str]) -> dict[str, int]:

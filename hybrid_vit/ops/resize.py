@@ -64,14 +64,14 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
 
 def bilinear_matrix(old: int, new: int, align_corners: bool) -> np.ndarray:
   """What takes an axis of length `old` to `new`, float32 `[new, old]`."""
-  low, high, part = _neighbours(old, new, align_corners)
+  low, high, part = bilinear_places(old, new, align_corners)
   matrix = np.zeros((new, old), np.float64)
   np.add.at(matrix, (np.arange(new), low), 1 - part)
   np.add.at(matrix, (np.arange(new), high), part)
   return matrix.astype(np.float32)
 
 
-def _neighbours(
+def bilinear_places(
   old: int, new: int, align_corners: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """For each place of the result: the place before and behind it, and how far it is between."""

@@ -46,6 +46,8 @@ class EvaluationData(Protocol):
   name: str
   info: Mapping[str, Any]
   settings: Any
+  # Which part of the rows this process reads; several processes may read the same.
+  part: int
 
   def __len__(self) -> int: ...
 
@@ -61,6 +63,10 @@ class EvaluationData(Protocol):
     """Rows of `count` examples spread evenly over the set, the same on every process."""
     ...
 
+  def examples(self, count: int) -> list[dict[str, Any]]:
+    """As `sample`, but as the transform leaves them, with what stays on the host."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationKind:
@@ -69,8 +75,9 @@ class EvaluationKind:
   Attributes:
     fields: of an example.
     measures: each with its direction, as `Task.measures`.
-    transform: operations that follow those on the picture where the set has no transform of its
-      own, e.g. "|all_captions(5)|tokenize(77)"; "" for none.
+    transform: operations where the set has no transform of its own. What begins with "|" follows
+      those that the weights expect on the picture, e.g. "|all_captions(5)|tokenize(77)"; anything
+      else stands in their place, e.g. "decode"; "" for none.
   """
 
   fields: Fields
@@ -91,6 +98,9 @@ class Task(Protocol):
   A task whose loss looks at a whole batch (`separable` is False) may have `embed(variables, batch,
   rng) → (embeddings, batch statistics)`, rows by themselves, and `embedded_loss(variables,
   embeddings, batch) → (loss, metrics)`: then `config.accumulation_steps` works for it too.
+
+  A task whose evaluation pictures are not prepared as a classifier's has `evaluation_transform`,
+  see `EvaluationKind.transform`.
 
   A task that can measure several things has `evaluation_kinds`: the `kind` of an evaluation set →
   an `EvaluationKind`. Its `spec` and `measures` are those of a set that names none.
@@ -163,7 +173,8 @@ def evaluation_kind(task: Task, kind: str) -> EvaluationKind:
   """
   known = getattr(task, "evaluation_kinds", {})
   if not kind:
-    return EvaluationKind(task.spec.evaluation, task.measures)
+    own = getattr(task, "evaluation_transform", "")
+    return EvaluationKind(task.spec.evaluation, task.measures, own)
   if kind not in known:
     there = f"there are: {', '.join(known)}" if known else "this task has one alone: leave it out"
     raise ValueError(f"an evaluation set's kind is {kind!r}; {there}")

@@ -19,9 +19,11 @@ from hybrid_vit.tasks.base import BETTER, Task
 _MODULES = (
   "hybrid_vit.tasks.classification",
   "hybrid_vit.tasks.contrastive",
+  "hybrid_vit.tasks.depth",
   "hybrid_vit.tasks.distillation",
   "hybrid_vit.tasks.intermediate_supervision",
   "hybrid_vit.tasks.masked_autoencoding",
+  "hybrid_vit.tasks.segmentation",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,10 @@ _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bic
 _POSITION_GRID = "position_embedding"
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
+# Of a backbone with a decoder only the last layers go by the classes.
+_CLASSIFIER = r"[^/]+/(?:auxiliary_)?head/classifier/"
+# Layer norms beside the trunk, which a backbone under a decoder has and a classifier has not.
+_OUTPUT_NORM = r"[^/]+/backbone/stage\d+_norm/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,9 @@ def transfer(
 
   Where `source` has an image and a text tower and `target` is one network, it takes the first.
   Where `target` has both and `source` is one network, that is the image tower: its head, which
-  projects here, and all of the text tower begin anew.
+  projects here, and all of the text tower begin anew. Where `target` is a backbone with a decoder
+  and `source` is one network, that is the backbone: the decoder, and layer norms that stand beside
+  the trunk, begin anew; the other way round the decoder is left.
 
   Args:
     source: {"params", "batch_stats"}, arrays.
@@ -87,6 +94,14 @@ def transfer(
     text = {"params": {name: whole[name] for name in whole if name != "image"}}
     unused_text = tuple(flax.traverse_util.flatten_dict(text, sep="/"))
     source = without_text(source)
+  decoder = is_dense(target) and not is_dense(source)
+  if decoder:
+    source = {collection: {"backbone": tree} for collection, tree in source.items()}
+  elif is_dense(source) and not is_dense(target):
+    parts = {"params": {n: t for n, t in source["params"].items() if n != "backbone"}}
+    unused_text = tuple(flax.traverse_util.flatten_dict(parts, sep="/"))
+    source = {collection: tree.get("backbone", {}) for collection, tree in source.items()}
+  head = functools.partial(is_head, dense=is_dense(target))
   alone = is_clip(target) and not is_clip(source)
   if alone:
     source = {collection: {"image": tree} for collection, tree in source.items()}
@@ -104,7 +119,11 @@ def transfer(
       result[name] = new
       initialised.append(f"{name} ({_ALONE[parts[1] == 'image']})")
       continue
-    if is_head(name) and reinitialize_head:
+    if decoder and (parts[1] != "backbone" or _is_new_norm(name, found)):
+      result[name] = new
+      initialised.append(f"{name} (no decoder in the source)")
+      continue
+    if head(name) and reinitialize_head:
       result[name] = new
       old_shape = tuple(found[name].shape) if name in found else None
       reason = f"{old_shape} in the source, {tuple(new.shape)} here" if old_shape else "as asked"
@@ -132,7 +151,7 @@ def transfer(
     else:
       result[name] = new
       wrong.append(f"{name} ({tuple(old.shape)} in the source, {tuple(new.shape)} here)")
-  if wrong and all(map(is_head, wrong)) and not missing:
+  if wrong and all(map(head, wrong)) and not missing:
     raise ValueError(
       f"the head has another width: {'; '.join(wrong)}. To begin it anew, pass "
       "--config.reinitialize_head=True"
@@ -162,6 +181,20 @@ def without_text(variables: Mapping[str, Any]) -> dict[str, Any]:
   return {name: tree.get("image", {}) for name, tree in variables.items()}
 
 
-def is_head(name: str) -> bool:
-  """Whether a leaf ("params/head/kernel") is of a classifier, whose width is that of the data."""
-  return re.match(_HEAD, name) is not None
+def is_dense(variables: Mapping[str, Any]) -> bool:
+  """Whether {"params", …} are of a backbone with a decoder, see `heads.dense_model`."""
+  return "backbone" in variables["params"]
+
+
+def is_head(name: str, *, dense: bool = False) -> bool:
+  """Whether a leaf ("params/head/kernel") is of a classifier, whose width is that of the data.
+
+  Args:
+    name: of the leaf.
+    dense: whether it is of a backbone with a decoder, whose last layers alone are meant then.
+  """
+  return re.match(_CLASSIFIER if dense else _HEAD, name) is not None
+
+
+def _is_new_norm(name: str, found: Mapping[str, Any]) -> bool:
+  return name not in found and re.match(_OUTPUT_NORM, name) is not None

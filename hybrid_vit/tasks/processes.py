@@ -1,0 +1,45 @@
+"""Evaluation of which each process does its own part: variables for it alone, and exact sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def local_variables(variables: Any) -> Any:
+  """Variables that this process alone can compute with.
+
+  Those of one process are taken as they lie; those of several are gathered and copied to each of
+  this process's devices.
+  """
+  if jax.process_count() == 1:
+    return variables
+  whole = multihost_utils.process_allgather(variables, tiled=True)
+  mesh = Mesh(np.array(jax.local_devices()), ("data",))
+  return jax.device_put(whole, NamedSharding(mesh, PartitionSpec()))
+
+
+def summed_over_processes(counts: Mapping[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
+  """Sums over processes, exact for whole numbers below 2^53; processes of one part count once.
+
+  Args:
+    counts: float64 or whole-number arrays, of the same shapes on every process.
+    part: which part of the data this process has read.
+  """
+  if jax.process_count() == 1:
+    return {name: np.asarray(value) for name, value in counts.items()}
+  parts = multihost_utils.process_allgather(np.asarray(part, np.int32))
+  first = [list(parts).index(p) for p in sorted(set(parts.tolist()))]
+  found = {}
+  for name, value in counts.items():
+    # Devices have no 64 bits: the bytes travel.
+    packed = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
+    rows = multihost_utils.process_allgather(packed)
+    whole = [np.frombuffer(rows[i].tobytes(), value.dtype).reshape(value.shape) for i in first]
+    found[name] = np.sum(whole, axis=0)
+  return found
