@@ -5,8 +5,8 @@
     --config=configs/clip_nyu.py:runlocal                                two minutes on a laptop
 
 Figures: SwinTransformer/MIM-Depth-Estimation (Swin-V2-B: RMSE 0.304, d1 0.935). That CLIP with
-Quality Captions (arXiv:2405.08911) follows it is recalled; derived from its claims: RMSE about 0.339
-of ViT-B (MAE: 0.383).
+Quality Captions (arXiv:2405.08911) follows it is recalled; derived from its claims: RMSE about
+0.339 of ViT-B (MAE: 0.383).
 
 The authors divide pictures by 255 and do no more; weights that were trained on normalised pictures
 get them normalised here, as their own `mean` and `std` say (--config.data.mean=(0,0,0)
@@ -32,8 +32,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   name = "swin_tiny" if variant == "runlocal" else variant
   config = dense_recipes.nyu_depth(
     name,
-    # A ViT's map has stride 16: one deconvolution less.
-    dict(head=dict(name="mim_depth", num_filters=(32,) * (2 if name in VITS else 3))),
+    dict(head=dict(name="mim_depth")),
     batch_size=keys["batch_size"],
     learning_rate=5e-4,
     weight_decay=0.05,
@@ -53,6 +52,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
         shrink_windows=False,
         drop_path_rate=0.0,
       ),
-      head=dict(num_filters=(32,), embed_dim=32),
+      head=dict(channels=32),
     )
   return config

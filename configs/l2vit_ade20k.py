@@ -37,10 +37,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
     dense_recipes.run_locally(
       config,
       dict(
-        widths=(16, 32, 64),
-        depths=(1, 1, 2),
-        num_heads=(1, 2, 4),
-        mlp_ratios=(4.0, 4.0, 4.0),
+        widths=(16, 32, 48),
+        depths=(2, 2, 2),
+        num_heads=(1, 2, 3),
+        mlp_ratios=(2, 2, 2),
+        window_size=4,
         output_norms=(1, 2, 3),
         drop_path_rate=0.0,
       ),

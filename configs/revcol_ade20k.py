@@ -5,8 +5,8 @@
     --config=configs/revcol_ade20k.py:runlocal                           two minutes on a laptop
 
 Figures: megvii-research/RevCol, `Segmentation/configs` and its README. Published, single and
-multi-scale mIoU: tiny 47.4 / 47.6, small 47.9 / 49.0, base 49.0 / 50.1; from 22K at 640: base 52.7 /
-53.3, large 53.4 / 53.7; huge (private 168M pictures) 57.8 / 58.0. Gradients are plain, not
+multi-scale mIoU: tiny 47.4 / 47.6, small 47.9 / 49.0, base 49.0 / 50.1; from 22K at 640: base
+52.7 / 53.3, large 53.4 / 53.7; huge (private 168M pictures) 57.8 / 58.0. Gradients are plain, not
 reversible, as in the authors' dense code.
 """
 
@@ -71,7 +71,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
       dict(
         widths=(16, 24, 32, 48),
         depths=(1, 1, 1, 1),
-        num_columns=2,
+        layer_scale_init=1.0,
         drop_path_rate=0.0,
         intermediate_supervision=False,
         reversible=False,

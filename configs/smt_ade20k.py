@@ -34,7 +34,15 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     dense_recipes.run_locally(
       config,
-      dict(embed_dims=(16, 32, 64, 64), depths=(1, 1, 2, 1), drop_path_rate=0.0),
+      dict(
+        depths=(1, 2, 1),
+        widths=(16, 32, 48),
+        block_types=("modulation", "hybrid", "attention"),
+        modulation_heads=(4, 4, None),
+        attention_heads=(None, 4, 6),
+        mlp_ratios=(4.0, 4.0, 2.0),
+        drop_path_rate=0.0,
+      ),
       head=dict(channels=32),
       auxiliary=dict(channels=32),
     )

@@ -109,9 +109,7 @@ def ade20k(
     learning_rate=learning_rate,
     weight_decay=weight_decay,
     weight_decay_rules=tuple(weight_decay_rules),
-    schedule=dict(
-      name="polynomial", power=power, warmup_steps=warmup_steps, end_learning_rate=0.0
-    ),
+    schedule=dict(name="polynomial", power=power, warmup_steps=warmup_steps, end_learning_rate=0.0),
   )
   if warmup_steps:
     config.optimizer.schedule.warmup_start_factor = 1e-6

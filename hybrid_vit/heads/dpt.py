@@ -132,8 +132,8 @@ class DPTDecoder(nn.Module):
     name = f"{self.features[i].name}_token"
     if name not in endpoints:
       raise ValueError(
-        f"DPT: readout {self.readout!r} needs the class token {name!r}, which the backbone does not "
-        "give; take readout='ignore'"
+        f"DPT: readout {self.readout!r} needs the class token {name!r}, which the backbone does "
+        "not give; take readout='ignore'"
       )
     return endpoints[name].astype(self.dtype)
 
@@ -303,9 +303,7 @@ class DPTSegmentation(nn.Module):
       raise ValueError("dpt_segmentation: auxiliary logits need auxiliary=True")
     x = _decoder(self)(endpoints, train)
     logits = self._classified(x, train, "")
-    logits = resize_bilinear(
-      logits, (2 * logits.shape[1], 2 * logits.shape[2]), align_corners=True
-    )
+    logits = resize_bilinear(logits, (2 * logits.shape[1], 2 * logits.shape[2]), align_corners=True)
     if not self.auxiliary or not (with_auxiliary or self.is_initializing()):
       return logits
     second = self._classified(x, train, "auxiliary_")

@@ -78,7 +78,11 @@ def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
   if family == "RevCol":
     kernel = {"kernel_size": 7} if model.bottom_to_top else {}
     return {"reversible": False, "intermediate_supervision": False, **kernel}
-  return {"PVT": {"class_token": False}, "MCi": {"head_expansion": None}}.get(family, {})
+  others: dict[str, dict[str, Any]] = {
+    "PVT": {"class_token": False},
+    "MCi": {"head_expansion": None},
+  }
+  return others.get(family, {})
 
 
 def enlarged_windows(name: str, first: int | Sequence[int] = 9) -> tuple[int, ...]:
