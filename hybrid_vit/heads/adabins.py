@@ -258,9 +258,9 @@ def _leaky(x: jax.Array) -> jax.Array:
 def _conv(features: int, size: int, name: str, x: jax.Array, dtype: Any) -> jax.Array:
   """A convolution that begins as PyTorch's."""
   bias_init = torch_bias_init(size**2 * x.shape[-1])
-  return conv(
-    features, size, name, kernel_init=torch_conv_init, bias_init=bias_init, dtype=dtype
-  )(x)
+  return conv(features, size, name, kernel_init=torch_conv_init, bias_init=bias_init, dtype=dtype)(
+    x
+  )
 
 
 def _dense(features: int, name: str, x: jax.Array, dtype: Any) -> jax.Array:

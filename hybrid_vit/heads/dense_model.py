@@ -40,14 +40,22 @@ class DenseModel(nn.Module):
   def __call__(
     self, images: jax.Array, train: bool = False
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`[B, H, W, 3]` → float32 `[B, h, w, K]`, and endpoints; "auxiliary" among them."""
+    """`[B, H, W, 3]` → float32 `[B, h, w, K]`, and endpoints.
+
+    Among these are "auxiliary", in training, and a depth head's "bin_centers", where it has bins.
+    """
     _, endpoints = self.backbone(images, train=train)
     maps = endpoints
     if self.neck is not None:
       maps = {**endpoints, **self.neck(endpoints, train)}
     # A half-precision backbone must not make a half-precision answer.
-    answer = self.head(maps, train).astype(jnp.float32)
-    found = {**maps, "answer": answer}
+    bins = {}
+    if hasattr(self.head, "num_bins"):
+      answer, bins["bin_centers"] = self.head(maps, train, with_bins=True)
+    else:
+      answer = self.head(maps, train)
+    answer = answer.astype(jnp.float32)
+    found = {**maps, **bins, "answer": answer}
     if self.auxiliary_head is not None and (train or self.is_initializing()):
       found["auxiliary"] = self.auxiliary_head(maps, train).astype(jnp.float32)
     return answer, found
