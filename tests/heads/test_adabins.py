@@ -63,7 +63,7 @@ def test_odd_maps_bins_and_gradient():
 
 def test_a_model_tells_its_bins():
   backbone = create_model("convnext_tiny", num_classes=0, depths=(1, 1, 1, 1), widths=(4, 6, 8, 8))
-  head = {"name": "adabins", **_SMALL, "queries": "tokens"}
+  head = {"name": "adabins", **_SMALL, "queries": "tokens", "num_positions": 64}
   model = create_dense_model(backbone, 1, head=head)
   images = np.zeros((1, 64, 64, 3), np.float32)
   answer, found = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images)[0])
@@ -150,10 +150,9 @@ def _numpy(variables, finest, coarsest, queries):
     return x
 
   def layer(x, q):
-    length, channels = x.shape
     query, key, value = np.split(dense(x, q["qkv"]), 3, axis=-1)
     y = np.empty_like(x)
-    size = channels // _SMALL["num_heads"]
+    size = x.shape[-1] // _SMALL["num_heads"]
     for h in range(_SMALL["num_heads"]):
       part = slice(h * size, (h + 1) * size)
       scores = query[:, part] @ key[:, part].T / np.sqrt(size)

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from hybrid_vit.heads.layers import Deconv
 from hybrid_vit.heads.mim_depth import MIMDepth
 from hybrid_vit.tools.summarize import count_parameters
 from hybrid_vit.weights.keymap_heads import part_key_map
@@ -70,6 +72,22 @@ def test_each_kernel_doubles_odd_maps_and_learns(kernel):
   assert depth.shape == (2, 80, 112, 1)
   assert (depth > 0).all()
   assert (depth < 80).all()
+
+
+@pytest.mark.parametrize(("kernel", "padding", "more"), [(2, 0, 0), (3, 1, 1), (4, 1, 0)])
+def test_transposed_convolutions_scatter(kernel, padding, more):
+  x = np.random.default_rng(0).standard_normal((1, 3, 4, 2)).astype(np.float32)
+  deconv = Deconv(3, kernel, 2, padding, more, use_bias=False)
+  variables = deconv.init(jax.random.key(0), x)
+  weights = np.asarray(variables["params"]["kernel"])
+  # Enough room for what output_padding adds, too.
+  whole = np.zeros((2 * 3 + kernel, 2 * 4 + kernel, 3))
+  for i in range(3):
+    for j in range(4):
+      part = np.einsum("i,klio->klo", x[0, i, j], weights)
+      whole[2 * i : 2 * i + kernel, 2 * j : 2 * j + kernel] += part
+  expected = whole[padding : padding + 6, padding : padding + 8]
+  np.testing.assert_allclose(deconv.apply(variables, x)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
