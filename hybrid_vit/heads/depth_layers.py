@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from hybrid_vit.models.layers import Initializer
 
+# exp(80) is 5e34: a depth of 1e-34 m.
+_LOWEST = 80.0
+
 
 def conv(
   features: int,
@@ -36,8 +39,9 @@ def conv(
 
 
 def bounded_depth(x: jax.Array, max_depth: float) -> jax.Array:
-  """sigmoid(x) * max_depth, float32."""
-  return jax.nn.sigmoid(x.astype(jnp.float32)) * max_depth
+  """sigmoid(x) * max_depth, float32, above 0 however small x is."""
+  # One rounding fewer than a sigmoid and a product; the bound keeps the gradient a number.
+  return max_depth / (1.0 + jnp.exp(-jnp.maximum(x.astype(jnp.float32), -_LOWEST)))
 
 
 def check_depth_head(name: str, head: Any) -> None:

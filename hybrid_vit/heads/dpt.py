@@ -12,7 +12,7 @@ Differences and additions:
 - Where a map is not twice as large as the next coarser one (odd sizes), it is resized to the fused
   map, as in transformers, not the other way round: results are then a little larger than the
   stride says, and the picture's size is reached by resizing them.
-- "metric" and "bounded" depth beside the published relative inverse depth.
+- Depth is in metres unless asked otherwise: "bounded" beside the published "inverse" and "metric".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _INIT = nn.initializers.normal(0.02)
 _BATCH_NORM_EPSILON = 1e-5
 _LEAST_INVERSE = 1e-8
 READOUTS = ("project", "add", "ignore")
-ANSWERS = ("inverse", "metric", "bounded")
+ANSWERS = ("bounded", "inverse", "metric")
 
 
 class DPTDecoder(nn.Module):
@@ -191,9 +191,9 @@ class DPTDepth(nn.Module):
   Attributes:
     features: the levels, the finest (or the first block) first.
     num_outputs: 1.
-    answer: "inverse", ReLU as published: relative inverse depth, up to an unknown scale and shift;
-      "metric", 1 / max(scale * inverse + shift, 1e-8), metres, the DPT authors' `invert`;
-      "bounded", sigmoid times the farthest, metres, as in other heads.
+    answer: "bounded", sigmoid times the farthest, metres, as in other heads; "inverse", ReLU as
+      published: relative inverse depth, up to an unknown scale and shift; "metric", metres, of the
+      latter 1 / max(scale * inverse + shift, 1e-8), the DPT authors' `invert`.
     scale: of "metric". The authors' NYU Depth v2 weights have 0.000305, KITTI's 0.00006016.
     shift: of "metric"; 0.1378 and 0.00579.
     max_depth: metres, of "bounded".
@@ -211,7 +211,7 @@ class DPTDepth(nn.Module):
 
   features: tuple[FeatureSpec, ...]
   num_outputs: int = 1
-  answer: str = "inverse"
+  answer: str = "bounded"
   scale: float = 1.0
   shift: float = 0.0
   max_depth: float = 10.0

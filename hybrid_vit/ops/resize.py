@@ -3,9 +3,8 @@
 `F.interpolate` (bilinear with either `align_corners`, nearest) and `F.adaptive_avg_pool2d`, which
 JAX has not with all of this. Each axis is resized by itself: `reference_bilinear` by a matrix of
 which two numbers in a row are not 0; the fast form for whole factors (decoders double their maps)
-by sums of neighbours, whose gradient is sums, too.
-
-Difference: source positions are computed in float64, PyTorch's in float32.
+by sums of neighbours, whose gradient is sums, too. Source positions are float32, as PyTorch's: at
+the far end of a large map theirs are off by more than an answer's rounding.
 """
 
 from __future__ import annotations
@@ -75,10 +74,12 @@ def bilinear_places(
   old: int, new: int, align_corners: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """For each place of the result: the place before and behind it, and how far it is between."""
+  places = np.arange(new, dtype=np.float32)
   if align_corners:
-    position = np.arange(new) * ((old - 1) / max(new - 1, 1))
+    position = places * np.float32((old - 1) / max(new - 1, 1))
   else:
-    position = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0)
+    half = np.float32(0.5)
+    position = np.maximum((places + half) * np.float32(old / new) - half, np.float32(0))
   low = np.minimum(np.floor(position).astype(int), old - 1)
   return low, np.minimum(low + 1, old - 1), np.minimum(position - low, 1.0)
 

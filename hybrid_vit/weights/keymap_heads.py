@@ -9,36 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from hybrid_vit.weights import torch_keys
 from hybrid_vit.weights.convert import Layout, OfficialKey
+from hybrid_vit.weights.keymap_heads_depth import DEPTH_HEAD_RULES, depth_layouts
 
-# From (our part's name, further path) to a key.
-_Rule = tuple[str, str, Callable[[str, str], OfficialKey]]
-
-
-def head_key(rules: Sequence[_Rule], path: str, what: str) -> OfficialKey:
-  """The key of a path by the first rule that matches.
-
-  Args:
-    rules: (pattern of the whole path but its leaf, replacement, layout of the tensor).
-    path: "lateral0/conv/kernel".
-    what: is named in the error.
-
-  Raises:
-    ValueError: no rule for it.
-  """
-  scope, _, leaf = path.rpartition("/")
-  for pattern, replacement, factory in rules:
-    match = re.fullmatch(pattern, scope)
-    if match:
-      return factory(match.expand(replacement), leaf)
-  raise torch_keys.no_such_variable(what, path)
+_Rule = torch_keys.Rule
 
 
 def _conv_norm(pattern: str, replacement: str, norm: str) -> list[_Rule]:
@@ -187,6 +167,7 @@ HEAD_RULES: Mapping[str, Mapping[str, list[_Rule]]] = {
   "Feature2Pyramid": {"mmseg": _FEATURE2PYRAMID},
   "SimplePyramid": {"detectron2": _SIMPLE_PYRAMID},
   "DeepLabV3Plus": {"deeplab2": deeplab_rules()},
+  **DEPTH_HEAD_RULES,
 }
 
 # Where the parts of a model lie in a checkpoint; deeplab2 names its decoder within.
@@ -214,7 +195,7 @@ def part_key_map(part: Any, layout: str, prefix: str = "") -> Callable[[str], Of
     raise ValueError(f"{kind} has no layout {layout!r}; it has: {', '.join(known) or 'none'}")
 
   def key_map(path: str) -> OfficialKey:
-    key = head_key(known[layout], path.partition("/")[2], kind)
+    key = torch_keys.by_rules(known[layout], path.partition("/")[2], kind)
     return dataclasses.replace(key, name=prefix + key.name)
 
   return key_map
@@ -228,6 +209,8 @@ def dense_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[st
     backbone_layouts: of its backbone; in mmseg's files the authors' own names stand below
       "backbone.", in those of transformers theirs.
   """
+  if type(model.head).__name__ in DEPTH_HEAD_RULES:
+    return depth_layouts(model, backbone_layouts)
   parts = {
     name: getattr(model, name)
     for name in ("neck", "head", "auxiliary_head")

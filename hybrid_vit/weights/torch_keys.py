@@ -2,11 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hybrid_vit.weights.convert import OfficialKey
+
+# (pattern of a path without its leaf, replacement: the tensor's name, layout of the tensor).
+Rule = tuple[str, str, Callable[[str, str], OfficialKey]]
 
 # Counters of batch norm; every layout of a PyTorch network ignores them on import.
 BATCH_NORM_COUNTER = r"num_batches_tracked$"
@@ -70,6 +73,25 @@ def same(name: str) -> OfficialKey:
 def no_such_variable(network: str, path: str) -> ValueError:
   """What a key map raises for a path that its network does not have."""
   return ValueError(f"{network} has no variable {path!r}")
+
+
+def by_rules(rules: Sequence[Rule], path: str, what: str) -> OfficialKey:
+  """The key of a path, "lateral0/conv/kernel", by the first rule that matches.
+
+  Args:
+    rules: see `Rule`; the pattern has to match the whole path but its leaf.
+    path: below the network.
+    what: the network, named in the error.
+
+  Raises:
+    ValueError: no rule for it.
+  """
+  scope, _, leaf = path.rpartition("/")
+  for pattern, replacement, factory in rules:
+    match = re.fullmatch(pattern, scope)
+    if match:
+      return factory(match.expand(replacement), leaf)
+  raise no_such_variable(what, path)
 
 
 def block_of(scope: str) -> tuple[int, int] | None:
