@@ -4,8 +4,8 @@ Everything is float32. Pixels that were not measured add nothing to a loss or a 
 was predicted there; without a measured pixel a loss is 0, and its gradient, too.
 
 Deviations: predictions below 1e-6 m count as 1e-6 in a logarithm; the variance of one pixel is 0,
-not no number; the authors of MegaDepth compare pixels two apart, where here, as in their equation
-and with MiDaS, neighbours are; AdaBins compares all measured depths of a picture, where here so
+not no number; the authors of MegaDepth compare pixels two apart, where here, as with MiDaS,
+neighbours are; AdaBins compares all measured depths of a picture, where here so
 many as `pixels` says stand for more.
 """
 
