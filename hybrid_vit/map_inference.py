@@ -84,6 +84,22 @@ class InferenceSettings:
     if not self.ratios or not all(ratio > 0 for ratio in self.ratios):
       raise ValueError(f"inference.ratios is {self.ratios}; numbers above 0 were expected")
 
+  def __str__(self) -> str:
+    if self.size is not None:
+      seen = "at {} x {}".format(*check.sides("inference.size", self.size))
+    elif self.scale is not None:
+      seen = f"as large as fits into {max(self.scale)} x {min(self.scale)}"
+    else:
+      seen = "at their own size"
+    if self.size_divisor > 1:
+      seen += f", sides multiples of {self.size_divisor}"
+    way = "whole"
+    if self.mode == "slide":
+      crop, stride = check.sides("crop", self.crop), check.sides("stride", self.stride)
+      way = "by windows of {} x {} every {} and {} pixels".format(*crop, *stride)
+    several = f", averaged over the factors {self.ratios}" if len(self.ratios) > 1 else ""
+    return f"{way}, {seen}{several}" + (" and mirror images" if self.flip else "")
+
   def input_size(self, size: Size, ratio: float = 1.0) -> Size:
     """(height, width) at which the network sees a picture of `size`."""
     if self.size is not None:

@@ -40,14 +40,21 @@ class DenseModel(nn.Module):
   def __call__(
     self, images: jax.Array, train: bool = False
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`[B, H, W, 3]` → float32 `[B, h, w, K]`, and endpoints; "auxiliary" among them."""
+    """`[B, H, W, 3]` → float32 `[B, h, w, K]`, and endpoints.
+
+    Among these are "answer", "auxiliary" in training, and "bin_centers" of a head that has bins.
+    """
     _, endpoints = self.backbone(images, train=train)
     maps = endpoints
     if self.neck is not None:
       maps = {**endpoints, **self.neck(endpoints, train)}
+    found = dict(maps)
+    if hasattr(self.head, "num_bins"):
+      answer, found["bin_centers"] = self.head(maps, train, with_bins=True)
+    else:
+      answer = self.head(maps, train)
     # A half-precision backbone must not make a half-precision answer.
-    answer = self.head(maps, train).astype(jnp.float32)
-    found = {**maps, "answer": answer}
+    found["answer"] = answer = answer.astype(jnp.float32)
     if self.auxiliary_head is not None and (train or self.is_initializing()):
       found["auxiliary"] = self.auxiliary_head(maps, train).astype(jnp.float32)
     return answer, found

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Published,
+  imagenet_preprocessing,
+  output_pyramid,
+  register,
+)
 
 # The authors cut the draw at +-2, a hundred deviations: plain normal.
 _INIT = nn.initializers.normal(0.02)
@@ -28,8 +34,9 @@ class ConvNeXt(nn.Module):
 
   A call takes images `[B, H, W, 3]` and returns logits `[B, num_classes]` in float32 (None when
   `num_classes` is 0) and the endpoints: "stem", "stage1" to "stage4", "stage1_block0" and so on,
-  and "pre_logits" `[B, C]` (the mean over the map; with a classifier, after its layer norm). Rows
-  and columns that do not fill a patch are left out: a map of stride s has H // s rows.
+  "stage1_norm" and so on (see `output_norms`), and "pre_logits" `[B, C]` (the mean over the map;
+  with a classifier, after its layer norm). Rows and columns that do not fill a patch are left out:
+  a map of stride s has H // s rows.
 
   Attributes:
     depths: blocks of each stage.
@@ -37,6 +44,8 @@ class ConvNeXt(nn.Module):
     num_classes: 0 for no classifier: neither norm nor head.
     layer_scale_init: where the blocks' layer scale begins; None for no layer scale.
     head_init_scale: factor of the classifier's first kernel; fine-tuning takes 0.001.
+    output_norms: stages, counted from 1, whose output has a layer norm beside the trunk;
+      `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
     dtype: of the computation; parameters and norm statistics are float32.
@@ -50,6 +59,7 @@ class ConvNeXt(nn.Module):
   num_classes: int = 1000
   layer_scale_init: float | None = 1e-6
   head_init_scale: float = 1.0
+  output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
   dtype: Any = jnp.float32
@@ -57,10 +67,11 @@ class ConvNeXt(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    return tuple(
+    pyramid = [
       FeatureSpec(f"stage{i + 1}", _STEM_STRIDE * 2**i, width)
       for i, width in enumerate(self.widths)
-    )
+    ]
+    return output_pyramid(pyramid, self.output_norms)
 
   @nn.compact
   def __call__(
@@ -93,6 +104,9 @@ class ConvNeXt(nn.Module):
         )(x, train)
         endpoints[name] = x
       endpoints[f"stage{i}"] = x
+      if i in self.output_norms:
+        name = f"stage{i}_norm"
+        endpoints[name] = layers.layer_norm(_LAYER_NORM_EPSILON, self.dtype, name)(x)
 
     x = x.mean((1, 2), dtype=jnp.float32)
     logits = None
@@ -106,7 +120,8 @@ class ConvNeXt(nn.Module):
 
   def _check(self, shape: tuple[int, ...]) -> None:
     layers.check_stages(self, "widths")
-    stride = self.features[-1].stride
+    layers.check_output_norms(self)
+    stride = _STEM_STRIDE * 2 ** (len(self.widths) - 1)
     if min(shape[1:3]) < stride:
       raise ValueError(
         f"ConvNeXt: the image is {shape[1]} x {shape[2]}; both sides must be at least {stride}"

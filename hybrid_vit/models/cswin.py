@@ -19,7 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Preprocessing,
+  Published,
+  output_pyramid,
+  register,
+)
 from hybrid_vit.ops import windows as windows_op
 
 # The authors' draw, a plain normal (their cut lies at a hundred deviations); convolutions keep
@@ -33,7 +39,9 @@ class CSWin(nn.Module):
 
   A call takes images `[B, H, W, 3]` and returns logits `[B, num_classes]` in float32 (None when
   `num_classes` is 0) and the endpoints: "stem", "stage1" to "stage4", "stage1_block0" and so on,
-  and "pre_logits" `[B, C]` (the mean over the normalised map).
+  "stage1_norm" and so on (see `output_norms`), and "pre_logits" `[B, C]` (the mean over the
+  normalised map; with norms of the outputs and no classifier there is no such norm, and it is over
+  the map as it is).
 
   Attributes:
     width: channels of the first stage; each further stage has twice as many.
@@ -42,6 +50,8 @@ class CSWin(nn.Module):
     stripe_widths: of the stripes of each stage; the last stage attends globally.
     mlp_ratio: hidden width of the MLP over the width.
     num_classes: 0 for no classifier.
+    output_norms: stages, counted from 1, whose output has a layer norm beside the trunk;
+      `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
@@ -53,6 +63,7 @@ class CSWin(nn.Module):
   stripe_widths: tuple[int, ...] = (1, 2, 7, 7)
   mlp_ratio: int = 4
   num_classes: int = 1000
+  output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
   dtype: Any = jnp.float32
@@ -60,6 +71,9 @@ class CSWin(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
+    return output_pyramid(self._pyramid(), self.output_norms)
+
+  def _pyramid(self) -> tuple[FeatureSpec, ...]:
     stages = range(len(self.depths))
     return tuple(FeatureSpec(f"stage{i + 1}", 4 * 2**i, self.width * 2**i) for i in stages)
 
@@ -68,7 +82,7 @@ class CSWin(nn.Module):
 
     Stripes as wide as the last stage's map stay so; no parameter's shape depends on them.
     """
-    stride = self.features[-1].stride
+    stride = self._pyramid()[-1].stride
     last, new = made_for // stride, max(size // stride, 1)
     first, rest = self.stripe_widths[:2], self.stripe_widths[2:]
     return {"stripe_widths": (*first, *(new if w == last else w for w in rest))}
@@ -100,7 +114,12 @@ class CSWin(nn.Module):
         )(x, train)
         endpoints[name] = x
       endpoints[f"stage{i + 1}"] = x
-    x = layers.layer_norm(_NORM_EPSILON, jnp.float32, "norm")(x).mean((1, 2))
+      if i + 1 in self.output_norms:
+        name = f"stage{i + 1}_norm"
+        endpoints[name] = layers.layer_norm(_NORM_EPSILON, self.dtype, name)(x)
+    if self.num_classes or not self.output_norms:
+      x = layers.layer_norm(_NORM_EPSILON, jnp.float32, "norm")(x)
+    x = x.mean((1, 2), dtype=jnp.float32)
     endpoints["pre_logits"] = x
     if not self.num_classes:
       return None, endpoints
@@ -110,6 +129,7 @@ class CSWin(nn.Module):
   def _check(self) -> None:
     stages = len(self.depths)
     layers.check_stages(self, "num_heads", "stripe_widths")
+    layers.check_output_norms(self)
     for i, heads in enumerate(self.num_heads):
       width = self.width * 2**i
       if width % heads or (heads % 2 and i < stages - 1):

@@ -18,7 +18,7 @@ _MERGES = re.compile(r"merge(\d+)/")
 _POSITIONS = re.compile(r"position_embedding(\d+)$")
 # Stands behind a stage's blocks, and belongs to its last.
 _ENDS = re.compile(r"stage(\d+)_norm/")
-_FIRST = re.compile(r"(?:stem/|position_embedding$)")
+_FIRST = re.compile(r"(?:stem/|pre_norm/|position_(?:embedding|sequence)$|distillation_token$)")
 # Of a network with a decoder, see `heads.dense_model`.
 _BACKBONE = "backbone/"
 _LAST = re.compile(r"(?:(?:auxiliary_)?head\w*|norm|decoder\d+)/")

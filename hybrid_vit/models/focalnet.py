@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Preprocessing,
+  Published,
+  output_pyramid,
+  register,
+)
 
 # The authors cut their normal at the absolute values 2 and -2: it is a plain one.
 _INIT = nn.initializers.normal(0.02)
@@ -81,12 +87,11 @@ class FocalNet(nn.Module):
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
     stride = 4 if self.conv_embed else self.patch_size
-    suffix = "_norm" if self.output_norms else ""
-    return tuple(
-      FeatureSpec(f"stage{i + 1}{suffix}", stride * 2**i, self.embed_dim * 2**i)
+    pyramid = [
+      FeatureSpec(f"stage{i + 1}", stride * 2**i, self.embed_dim * 2**i)
       for i in range(len(self.depths))
-      if not self.output_norms or i + 1 in self.output_norms
-    )
+    ]
+    return output_pyramid(pyramid, self.output_norms)
 
   @nn.compact
   def __call__(
@@ -154,7 +159,6 @@ class FocalNet(nn.Module):
     )
 
   def _check(self) -> None:
-    stages = len(self.depths)
     layers.check_stages(self, "focal_levels", "focal_windows")
     even = [window for window in self.focal_windows if window % 2 == 0]
     if even:
@@ -162,11 +166,7 @@ class FocalNet(nn.Module):
         f"FocalNet: a focal window has an odd side, so that it has a centre; found {even[0]} in "
         f"focal_windows {self.focal_windows}"
       )
-    unknown = [stage for stage in self.output_norms if not 1 <= stage <= stages]
-    if unknown:
-      raise ValueError(
-        f"FocalNet: output_norms names stage {unknown[0]}; the stages are 1 to {stages}"
-      )
+    layers.check_output_norms(self)
 
 
 class PatchEmbedding(nn.Module):

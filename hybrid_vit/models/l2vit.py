@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Published,
+  imagenet_preprocessing,
+  output_pyramid,
+  register,
+)
 from hybrid_vit.ops import windows as windows_op
 
 # The author's truncation lies at a hundred standard deviations: a plain normal.
@@ -38,7 +44,7 @@ class L2ViT(nn.Module):
   A call takes images `[B, H, W, 3]` of any size and returns logits `[B, num_classes]` in float32
   (None when `num_classes` is 0) and the endpoints: "stem", "stage2_downsample" and so on (what a
   stage's first block reads), "stage1" to "stage4", "stage1_block0" and so on, "stage1_norm" and so
-  on for the stages in `feature_norms`, and "pre_logits" `[B, C]` (the mean over the map; with a
+  on for the stages in `output_norms`, and "pre_logits" `[B, C]` (the mean over the map; with a
   classifier, of the normed and, if so asked, projected map).
 
   Attributes:
@@ -56,8 +62,8 @@ class L2ViT(nn.Module):
     position_gelu: GELU after the convolutions that tell positions.
     projection_width: width of a dense layer and ReLU before the mean over the map (the author's
       unpublished option has 1280); None for none.
-    feature_norms: numbers of the stages, from 1, whose output gets a layer norm of its own beside
-      the trunk, as backbones of dense tasks have; `features` are then these.
+    output_norms: stages, counted from 1, whose output has a layer norm beside the trunk;
+      `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     batch_norm_momentum: of the running statistics.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
@@ -77,7 +83,7 @@ class L2ViT(nn.Module):
   overlapped_downsampling: bool = False
   position_gelu: bool = False
   projection_width: int | None = None
-  feature_norms: tuple[int, ...] = ()
+  output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
@@ -87,11 +93,8 @@ class L2ViT(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    stages = self.feature_norms or range(1, len(self.depths) + 1)
-    suffix = "_norm" if self.feature_norms else ""
-    return tuple(
-      FeatureSpec(f"stage{i}{suffix}", 4 * 2 ** (i - 1), self.widths[i - 1]) for i in stages
-    )
+    pyramid = [FeatureSpec(f"stage{i + 1}", 4 * 2**i, w) for i, w in enumerate(self.widths)]
+    return output_pyramid(pyramid, self.output_norms)
 
   @nn.compact
   def __call__(
@@ -133,7 +136,7 @@ class L2ViT(nn.Module):
         )(x, train)
         endpoints[name] = x
       endpoints[f"stage{stage}"] = x
-      if stage in self.feature_norms:
+      if stage in self.output_norms:
         name = f"stage{stage}_norm"
         endpoints[name] = layers.layer_norm(_NORM_EPSILON, self.dtype, name)(x)
 
@@ -150,7 +153,6 @@ class L2ViT(nn.Module):
     return logits, endpoints
 
   def _check(self) -> None:
-    stages = len(self.depths)
     layers.check_stages(self, "widths", "num_heads", "mlp_ratios")
     for name, known in (("block_types", _BLOCK_TYPES), ("stem", _STEMS)):
       if getattr(self, name) not in known:
@@ -160,9 +162,7 @@ class L2ViT(nn.Module):
     for i, (width, heads) in enumerate(zip(self.widths, self.num_heads), start=1):
       if width % heads:
         raise ValueError(f"L2ViT: {heads} heads do not divide the width {width} of stage {i}")
-    for stage in self.feature_norms:
-      if not 1 <= stage <= stages:
-        raise ValueError(f"L2ViT: feature_norms names stage {stage}; the stages are 1 to {stages}")
+    layers.check_output_norms(self)
 
 
 class Stem(nn.Module):

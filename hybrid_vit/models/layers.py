@@ -239,6 +239,20 @@ def check_stages(network: Any, *names: str) -> None:
       )
 
 
+def check_output_norms(network: Any) -> None:
+  """Each number in `network.output_norms` is that of a stage, counted from 1.
+
+  Raises:
+    ValueError: for the first one that is not.
+  """
+  stages = len(network.depths)
+  for stage in network.output_norms:
+    if not 1 <= stage <= stages:
+      raise ValueError(
+        f"{type(network).__name__}: output_norms names stage {stage}; the stages are 1 to {stages}"
+      )
+
+
 def linear_drop_path_rates(rate: float, depths: Sequence[int]) -> tuple[tuple[float, ...], ...]:
   """For each stage its blocks' rates: from 0 in the first block to `rate` in the last, evenly."""
   rates = np.linspace(0.0, rate, sum(depths))

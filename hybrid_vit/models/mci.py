@@ -26,7 +26,7 @@ class MCi(nn.Module):
   (None when `num_classes` is 0): for CLIP the embedding, not normalised. Endpoints: "stem",
   "stage1" to "stage4", "stage1_block0" and so on, "stage2_downsample" before the blocks of a stage,
   "stage4_position" after the position convolution, "head_conv" (expanded map) and "pre_logits"
-  `[B, C]`, its mean.
+  `[B, C]`, its mean (see `head_expansion`).
 
   Attributes:
     depths: blocks of each stage.
@@ -42,7 +42,8 @@ class MCi(nn.Module):
     down_kernel_size: of the step into a stage.
     mixer_kernel_size: of RepMixer.
     mlp_kernel_size: of the depthwise convolution in each MLP.
-    head_expansion: channels of the last convolution over the last stage's.
+    head_expansion: channels of the last convolution over the last stage's; None for no such
+      convolution, as dense tasks do not read it.
     head_bias: a classifier's head, with a bias; False for CLIP's projection.
     layer_scale: where the residual branches' scales begin; None for no scales.
     reparameterized: each group of branches is one convolution; for variables out of
@@ -65,7 +66,7 @@ class MCi(nn.Module):
   down_kernel_size: int = 7
   mixer_kernel_size: int = 3
   mlp_kernel_size: int = 7
-  head_expansion: float = 2.0
+  head_expansion: float | None = 2.0
   head_bias: bool = False
   layer_scale: float | None = 1e-5
   reparameterized: bool = False
@@ -138,17 +139,19 @@ class MCi(nn.Module):
         endpoints[name] = x
       endpoints[f"stage{stage + 1}"] = x
 
-    width = int(self.widths[-1] * self.head_expansion)
-    x = mobileone.MobileOne(
-      width, (3, 3), 1, self.widths[-1], options, se_width=int(width / 16), name="head_conv"
-    )(x, train)
-    endpoints["head_conv"] = x
+    if self.head_expansion is not None:
+      width = int(self.widths[-1] * self.head_expansion)
+      x = mobileone.MobileOne(
+        width, (3, 3), 1, self.widths[-1], options, se_width=int(width / 16), name="head_conv"
+      )(x, train)
+      endpoints["head_conv"] = x
     x = x.mean((1, 2), dtype=jnp.float32)
     endpoints["pre_logits"] = x
     logits = None
     if self.num_classes:
       # The head is float32 throughout: it is small, and logits are promised in float32.
-      init = mobileone.LINEAR_INIT if self.head_bias else nn.initializers.normal(width**-0.5)
+      std = x.shape[-1] ** -0.5
+      init = mobileone.LINEAR_INIT if self.head_bias else nn.initializers.normal(std)
       logits = nn.Dense(
         self.num_classes,
         use_bias=self.head_bias,

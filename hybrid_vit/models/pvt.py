@@ -38,7 +38,8 @@ class PVT(nn.Module):
 
   A call takes images `[B, H, W, 3]` and returns logits `[B, num_classes]` in float32 (None when
   `num_classes` is 0) and the endpoints: "stem" (the first patch embedding), "stage1" to "stage4",
-  "stage1_block0" and so on, all maps, and "pre_logits" `[B, C]` (the class token after the norm).
+  "stage1_block0" and so on, all maps, and "pre_logits" `[B, C]` (the class token after the norm;
+  without one the mean over the last map).
 
   Attributes:
     widths: channels of each stage.
@@ -49,6 +50,8 @@ class PVT(nn.Module):
     image_size: side of the square input that the position embeddings are made for.
     patch_sizes: side of a patch in each stage.
     num_classes: 0 for no classifier.
+    class_token: in the last stage, for the classifier. The authors' dense code has none, nor the
+      norm behind it; its last table of positions keeps the first row, which nothing reads then.
     qkv_bias: whether query, key and value have biases.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
@@ -63,6 +66,7 @@ class PVT(nn.Module):
   image_size: int = 224
   patch_sizes: tuple[int, ...] = (4, 2, 2, 2)
   num_classes: int = 1000
+  class_token: bool = True
   qkv_bias: bool = True
   drop_path_rate: float = 0.0
   remat: bool = False
@@ -92,7 +96,8 @@ class PVT(nn.Module):
       trained_side //= patch
       size = (x.shape[1], x.shape[2])
       tokens = x.reshape(x.shape[0], -1, width)
-      if i == last:
+      has_token = self.class_token and i == last
+      if has_token:
         token = self.param("class_token", _INIT, (1, 1, width), jnp.float32).astype(self.dtype)
         token = jnp.broadcast_to(token, (len(x), 1, width))
         tokens = jnp.concatenate([token, tokens], 1)
@@ -102,6 +107,8 @@ class PVT(nn.Module):
         (1, trained_side**2 + (i == last), width),
         jnp.float32,
       )
+      if i == last and not has_token:
+        positions = positions[:, 1:]
       tokens = tokens + resize_positions(positions, trained_side, size).astype(self.dtype)
       for j in range(self.depths[i]):
         name = f"stage{i + 1}_block{j}"
@@ -118,8 +125,11 @@ class PVT(nn.Module):
         endpoints[name] = x
       endpoints[f"stage{i + 1}"] = x
 
-    # The norm is over each token alone: only the class token's is needed.
-    x = layers.layer_norm(_NORM_EPSILON, jnp.float32, "norm")(tokens[:, 0])
+    if self.class_token:
+      # The norm is over each token alone: only the class token's is needed.
+      x = layers.layer_norm(_NORM_EPSILON, jnp.float32, "norm")(tokens[:, 0])
+    else:
+      x = x.mean((1, 2), dtype=jnp.float32)
     endpoints["pre_logits"] = x
     if not self.num_classes:
       return None, endpoints
@@ -130,6 +140,8 @@ class PVT(nn.Module):
     layers.check_stages(
       self, "widths", "num_heads", "mlp_ratios", "reduction_ratios", "patch_sizes"
     )
+    if self.num_classes and not self.class_token:
+      raise ValueError("PVT: a classifier (num_classes) needs class_token=True")
     stride = 1
     for i, (patch, ratio) in enumerate(zip(self.patch_sizes, self.reduction_ratios), start=1):
       stride *= patch

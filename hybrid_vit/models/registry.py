@@ -110,6 +110,24 @@ def feature_pyramid(
   )
 
 
+def output_pyramid(
+  pyramid: Sequence[FeatureSpec], output_norms: Sequence[int]
+) -> tuple[FeatureSpec, ...]:
+  """Of a pyramid of stages the levels that have norms beside the trunk, "stage1_norm" …
+
+  Args:
+    pyramid: one level for each stage.
+    output_norms: the stages, counted from 1, in any order; with none `pyramid` stays as it is.
+  """
+  if not output_norms:
+    return tuple(pyramid)
+  return tuple(
+    level._replace(name=f"{level.name}_norm")
+    for stage, level in enumerate(pyramid, start=1)
+    if stage in output_norms
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelEntry:
   """A named model: `module_class(**arguments)`, with what belongs to it."""

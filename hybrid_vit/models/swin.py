@@ -8,8 +8,9 @@ arXiv:2103.14030. Follows the authors' PyTorch code (microsoft/Swin-Transformer,
   bottom, and so are maps that windows do not divide (as the authors' detection code does; their
   classification code takes only sizes that divide). Such zeros attend and are attended to.
 * The table of relative positions always has the size of `window_size`. On a map smaller than that
-  the window shrinks to the map, as there, and takes the table resized by the rule by which the
-  authors fit a checkpoint's table to another window: bicubic, without antialiasing.
+  the window shrinks to the map, as in the classification code, and takes the table resized by the
+  rule by which the authors fit a checkpoint's table to another window: bicubic, without
+  antialiasing. With `shrink_windows=False` such a map is padded, as in the detection code.
 * Absolute position embeddings, which no published network has, are left out.
 * Linear layers begin as a plain normal, which is what the authors' truncation at a hundred standard
   deviations is.
@@ -23,8 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
-from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
-from hybrid_vit.models.vit import resize_grid
+from hybrid_vit.models.positions import resize_grid
+from hybrid_vit.models.registry import (
+  FeatureSpec,
+  Published,
+  imagenet_preprocessing,
+  output_pyramid,
+  register,
+)
 from hybrid_vit.ops import windows as windows_op
 
 _INIT = nn.initializers.normal(0.02)
@@ -39,8 +46,9 @@ class Swin(nn.Module):
 
   A call takes images `[B, H, W, 3]` of any size and returns logits `[B, num_classes]` in float32
   (None when `num_classes` is 0) and the endpoints: "stem" (the patch embedding), "stage2_merging"
-  and so on (what a stage's first block reads), "stage1" to "stage4", "stage1_block0" and so on, all
-  maps, and "pre_logits" `[B, C]` (the mean over the map; with a classifier, over the normed one).
+  and so on (what a stage's first block reads), "stage1" to "stage4", "stage1_block0" and so on,
+  "stage1_norm" and so on (see `output_norms`), all maps, and "pre_logits" `[B, C]` (the mean over
+  the map; with a classifier, over the normed one).
 
   Attributes:
     width: channels of the first stage; each further one has twice as many.
@@ -51,6 +59,11 @@ class Swin(nn.Module):
     patch_size: side of the patches that the stem embeds.
     mlp_ratio: hidden width of the MLP over the width.
     qkv_bias: whether query, key and value have biases.
+    shrink_windows: where a side of the map is no longer than a window, the window becomes no larger
+      than the map and is not shifted; else the map is padded to a window, which shifts as any
+      other: for dense tasks.
+    output_norms: stages, counted from 1, whose output has a layer norm beside the trunk;
+      `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
@@ -64,6 +77,8 @@ class Swin(nn.Module):
   patch_size: int = 4
   mlp_ratio: float = 4.0
   qkv_bias: bool = True
+  shrink_windows: bool = True
+  output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
   dtype: Any = jnp.float32
@@ -71,10 +86,11 @@ class Swin(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    return tuple(
+    pyramid = [
       FeatureSpec(f"stage{i + 1}", self.patch_size * 2**i, self.width * 2**i)
       for i in range(len(self.depths))
-    )
+    ]
+    return output_pyramid(pyramid, self.output_norms)
 
   def at_size(self, size: int, made_for: int) -> dict[str, Any]:
     """Arguments of the same network for square pictures of another size: as many windows."""
@@ -106,12 +122,16 @@ class Swin(nn.Module):
           shifted=i % 2 == 1,
           mlp_ratio=self.mlp_ratio,
           qkv_bias=self.qkv_bias,
+          shrink_windows=self.shrink_windows,
           drop_path_rate=rates[stage][i],
           dtype=self.dtype,
           name=name,
         )(x, train)
         endpoints[name] = x
       endpoints[f"stage{stage + 1}"] = x
+      if stage + 1 in self.output_norms:
+        name = f"stage{stage + 1}_norm"
+        endpoints[name] = layers.layer_norm(_NORM_EPSILON, self.dtype, name)(x)
 
     logits = None
     if self.num_classes:
@@ -125,6 +145,7 @@ class Swin(nn.Module):
 
   def _check(self) -> None:
     layers.check_stages(self, "num_heads")
+    layers.check_output_norms(self)
     for i, heads in enumerate(self.num_heads):
       if (self.width * 2**i) % heads:
         raise ValueError(
@@ -178,6 +199,7 @@ class Block(nn.Module):
   shifted: bool
   mlp_ratio: float
   qkv_bias: bool
+  shrink_windows: bool
   drop_path_rate: float
   dtype: Any
 
@@ -190,6 +212,7 @@ class Block(nn.Module):
       self.window_size,
       self.shifted,
       self.qkv_bias,
+      self.shrink_windows,
       self.dtype,
       name="attention",
     )(y)
@@ -207,8 +230,9 @@ class WindowAttention(nn.Module):
     num_heads: of the attention.
     window_size: side of a window, and what the table of relative positions is made for.
     shifted: the map is rolled by half a window before, and rolled back after; cells that were not
-      neighbours before do not attend to each other. A map of one window's side is not shifted.
+      neighbours before do not attend to each other.
     qkv_bias: whether query, key and value have biases.
+    shrink_windows: see `Swin`.
     dtype: of the computation; logits, bias and softmax are float32.
   """
 
@@ -216,13 +240,16 @@ class WindowAttention(nn.Module):
   window_size: int
   shifted: bool
   qkv_bias: bool
+  shrink_windows: bool
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     size, channels = (x.shape[1], x.shape[2]), x.shape[-1]
-    side = min(self.window_size, *size)
-    shift = side // 2 if self.shifted and min(size) > self.window_size else 0
+    side, shifts = self.window_size, self.shifted
+    if self.shrink_windows and min(size) <= side:
+      side, shifts = min(size), False
+    shift = side // 2 if shifts else 0
     table_side = 2 * self.window_size - 1
     table = self.param(
       "position_bias", _INIT, (self.num_heads, table_side, table_side), jnp.float32
@@ -266,7 +293,7 @@ def shift_mask(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
 
 
 def resize_bicubic_table(table: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Resizes a table of relative positions `[heads, H, W]`, bicubic as `vit.resize_grid`."""
+  """Resizes a table of relative positions `[heads, H, W]`, bicubic as `resize_grid`."""
   heads, *made = table.shape
   if tuple(made) == tuple(size):
     return table

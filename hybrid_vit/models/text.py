@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers, mobileone
-from hybrid_vit.models.vit import EncoderBlock, resize_sequence
+from hybrid_vit.models.positions import resize_sequence
+from hybrid_vit.models.vit import EncoderBlock
 
 # Name of the tower to (attributes, parameters counted from the authors' code).
 TEXT_TOWERS: dict[str, tuple[dict[str, Any], int]] = {

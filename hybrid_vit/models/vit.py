@@ -7,7 +7,6 @@ Differences: all linear layers begin normal with 0.02, as DeiT's (MobileCLIP's a
 uniform of 0.021 at its width).
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_vit.models import layers
+from hybrid_vit.models import layers, positions
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
 
 _INIT = nn.initializers.normal(0.02)
@@ -31,8 +30,9 @@ class VisionTransformer(nn.Module):
   `num_classes` is 0) and the endpoints. Maps are `[B, h, w, C]` without the class token, which is
   beside each as "…_token" `[B, C]`: "stem" (patches, no token), "pre_norm" where there is one,
   "stage1_block0" and so on, "stage1" (the last block), "head_norm" (after the last norm), and
-  "pre_logits" `[B, C]` in float32. Heights and widths are multiples of the patch; with the
-  convolutional stem any size is taken and what does not fill a patch is cut off.
+  "pre_logits" `[B, C]` in float32. Heights and widths are multiples of the patch, or padded to
+  them (`pad_maps`); with the convolutional stem any size is taken and what does not fill a patch
+  is cut off.
 
   With a distillation token (arXiv:2012.12877, section 4) the maps have a "…_distillation_token" too
   and the logits are the mean of two heads', "class_logits" and "distillation_logits" among the
@@ -56,6 +56,10 @@ class VisionTransformer(nn.Module):
     pool_before_norm: pool first and normalise after, as MAE's fine-tuning does.
     positions: "grid", for the class token too, resized in two dimensions (bicubic), or "sequence",
       for the patches only, resized along the flattened sequence (linear), as in MobileCLIP.
+    output_blocks: numbers of the blocks, from 0, whose maps `features` names; () for the last one.
+      Where there are some and no classifier, there is no last norm: "pre_logits" is pooled from
+      the last block. For dense tasks.
+    pad_maps: pad images at the right and the bottom to whole patches, as dense tasks do.
     pre_norm: a layer norm before the blocks, as in CLIP.
     activation: "gelu" (exact) or "quick_gelu" (OpenAI's CLIP weights).
     layer_norm_epsilon: of every layer norm.
@@ -81,6 +85,8 @@ class VisionTransformer(nn.Module):
   pool: str = "token"
   pool_before_norm: bool = False
   positions: str = "grid"
+  output_blocks: tuple[int, ...] = ()
+  pad_maps: bool = False
   pre_norm: bool = False
   activation: str = "gelu"
   layer_norm_epsilon: float = 1e-6
@@ -93,8 +99,9 @@ class VisionTransformer(nn.Module):
 
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
-    """One level: the last block's map."""
-    return (FeatureSpec("stage1", self.patch_size, self.width),)
+    """The last block's map, or those of `output_blocks`, all of one stride."""
+    names = [f"stage1_block{i}" for i in sorted(self.output_blocks)] or ["stage1"]
+    return tuple(FeatureSpec(name, self.patch_size, self.width) for name in names)
 
   def at_size(self, size: int, made_for: int) -> dict[str, Any]:
     """Arguments of the same network for square pictures of another size: its position table's."""
@@ -111,9 +118,13 @@ class VisionTransformer(nn.Module):
   def __call__(
     self, images: jax.Array, train: bool = False, kept: jax.Array | None = None
   ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-    self._check(images.shape[1:3])
+    x = images.astype(self.dtype)
+    if self.pad_maps:
+      rows, columns = (-n % self.patch_size for n in images.shape[1:3])
+      x = jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
+    self._check(x.shape[1:3])
     endpoints = {}
-    x = self._stem(images.astype(self.dtype), train)
+    x = self._stem(x, train)
     batch, rows, columns, width = x.shape
     endpoints["stem"] = x
     tokens = self._with_positions(x.reshape(batch, rows * columns, width), (rows, columns))
@@ -152,15 +163,16 @@ class VisionTransformer(nn.Module):
       record(f"stage1_block{i}", tokens)
     record("stage1", tokens)
 
+    has_norm = bool(self.num_classes or not self.output_blocks)
     head_norm = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "head_norm")
-    if not self.pool_before_norm:
+    if has_norm and not self.pool_before_norm:
       tokens = head_norm(tokens)
       record("head_norm", tokens)
     if self.pool == "token":
       x = tokens[:, 0].astype(jnp.float32)
     else:
       x = tokens[:, prefix:].mean(1, dtype=jnp.float32)
-    if self.pool_before_norm:
+    if has_norm and self.pool_before_norm:
       x = head_norm(x).astype(jnp.float32)
     endpoints["pre_logits"] = x
     logits = None
@@ -212,9 +224,9 @@ class VisionTransformer(nn.Module):
     shape = (made[0] * made[1] + on_tokens, width)
     table = self.param(name, nn.initializers.normal(std), shape, jnp.float32)
     if self.positions == "sequence":
-      table = resize_sequence(table, size[0] * size[1])
+      table = positions.resize_sequence(table, size[0] * size[1])
     else:
-      table = resize_grid(table, made, size)
+      table = positions.resize_grid(table, made, size)
     table = table.astype(self.dtype)
     tokens = tokens + table[on_tokens:]
     init = nn.initializers.normal(width**-0.5 if self.pre_norm else 0.02)
@@ -254,7 +266,13 @@ class VisionTransformer(nn.Module):
     if self.stem == "patch" and any(n % self.patch_size for n in size):
       raise ValueError(
         f"VisionTransformer: a picture of {size[0]}x{size[1]} is not whole patches of "
-        f"{self.patch_size}x{self.patch_size}; resize or pad it"
+        f"{self.patch_size}x{self.patch_size}; resize it, or give pad_maps=True"
+      )
+    absent = [i for i in self.output_blocks if not 0 <= i < self.depth]
+    if absent:
+      raise ValueError(
+        f"VisionTransformer: output_blocks names block {absent[0]}; the blocks are 0 to "
+        f"{self.depth - 1}"
       )
 
 
@@ -337,61 +355,6 @@ class EncoderBlock(nn.Module):
 
   def _dense(self, features: int, name: str) -> layers.PointwiseConv:
     return layers.PointwiseConv(features, kernel_init=_INIT, dtype=self.dtype, name=name)
-
-
-def resize_grid(table: jax.Array, made: tuple[int, int], size: tuple[int, int]) -> jax.Array:
-  """Resizes positions `[t + H*W, C]` of a grid `made` = (H, W) to `size`; the first t stay.
-
-  Bicubic with half-pixel centres, no antialiasing and torch's coefficient of -0.75, as DeiT's
-  fine-tuning does it. (timm also blurs before it shrinks a table.) An equal size changes nothing.
-  """
-  if tuple(made) == tuple(size):
-    return table
-  prefix = table.shape[0] - made[0] * made[1]
-  grid = table[prefix:].reshape(*made, table.shape[-1])
-  by_row, by_column = (_cubic_matrix(n, m) for n, m in zip(made, size))
-  highest = jax.lax.Precision.HIGHEST
-  grid = jnp.einsum("ih,jw,hwc->ijc", by_row, by_column, grid, precision=highest)
-  return jnp.concatenate([table[:prefix], grid.reshape(-1, table.shape[-1])])
-
-
-def resize_square_grid(table: jax.Array, length: int) -> jax.Array:
-  """`resize_grid` of a table `[t + n*n, C]` to `[length, C]`, between squares, with t from 0 to 2.
-
-  Raises:
-    ValueError: where a length is not a square's, or t is not the same.
-  """
-  sides = [math.isqrt(n) for n in (table.shape[0], length)]
-  prefixes = [n - side**2 for n, side in zip((table.shape[0], length), sides)]
-  if prefixes[0] != prefixes[1] or prefixes[0] > 2:
-    raise ValueError(
-      f"positions of {table.shape[0]} and {length} tokens are not those of two squares; make the "
-      "network with the position_size of its weights, it resizes by itself"
-    )
-  return resize_grid(table, (sides[0], sides[0]), (sides[1], sides[1]))
-
-
-def resize_sequence(table: jax.Array, length: int) -> jax.Array:
-  """Resizes positions `[N, C]` to `[length, C]`, linear, half-pixel centres, no antialiasing."""
-  if table.shape[0] == length:
-    return table
-  shape = (length, table.shape[1])
-  return jax.image.resize(table, shape, method="bilinear", antialias=False)
-
-
-def _cubic_matrix(length: int, new_length: int) -> np.ndarray:
-  """`[new_length, length]`: torch's bicubic interpolation along one axis; edges are repeated."""
-  a = -0.75
-  matrix = np.zeros((new_length, length))
-  for i in range(new_length):
-    place = (i + 0.5) * length / new_length - 0.5
-    first = int(np.floor(place)) - 1
-    for j in range(first, first + 4):
-      d = abs(place - j)
-      near = ((a + 2) * d - (a + 3)) * d * d + 1
-      far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-      matrix[i, min(max(j, 0), length - 1)] += near if d <= 1 else far
-  return matrix.astype(np.float32)
 
 
 def _pair(size: tuple[int, int] | int) -> tuple[int, int]:

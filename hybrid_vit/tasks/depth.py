@@ -72,8 +72,18 @@ def build_depth(settings: DepthSettings, context: Context) -> Depth:
   arguments = head_arguments(name)
   if "max_depth" not in arguments:
     raise ValueError(f"config.task.head {name!r} makes no depth: it has no `max_depth`")
-  limits = {"max_depth": settings.protocol.max_depth, "min_depth": settings.protocol.min_depth}
+  limits: dict[str, Any] = {
+    "max_depth": settings.protocol.max_depth,
+    "min_depth": settings.protocol.min_depth,
+  }
   limits = {key: value for key, value in limits.items() if key in arguments}
+  if "answer" in arguments:
+    limits["answer"] = "bounded"
+    if settings.head.get("answer") == "inverse":
+      raise ValueError(
+        "config.task.head.answer is 'inverse', depth up to an unknown scale; 'bounded' or "
+        "'metric', which are metres, were expected"
+      )
   if settings.chamfer_weight and "num_bins" not in arguments:
     raise ValueError(f"config.task.chamfer_weight: the head {name!r} has no bins")
   model = build_model(

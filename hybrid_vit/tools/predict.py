@@ -1,12 +1,16 @@
-"""What a network sees in photos: the likeliest classes, as text and as a picture.
+"""What a network sees in photos: the likeliest classes, or a map of classes or depth, drawn.
 
 python -m hybrid_vit.tools.predict --weights=DIR photo.jpg another.png
 python -m hybrid_vit.tools.predict --weights=DIR --zero_shot="a cat,a dog" photo.jpg
+python -m hybrid_vit.tools.predict --weights=DIR --task=segmentation --maps=MAPS photo.jpg
 
 DIR is a work directory, a checkpoint, an export, or what `hybrid_vit.tools.import_weights` wrote.
 Of a work directory the export is taken, unless the run went on after it. Photos are prepared as the
 weights expect. One that cannot be read is named and skipped, and the command then returns 2. With
 --zero_shot the weights are of an image and a text tower, and the texts, as they stand, the classes.
+Weights of segmentation or depth give a map of each photo, at its own size, over it; --maps writes
+these as PNG, too: classes in their palette, depth in millimetres (KITTI's: 1/256 m). --task is what
+the weights say where it is left out.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +30,16 @@ from matplotlib.figure import Figure
 
 from hybrid_vit import checkpoints, recipes
 from hybrid_vit.data.splits import sample_indices
+from hybrid_vit.map_prediction import draw_maps, predict_maps, save_maps
 from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import one_line, plain_text, printable, save_figure
+from hybrid_vit.stored_tasks import DENSE_TASKS, StoredTask, stored_task, task_of
 from hybrid_vit.tasks.pictures import normalized
-from hybrid_vit.weights.stored import StoredNetwork, check_finite, class_names, load_network
+from hybrid_vit.weights.stored import StoredNetwork, check_finite, class_names, network_of
 from hybrid_vit.weights.stored_clip import StoredClip, load_clip
+from hybrid_vit.weights.transfer import without_text
 
+TASKS = ("classification", *DENSE_TASKS)
 _BATCH_SIZE = 8
 _MAX_IN_A_PICTURE = 24
 # By the loss of the training: what makes probabilities of the logits.
@@ -181,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--top", type=int, default=5, help="how many classes")
   parser.add_argument("--output", default="predictions.png", help="the picture to write")
   parser.add_argument("--zero_shot", help='texts instead of classes, e.g. "a cat,a dog"')
+  parser.add_argument("--task", choices=TASKS, help="default: as the weights say")
+  parser.add_argument("--maps", help="directory to write maps of classes or depth into")
   args = parser.parse_args(argv)
   network: StoredNetwork | StoredClip
   try:
@@ -189,9 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       texts = [text.strip() for text in args.zero_shot.split(",") if text.strip()]
       predictions, skipped = predict_zero_shot(network, args.photos, texts, args.top)
     else:
-      network = load_network(args.weights, args.arch)
+      weights, metadata = checkpoints.load_weights(args.weights)
+      if _task(args, metadata) in DENSE_TASKS:
+        return _predict_maps(args, stored_task(args.weights, weights, metadata))
+      network = network_of(args.weights, without_text(weights), metadata, args.arch)
       predictions, skipped = predict(network, args.photos, args.top)
-  except (ValueError, ImportError, checkpoints.CheckpointError) as error:
+  except (ValueError, ImportError, OSError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   expected = network.preprocessing
@@ -216,6 +230,40 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f"error: {args.output} cannot be written: {error}", file=sys.stderr)
       return 1
     print(f"drawn in {args.output}")
+  return 2 if skipped else 0
+
+
+def _task(args: argparse.Namespace, metadata: Mapping[str, Any]) -> str:
+  """What the weights are of.
+
+  Raises:
+    ValueError: another task was asked for, or maps of what makes none.
+  """
+  said = task_of(metadata)
+  if args.task is not None and args.task != said:
+    raise ValueError(f"the weights in {args.weights} are of the task {said!r}, not {args.task!r}")
+  if args.maps is not None and said not in DENSE_TASKS:
+    raise ValueError(f"--maps: the weights in {args.weights}, of the task {said!r}, give no maps")
+  return said
+
+
+def _predict_maps(args: argparse.Namespace, stored: StoredTask) -> int:
+  """The command for weights of a dense task."""
+  predictions, skipped = predict_maps(stored, args.photos, args.top)
+  print(f"{stored.network}, {stored.name}, weights from {args.weights}")
+  print(f"pictures seen by {stored.task.inference}")
+  for prediction in predictions:
+    print(printable(prediction.photo))
+    for line in prediction.summary:
+      print(f"  {printable(line)}")
+  for photo, reason in skipped.items():
+    print(f"skipped {printable(photo)}: {printable(reason)}", file=sys.stderr)
+  if predictions:
+    draw_maps(stored, predictions, args.output)
+    print(f"drawn in {args.output}")
+  if args.maps is not None:
+    for path in save_maps(stored, predictions, args.maps):
+      print(f"written: {path}")
   return 2 if skipped else 0
 
 

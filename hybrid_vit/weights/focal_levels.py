@@ -1,10 +1,9 @@
-"""FocalNet weights for dense tasks: larger kernels, more focal levels, norms of the outputs.
+"""FocalNet weights for dense tasks: larger kernels, more focal levels.
 
 Paper, section 4.3, and the authors' `mmcv_custom/checkpoint.py`: new cells of a kernel are zeros
 around the trained ones, so that the network answers as before until it is trained further.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 
 _PROJECTION = "/modulation/projection_in/"
 _LEVEL = "/modulation/focal_conv_"
-_OUTPUT_NORM = re.compile(r"params/stage\d+_norm/")
 
 
 def fit_focal_levels(
@@ -29,8 +27,8 @@ def fit_focal_levels(
 
   Returns:
     (`source` with those leaves changed, path of each of them to what was done, path to reason of
-    what `source` need not have: convolutions of added levels, norms of outputs). Levels cannot be
-    taken away: then the shapes differ as before.
+    what `source` need not have: convolutions of added levels). Levels cannot be taken away: then
+    the shapes differ as before.
   """
   fitted = dict(source)
   changes: dict[str, str] = {}
@@ -42,10 +40,8 @@ def fit_focal_levels(
     if old is None:
       if _LEVEL in path and path.partition(_LEVEL)[0] + _PROJECTION + "kernel" in source:
         new[path] = "an added level, behind a gate of zero"
-      elif _OUTPUT_NORM.match(path):
-        new[path] = "a norm of the outputs"
     elif _LEVEL in path and old.shape[:2] != wanted.shape[:2]:
-      fitted[path] = _resize_kernel(jnp.asarray(old), wanted.shape[:2])
+      fitted[path] = resize_kernel(jnp.asarray(old), wanted.shape[:2])
       kind = "zeros around" if old.shape[0] < wanted.shape[0] else "the middle of"
       changes[path] = f"{kind} {old.shape[0]}x{old.shape[1]}"
     elif _PROJECTION in path and old.shape[-1] < wanted.shape[-1]:
@@ -56,7 +52,7 @@ def fit_focal_levels(
   return fitted, changes, new
 
 
-def _resize_kernel(kernel: Any, size: tuple[int, int]) -> Any:
+def resize_kernel(kernel: Any, size: tuple[int, int]) -> Any:
   """Pads with zeros or crops `[kh, kw, 1, C]` around its centre."""
   for axis, wanted in enumerate(size):
     spare = (wanted - kernel.shape[axis]) // 2

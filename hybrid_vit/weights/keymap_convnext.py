@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import re
 
 from hybrid_vit.weights import convert, torch_keys
 
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-  """How one library calls the parts; {i} is a stage from 0, {j} a block."""
+  """How one library calls the parts; {i} is a stage from 0, {j} a block, {s} a stage from 1.
+
+  `output_norm` is a norm beside the trunk, "" where the library has none.
+  """
 
   block: str
   parts: dict[str, str]
@@ -16,6 +20,7 @@ class _Names:
   downsample: str
   head_norm: str
   head: str
+  output_norm: str
 
 
 _OFFICIAL = _Names(
@@ -31,6 +36,7 @@ _OFFICIAL = _Names(
   downsample="downsample_layers.{i}",
   head_norm="norm",
   head="head",
+  output_norm="norm{i}",  # in the authors' detection and segmentation code
 )
 _TIMM = _Names(
   block="stages.{i}.blocks.{j}",
@@ -45,6 +51,7 @@ _TIMM = _Names(
   downsample="stages.{i}.downsample",
   head_norm="head.norm",
   head="head.fc",
+  output_norm="",
 )
 _TRANSFORMERS = _Names(
   block="convnext.encoder.stages.{i}.layers.{j}",
@@ -62,6 +69,7 @@ _TRANSFORMERS = _Names(
   downsample="convnext.encoder.stages.{i}.downsampling_layer",
   head_norm="convnext.layernorm",
   head="classifier",
+  output_norm="hidden_states_norms.stage{s}",
 )
 
 
@@ -79,6 +87,9 @@ def _key(names: _Names, path: str) -> convert.OfficialKey:
   module = modules[0] if modules else ""
   if scope == "stem" and module in names.stem:
     return (torch_keys.norm if module == "norm" else torch_keys.conv)(names.stem[module], leaf)
+  if (output := re.fullmatch(r"stage(\d+)_norm", scope)) and names.output_norm:
+    stage = int(output[1])
+    return torch_keys.norm(names.output_norm.format(i=stage - 1, s=stage), leaf)
   if scope.endswith("_downsample"):
     stage = int(scope.removeprefix("stage").removesuffix("_downsample")) - 1
     name = names.downsample.format(i=stage)

@@ -1,5 +1,7 @@
 """CSWin: names of the authors' PyTorch tensors (microsoft/CSWin-Transformer)."""
 
+import re
+
 from hybrid_vit.weights import convert, torch_keys
 
 _BLOCK = {
@@ -24,6 +26,9 @@ def official_key(path: str) -> convert.OfficialKey:
   module = "/".join(modules)
   if scope == "norm":
     return torch_keys.norm("norm", leaf)
+  if output := re.fullmatch(r"stage(\d+)_norm", scope):
+    # In the authors' segmentation code.
+    return torch_keys.norm(f"norm{output[1]}", leaf)
   if scope == "head":
     return torch_keys.dense("head", leaf)
   if scope == "stem" and module == "conv":

@@ -41,8 +41,16 @@ _TRANSFORMERS_5 = (
 _LETTERS = {".self.q.": ".self.query.", ".self.k.": ".self.key.", ".self.v.": ".self.value."}
 
 
-def _key_map(transformers: bool, head: str, merging_offset: int) -> KeyMap:
-  """Of a layout; `merging_offset` is our stage's number less theirs at the merging before it."""
+def _key_map(transformers: bool, head: str, merging_offset: int, output_norms: str) -> KeyMap:
+  """Of a layout.
+
+  Args:
+    transformers: whether the second of two names counts.
+    head: name of the classifier.
+    merging_offset: our stage's number less theirs at the merging before it.
+    output_norms: name of a norm beside the trunk, {0} for the stage from 0, {1} from 1; "" where
+      the library has none.
+  """
 
   def official(path: str) -> OfficialKey:
     parts = path.split("/")[1:]
@@ -55,6 +63,10 @@ def _key_map(transformers: bool, head: str, merging_offset: int) -> KeyMap:
       return (torch_keys.conv if module == "conv" else torch_keys.norm)(
         _STEM[module][transformers], leaf
       )
+    if output := re.fullmatch(r"stage(\d+)_norm", scope):
+      if not output_norms:
+        raise torch_keys.no_such_variable("Swin", path)
+      return torch_keys.norm(output_norms.format(int(output[1]) - 1, output[1]), leaf)
     merging = re.fullmatch(r"stage(\d+)_merging", scope)
     if merging and module in ("norm", "reduction"):
       name = f"{_STAGES[transformers]}.{int(merging[1]) - merging_offset}.downsample.{module}"
@@ -91,15 +103,16 @@ def _table_to_theirs(x: np.ndarray) -> np.ndarray:
 
 
 def _official(model: Swin) -> KeyMap:
-  return _key_map(False, "head", 2)
+  # Those of the authors' detection and segmentation code.
+  return _key_map(False, "head", 2, "norm{0}")
 
 
 def _timm(model: Swin) -> KeyMap:
-  return _key_map(False, "head.fc", 1)
+  return _key_map(False, "head.fc", 1, "")
 
 
 def _transformers(model: Swin) -> KeyMap:
-  return _key_map(True, "classifier", 2)
+  return _key_map(True, "classifier", 2, "hidden_states_norms.stage{1}")
 
 
 def _spell_as_transformers_4(name: str) -> str:

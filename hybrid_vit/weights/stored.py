@@ -19,7 +19,7 @@ from hybrid_vit import checkpoints
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.table_resizing import resize_tables
-from hybrid_vit.weights.transfer import without_text
+from hybrid_vit.weights.transfer import is_dense, without_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,11 @@ def network_of(
   if name is not None and said.get("name", name) != name:
     raise ValueError(f"{directory} holds weights of {said['name']}, not of {name}")
   name = name or said["name"]
+  if is_dense(weights):
+    raise ValueError(
+      f"{directory} holds a {name} under a decoder, which makes maps and no classes: "
+      "hybrid_vit.load_task reads it"
+    )
   kernel = weights["params"].get("head", {}).get("kernel")
   classes = 0 if kernel is None else int(kernel.shape[-1])
   model = create_model(name, num_classes=classes, **(said.get("arguments") or {}))

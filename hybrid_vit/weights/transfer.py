@@ -13,13 +13,14 @@ import jax
 import numpy as np
 
 from hybrid_vit.models.layers import resize_relative_table
+from hybrid_vit.models.positions import resize_sequence, resize_square_grid
 from hybrid_vit.models.swin import resize_bicubic_table
-from hybrid_vit.models.vit import resize_square_grid
-from hybrid_vit.weights.focal_levels import fit_focal_levels
+from hybrid_vit.weights.dense_forms import fit_dense_form
 
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
 _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
 _POSITION_GRID = "position_embedding"
+_POSITION_SEQUENCE = "position_sequence"
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder only the last layers go by the classes.
@@ -81,12 +82,13 @@ def transfer(
 
   Returns:
     Variables like `target`, as NumPy arrays of its types but for what begins anew, which is
-    `target`'s own, and the report. Tables of relative positions are resized, focal
-    modulations fitted to other kernels and more levels.
+    `target`'s own, and the report. Tables of positions are resized, kernels and levels fitted to
+    the dense form of the network (see `dense_forms`).
 
   Raises:
-    ValueError: a shape that differs elsewhere than in a position table or a focal modulation, a
-      head of another width that was not announced, or leaves outside the head that `source` lacks.
+    ValueError: a shape that differs elsewhere than in a table of positions or a kernel that grows
+      in a dense form, a head of another width that was not announced, or leaves outside the head
+      that `source` lacks, but for norms of the outputs.
   """
   unused_text: tuple[str, ...] = ()
   if is_clip(source) and not is_clip(target):
@@ -107,7 +109,7 @@ def transfer(
     source = {collection: {"image": tree} for collection, tree in source.items()}
   found = flax.traverse_util.flatten_dict(dict(source), sep="/")
   wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
-  found, fitted, begun = fit_focal_levels(found, wanted)
+  found, fitted, begun = fit_dense_form(found, wanted)
   loaded: list[str] = []
   initialised: list[str] = []
   missing: list[str] = []
@@ -146,6 +148,10 @@ def transfer(
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
     elif parts[-1] == _POSITION_GRID and old.shape[1:] == new.shape[1:]:
       resized = resize_square_grid(jax.numpy.asarray(old), new.shape[0])
+      result[name] = np.asarray(resized, new.dtype)
+      loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
+    elif parts[-1] == _POSITION_SEQUENCE and old.shape[1:] == new.shape[1:]:
+      resized = resize_sequence(jax.numpy.asarray(old), new.shape[0])
       result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
     else:

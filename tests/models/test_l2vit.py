@@ -162,8 +162,8 @@ def test_padding_of_windows_is_attended_to():
   np.testing.assert_allclose(out.reshape(6, 4), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_feature_norms_stand_beside_the_trunk():
-  model = small(num_classes=0, feature_norms=(2,))
+def test_output_norms_stand_beside_the_trunk():
+  model = small(num_classes=0, output_norms=(2,))
   assert model.features == (("stage2_norm", 8, 16),)
   variables, x = contract.drawn_variables(model), contract.images(1, 32, 32)
   assert set(variables["params"]["stage2_norm"]) == {"scale", "bias"}
@@ -186,7 +186,7 @@ def test_feature_norms_stand_beside_the_trunk():
     ({"block_types": "both"}, "block_types is 'both'; it takes one of mixed, global, local"),
     ({"stem": "conv3"}, "stem is 'conv3'; it takes one of conv, conv4, patch, overlapped_patch"),
     ({"num_heads": (1, 3)}, "3 heads do not divide the width 16 of stage 2"),
-    ({"feature_norms": (0, 1)}, "feature_norms names stage 0; the stages are 1 to 2"),
+    ({"output_norms": (0, 1)}, "output_norms names stage 0; the stages are 1 to 2"),
   ],
 )
 def test_errors_say_what_is_wrong(overrides, message):

@@ -47,7 +47,7 @@ def network(description) -> l2vit.L2ViT:
     overlapped_downsampling=a.pop("overlapped", False),
     position_gelu=a.pop("cpe_act", False),
     projection_width=1280 if a.pop("last_proj", False) else None,
-    feature_norms=tuple(stages) if dense_task else (),
+    output_norms=tuple(stages) if dense_task else (),
   )
   assert not a, f"arguments that nothing took: {a}"
   return model
@@ -90,7 +90,7 @@ def run(description):
         if ours in inside[f"stage3_block{depth - 1}"]:
           actual[f"stage3_last_{theirs}"] = inside[f"stage3_block{depth - 1}"][ours]["__call__"][0]
     actual[f"stage{stage}"] = endpoints[f"stage{stage}"]
-    if stage in model.feature_norms:
+    if stage in model.output_norms:
       actual[f"out{stage - 1}"] = endpoints[f"stage{stage}_norm"]
   if logits is not None:
     actual["logits"] = logits

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit.models import vit
+from hybrid_vit.models import positions, vit
 from hybrid_vit.models.registry import list_models, model_entry
 from hybrid_vit.weights import keymap_vit
 from hybrid_vit.weights.transfer import transfer
@@ -113,18 +113,18 @@ def test_a_grid_of_positions_is_read_between_the_old_ones():
   # The numbers 0 1 2 3 down each column; the edges are held.
   line = jnp.arange(4.0)[:, None].repeat(4, 1).reshape(16, 1)
   table = jnp.concatenate([jnp.full((1, 1), 9.0), line])
-  resized = np.asarray(vit.resize_grid(table, (4, 4), (8, 3)))
+  resized = np.asarray(positions.resize_grid(table, (4, 4), (8, 3)))
   assert resized[0] == 9.0
   grid = resized[1:].reshape(8, 3)
   np.testing.assert_allclose(grid, grid[:, :1].repeat(3, 1), atol=1e-6)
   # A quarter on from 1: 1 + 0.296875, by torch's a = -0.75; by the usual -0.5, 1.25.
   np.testing.assert_allclose(grid[3:5, 0], [1.296875, 1.703125], atol=1e-6)
   np.testing.assert_allclose(grid[:, 0] + grid[::-1, 0], 3.0, atol=1e-5)
-  np.testing.assert_array_equal(vit.resize_grid(table, (4, 4), (4, 4)), table)
+  np.testing.assert_array_equal(positions.resize_grid(table, (4, 4), (4, 4)), table)
 
 
 def test_a_sequence_of_positions_is_read_between_the_old_ones():
-  resized = vit.resize_sequence(jnp.arange(4.0)[:, None], 8)[:, 0]
+  resized = positions.resize_sequence(jnp.arange(4.0)[:, None], 8)[:, 0]
   np.testing.assert_allclose(resized, [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
 
 
@@ -212,10 +212,10 @@ def test_positions_move_to_another_size():
   source, target = variables(3), variables(4)
   moved, report = transfer(source, target)
   table = source["params"]["position_embedding"]
-  expected = vit.resize_grid(table, (3, 3), (4, 4))
+  expected = positions.resize_grid(table, (3, 3), (4, 4))
   np.testing.assert_array_equal(moved["params"]["position_embedding"], expected)
   assert any("(resized from (10, 24) to (17, 24))" in name for name in report.loaded)
   with pytest.raises(
     ValueError, match="positions of 10 and 13 tokens are not those of two squares"
   ):
-    vit.resize_square_grid(table, 13)
+    positions.resize_square_grid(table, 13)

@@ -1,0 +1,273 @@
+"""What the recipes of dense tasks share: frames for ADE20K and NYU Depth v2, and local tries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hybrid_vit import recipes
+from hybrid_vit.models.dense import dense_arguments
+
+ADE20K_CLASSES = 150
+# mmsegmentation's, for pictures averaged over scales and mirrored.
+MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# What mmsegmentation's `custom_keys` of Swin's line spare: norms of the backbone and tables of
+# positions. Biases, and batch norms of the decoder, which it calls "bn", are decayed.
+_NORMS = (r"^backbone/(.*/)?\w*norm\w*/(scale|bias)$", 0.0)
+_TABLES = (r"^backbone/.*position_\w+$", 0.0)
+_ALL = (".*", 1.0)
+NORMS_SPARED: tuple[tuple[str, float], ...] = (_NORMS, _ALL)
+NORMS_AND_TABLES_SPARED: tuple[tuple[str, float], ...] = (_NORMS, _TABLES, _ALL)
+NOTHING_SPARED: tuple[tuple[str, float], ...] = (_ALL,)
+
+# The depth of NYU Depth v2 in metres, and the part of its pictures that is compared.
+NYU_PROTOCOL: Mapping[str, Any] = dict(
+  min_depth=1e-3, max_depth=10.0, crop="nyu_eigen", silog_weight=0.5, silog_scale=1.0
+)
+
+UPERNET: Mapping[str, Any] = dict(
+  head=dict(name="upernet", channels=512),
+  auxiliary=dict(name="fcn", channels=256),
+  auxiliary_weight=0.4,
+)
+SEMANTIC_FPN: Mapping[str, Any] = dict(
+  neck=dict(name="fpn", channels=256), head=dict(name="semantic_fpn", channels=128)
+)
+# Of pictures of 64 x 64, two minutes on two cores: a network of three stages at strides 2, 4, 8.
+_LOCAL_SIZE = 64
+
+
+def ade20k(
+  model: str,
+  decoder: Mapping[str, Any],
+  *,
+  learning_rate: float,
+  weight_decay: float,
+  weight_decay_rules: Sequence[tuple[str, float]],
+  drop_path_rate: float | None,
+  image_size: int = 512,
+  batch_size: int = 16,
+  total_steps: int = 160_000,
+  warmup_steps: int = 1500,
+  power: float = 1.0,
+  layer_decay: float | None = None,
+  slide: int | None = None,
+  multi_scale: bool = False,
+  arguments: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+  """mmsegmentation's recipe of ADE20K, of which systems differ in the figures that are asked for.
+
+  160,000 steps of 16 crops of 512 x 512 out of pictures resized so that they fit into
+  (2048, 512) times 0.5 to 2.0; AdamW, a warm-up from a millionth of the rate, then a polynomial
+  down to 0. A picture is tested as large as fits into (2048, 512), whole or by windows.
+
+  Args:
+    model: name in the registry; its dense form is `models.dense.dense_arguments`.
+    decoder: the fields of `config.task` that say the decoder, e.g. `UPERNET`.
+    learning_rate: peak.
+    weight_decay: decoupled.
+    weight_decay_rules: which parameters have it: `NORMS_SPARED` and the like.
+    drop_path_rate: of the backbone; None for its entry's.
+    image_size: side of the crop and short side of the scale.
+    batch_size: of all devices together.
+    total_steps: of the training.
+    warmup_steps: of these.
+    power: of the polynomial.
+    layer_decay: factor of the learning rate from layer to layer, or None.
+    slide: stride of windows of the crop's size in the test; None for whole pictures.
+    multi_scale: whether the test averages over `MULTI_SCALE` and mirror images.
+    arguments: of the network, further ones.
+  """
+  config = dense_frame(
+    model, decoder, image_size=image_size, batch_size=batch_size, source="ade20k:data/ade20k"
+  )
+  config.model.num_classes = ADE20K_CLASSES
+  config.model.arguments.update(dict(arguments or {}))
+  if drop_path_rate is not None:
+    config.model.arguments.drop_path_rate = drop_path_rate
+  config.total_steps = total_steps
+  config.data.transform = "|".join(
+    (
+      "decode",
+      f"resize_range(({4 * image_size}, {image_size}), (0.5, 2.0))",
+      "random_crop_map({image_size}, 0.75)",
+      "flip_lr",
+      "photometric_distortion",
+      "pad({image_size})",
+    )
+  )
+  config.task.inference = dict(
+    mode="whole" if slide is None else "slide",
+    scale=(4 * image_size, image_size),
+    **({} if slide is None else {"crop": (image_size,) * 2, "stride": (slide,) * 2}),
+    **({"ratios": MULTI_SCALE, "flip": True} if multi_scale else {}),
+  )
+  config.optimizer = dict(
+    name="adamw",
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    weight_decay_rules=tuple(weight_decay_rules),
+    schedule=dict(name="polynomial", power=power, warmup_steps=warmup_steps, end_learning_rate=0.0),
+  )
+  if warmup_steps:
+    config.optimizer.schedule.warmup_start_factor = 1e-6
+  if layer_decay is not None:
+    config.optimizer.layer_decay = dict(rate=layer_decay)
+  return config
+
+
+def dense_frame(
+  model: str,
+  decoder: Mapping[str, Any],
+  *,
+  image_size: int,
+  batch_size: int,
+  source: str,
+  task: str = "segmentation",
+) -> ConfigDict:
+  """The frame of a recipe: network in its dense form, decoder, data; the rest is the caller's."""
+  config = recipes.imagenet(model, batch_size=batch_size, source=source, num_classes=None)
+  config.evaluate_every_epochs = 10
+  config.data.image_size = image_size
+  config.data.interpolation = "bilinear"
+  config.model.arguments = dense_arguments(model, image_size)
+  config.task = dict(name=task, **{name: _copied(value) for name, value in decoder.items()})
+  config.evaluation.sets.validation.batch_size = batch_size
+  best = "mean_iou" if task == "segmentation" else "rmse"
+  config.checkpoint.best_metric = f"validation/{best}"
+  return config
+
+
+def nyu_depth(
+  model: str,
+  decoder: Mapping[str, Any],
+  *,
+  learning_rate: float,
+  weight_decay: float,
+  layer_decay: float | None,
+  drop_path_rate: float | None,
+  batch_size: int = 24,
+  epochs: int = 25,
+  arguments: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+  """NYU Depth v2 as MIM-Depth-Estimation trains it: 25 epochs of 24 crops of 480 x 480, SILog.
+
+  The rate rises over the first half and falls over the second, each by the power 0.9 of the part
+  done; pictures are tested by two windows of 480 x 480 and their mirror images.
+
+  Args:
+    model: name in the registry.
+    decoder: the fields of `config.task` that say the decoder.
+    learning_rate: peak; the training begins and ends at 3e-5.
+    weight_decay: decoupled; vectors and tables have none.
+    layer_decay: factor of the learning rate from layer to layer, or None.
+    drop_path_rate: of the backbone; None for its entry's.
+    batch_size: of all devices together.
+    epochs: of 24,231 pairs.
+    arguments: of the network, further ones.
+  """
+  config = dense_frame(
+    model,
+    decoder,
+    image_size=480,
+    batch_size=batch_size,
+    source="nyu_depth:data/nyu_depth_v2",
+    task="depth",
+  )
+  config.model.arguments.update(dict(arguments or {}))
+  if drop_path_rate is not None:
+    config.model.arguments.drop_path_rate = drop_path_rate
+  config.evaluate_every_epochs = 1
+  config.total_epochs = epochs
+  config.data.transform = "|".join(
+    (
+      "decode",
+      "flip_lr",
+      "brightness_contrast",
+      "random_gamma",
+      "hue_saturation_value",
+      "cut_depth(0.25)",
+      "random_crop({image_size})",
+    )
+  )
+  config.task.loss = "silog"
+  config.task.silog_weight = 0.5
+  config.task.protocol = dict(NYU_PROTOCOL)
+  # 640 is 480 and 160: two windows, at the left and at the right.
+  config.task.inference = dict(mode="slide", crop=(480, 480), stride=(480, 160), flip=True)
+  config.optimizer = dict(
+    name="adamw",
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    schedule=dict(
+      name="power",
+      power=0.9,
+      warmup_power=0.9,
+      warmup_epochs=epochs / 2,
+      warmup_start_learning_rate=3e-5,
+      end_learning_rate=3e-5,
+    ),
+  )
+  if layer_decay is not None:
+    config.optimizer.layer_decay = dict(rate=layer_decay)
+  return config
+
+
+def run_locally(
+  config: ConfigDict,
+  arguments: Mapping[str, Any],
+  *,
+  head: Mapping[str, Any] | None = None,
+  neck: Mapping[str, Any] | None = None,
+  auxiliary: Mapping[str, Any] | None = None,
+  total_steps: int = 500,
+) -> ConfigDict:
+  """The same recipe as a local try on drawn scenes of 64 x 64: two minutes on two cores.
+
+  Args:
+    config: a recipe of segmentation or depth; changed in place. Its losses stay.
+    arguments: of the network, to make it tiny.
+    head: attributes of the head, to make it tiny.
+    neck: likewise, where the recipe has one.
+    auxiliary: likewise.
+    total_steps: of 32 scenes.
+  """
+  depth = config.task.name == "depth"
+  config.precision = "float32"
+  if "total_epochs" in config:
+    del config["total_epochs"]
+  config.total_steps = total_steps
+  config.log_every_steps = 50
+  config.evaluate_every_epochs = 0.5
+  config.model.num_classes = None
+  config.model.arguments = dict(arguments)
+  config.data.update(
+    dict(
+      source=f"scenes:size={_LOCAL_SIZE}",
+      batch_size=32,
+      transform="decode|flip_lr",
+      image_size=_LOCAL_SIZE,
+    )
+  )
+  config.evaluation.sets.validation = dict(split="validation[:200]", batch_size=25)
+  for name, own in (("head", head), ("neck", neck), ("auxiliary", auxiliary)):
+    if own and config.task.get(name) is not None:
+      config.task[name].update(dict(own))
+  config.task.inference = dict(mode="whole")
+  if depth:
+    config.task.protocol.crop = "none"
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.gradient_clip_norm = 1.0
+  if "layer_decay" in config.optimizer:
+    del config.optimizer["layer_decay"]
+  config.optimizer.schedule = dict(
+    name="polynomial", power=0.9, warmup_steps=25, end_learning_rate=0.0
+  )
+  config.checkpoint.every_minutes = 1
+  return config
+
+
+def _copied(value: Any) -> Any:
+  return dict(value) if isinstance(value, Mapping) else value

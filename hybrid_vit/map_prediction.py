@@ -1,0 +1,109 @@
+"""Photos → predicted maps as files, and a sheet on which they lie over the photos."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hybrid_vit.data.errors import CorruptExampleError
+from hybrid_vit.data.splits import sample_indices
+from hybrid_vit.data.transforms import parse_transform
+from hybrid_vit.dense_plots import plot_depths, plot_segmentations, save_depth, save_map
+from hybrid_vit.stored_tasks import StoredTask
+from hybrid_vit.tasks.segmentation import class_names
+
+# Photos on one sheet.
+_MOST = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictedMap:
+  """What one photo shows.
+
+  Attributes:
+    photo: its path.
+    image: uint8 `[H, W, 3]`.
+    values: classes, int32 `[H, W]`, or metres, float32 `[H, W]`.
+    summary: lines for people.
+  """
+
+  photo: Path
+  image: np.ndarray
+  values: np.ndarray
+  summary: tuple[str, ...]
+
+
+def predict_maps(
+  stored: StoredTask, photos: Sequence[str | Path], top: int = 5
+) -> tuple[list[PredictedMap], dict[Path, str]]:
+  """Maps of photos, each of the photo's own size.
+
+  Args:
+    stored: the weights and their task.
+    photos: files.
+    top: how many classes a summary names, the largest first.
+
+  Returns:
+    (predictions in the order of the photos, the reason for each photo that could not be read).
+  """
+  found, skipped = [], {}
+  decode = parse_transform("decode", "pil")
+  for photo in map(Path, photos):
+    try:
+      image = decode({"image": photo.read_bytes()}, np.random.default_rng(0))["image"]
+    except (CorruptExampleError, OSError) as error:
+      skipped[photo] = re.sub(r" <_io\.BytesIO .*>", "", str(error))
+      continue
+    if stored.name == "segmentation":
+      values = stored.classes(image)
+      summary = _areas(stored, values, top)
+    else:
+      values = stored.depth(image)
+      summary = (
+        f"{values.min():.2f} to {values.max():.2f} m, in the middle {np.median(values):.2f} m",
+      )
+    found.append(PredictedMap(photo, image, values, summary))
+  return found, skipped
+
+
+def draw_maps(stored: StoredTask, predictions: Sequence[PredictedMap], png: str | Path) -> None:
+  """Draws photos and their maps; of more than a dozen, so many spread evenly."""
+  shown = [predictions[i] for i in sample_indices(len(predictions), _MOST)]
+  photos, values = [p.image for p in shown], [p.values for p in shown]
+  if stored.name == "segmentation":
+    names = class_names(stored.task.map_class_names, stored.task.num_classes)
+    plot_segmentations(photos, values, names, np.array(stored.task.palette, np.uint8), png)
+  else:
+    plot_depths(photos, values, png)
+
+
+def save_maps(
+  stored: StoredTask, predictions: Sequence[PredictedMap], directory: str | Path
+) -> list[Path]:
+  """Writes `<photo>.png` for each: classes in the palette, or depth in millimetres of 16 bits."""
+  written: list[Path] = []
+  for prediction in predictions:
+    path = Path(directory) / f"{prediction.photo.stem}.png"
+    number = 1
+    while path in written:
+      number += 1
+      path = Path(directory) / f"{prediction.photo.stem}_{number}.png"
+    if stored.name == "segmentation":
+      save_map(prediction.values, np.array(stored.task.palette, np.uint8), path)
+    else:
+      # What 16 bits hold at this scale; KITTI's 80 m do not fit in millimetres.
+      scale = 1000.0 if stored.task.settings.protocol.max_depth < 65.0 else 256.0
+      save_depth(prediction.values, path, scale)
+    written.append(path)
+  return written
+
+
+def _areas(stored: StoredTask, classes: np.ndarray, top: int) -> tuple[str, ...]:
+  names = class_names(stored.task.map_class_names, stored.task.num_classes)
+  counts = np.bincount(classes.ravel(), minlength=len(names))
+  order = np.argsort(-counts, kind="stable")[:top]
+  return tuple(f"{counts[i] / classes.size:6.1%}  {names[i]}" for i in order if counts[i])

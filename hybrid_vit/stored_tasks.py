@@ -1,0 +1,124 @@
+"""A directory of weights → the dense task that they were trained for, ready to be asked.
+
+stored = load_task("runs/segmenter")
+classes = stored.classes(photo)               uint8 [H, W, 3] → int32 [H, W]
+metres = load_task("runs/depth").depth(photo)   → float32 [H, W]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid_vit import checkpoints
+from hybrid_vit.config import Config
+from hybrid_vit.fingerprints import first_nonfinite
+from hybrid_vit.map_inference import MapInference
+from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
+from hybrid_vit.tasks.registry import Context, create_task, task_settings
+
+DENSE_TASKS = ("segmentation", "depth")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTask:
+  """A task with its weights.
+
+  Attributes:
+    name: "segmentation" or "depth".
+    network: name of the backbone in the registry.
+    task: as it was trained; see `tasks.segmentation` and `tasks.depth`.
+    variables: NumPy arrays.
+    preprocessing: what the weights expect of a picture.
+    metadata: everything that lies beside the weights.
+  """
+
+  name: str
+  network: str
+  task: Any
+  variables: dict[str, Any]
+  preprocessing: Preprocessing
+  metadata: dict[str, Any]
+
+  @functools.cached_property
+  def inference(self) -> MapInference:
+    """How pictures become maps, with the programs compiled so far."""
+    return MapInference(self.task.answers, self.task.inference, softmax=self.name == "segmentation")
+
+  def classes(self, photo: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, 3]` → the class of each pixel, int32 `[H, W]`."""
+    self._check("segmentation")
+    return self.inference.classes(self.variables, photo)
+
+  def depth(self, photo: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, 3]` → metres, float32 `[H, W]`."""
+    self._check("depth")
+    return self.inference.values(self.variables, photo)[..., 0]
+
+  def _check(self, name: str) -> None:
+    if self.name != name:
+      raise ValueError(f"these weights are of the task {self.name!r}, not of {name!r}")
+
+
+def task_of(metadata: Mapping[str, Any]) -> str:
+  """The task that metadata names, of an export or a state; "classification" where it says none."""
+  configured = metadata.get("config", {}).get("task") or {}
+  return str(metadata.get("task") or configured.get("name") or "classification")
+
+
+def load_task(directory: str | Path, *, raw: bool = False) -> StoredTask:
+  """Loads an export, a checkpoint or a work directory of a dense task.
+
+  Args:
+    directory: see `checkpoints.load_weights`.
+    raw: see there.
+
+  Raises:
+    ValueError: weights of another task, or that hold what is no number.
+    CheckpointError: no weights in `directory`.
+  """
+  weights, metadata = checkpoints.load_weights(directory, raw=raw)
+  return stored_task(directory, weights, metadata)
+
+
+def stored_task(
+  directory: str | Path, weights: dict[str, Any], metadata: Mapping[str, Any]
+) -> StoredTask:
+  """The task that weights are of; see `load_task`."""
+  name = task_of(metadata)
+  if name not in DENSE_TASKS:
+    raise ValueError(
+      f"the weights in {directory} are of the task {name!r}; {' or '.join(DENSE_TASKS)} was "
+      "expected"
+    )
+  if (bad := first_nonfinite(weights)) is not None:
+    raise ValueError(f"the weights in {directory} hold NaN or infinity, first in {bad!r}")
+  # An export says it at the top, a training's checkpoint in its configuration.
+  configured = metadata.get("config", {})
+  model = metadata if "name" in metadata else configured.get("model", {})
+  given = metadata.get("task_settings")
+  if given is None:
+    given = {k: v for k, v in (configured.get("task") or {}).items() if k != "name"}
+  settings: Any = Config(given, "task").as_dataclass(task_settings(name))
+  fields = metadata.get("preprocessing")
+  preprocessing = as_preprocessing(fields) if fields else model_entry(model["name"]).preprocessing
+  arguments = dict(model.get("arguments") or {})
+  context = Context(
+    info={key: metadata[key] for key in ("map_class_names", "palette") if metadata.get(key)},
+    num_classes=metadata.get("num_classes"),
+    preprocessing=preprocessing,
+    make_network=lambda classes: create_model(model["name"], num_classes=classes, **arguments),
+  )
+  return StoredTask(
+    name=name,
+    network=model["name"],
+    task=create_task(name, settings, context),
+    variables=weights,
+    preprocessing=preprocessing,
+    metadata=dict(metadata),
+  )

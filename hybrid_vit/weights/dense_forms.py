@@ -1,0 +1,56 @@
+"""Weights of classification for the dense form of a network: what changes, what begins anew.
+
+The forms are those of `models.dense`. Kernels grow by zeros around the trained ones, so that the
+network answers as before until it is trained further: FocalNet's (see `focal_levels`), and RevCol's
+largest, whose depthwise kernels of 3x3 become 7x7 (megvii-research/RevCol, README of its
+segmentation). Norms of the outputs, which classification has not, begin anew.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from hybrid_vit.weights.focal_levels import fit_focal_levels, resize_kernel
+
+_OUTPUT_NORM = re.compile(r"params/stage\d+_norm/")
+# By what the families with norms beside the trunk are known: ConvNeXt, CSWin, FocalNet, L2ViT and
+# Swin. SMT has norms of the same names in its trunk, which have to be there.
+_HAS_OUTPUT_NORMS = re.compile(
+  r"params/stage\d+_block\d+/"
+  r"(depthwise_conv/|attention0/|modulation/projection_in/|position_conv/|attention/position_bias)"
+)
+_COLUMN_KERNEL = re.compile(r"params/column\d+/level\d+/block\d+/depthwise_conv/kernel")
+
+
+def fit_dense_form(
+  source: Mapping[str, Any], target: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+  """Changes the leaves of `source` that have another shape in a dense `target`.
+
+  Args:
+    source: path of a leaf, "params/stage1_block0/…", to array.
+    target: the same for the network that shall take the weights.
+
+  Returns:
+    (`source` with those leaves changed, path of each of them to what was done, path to reason of
+    what `source` need not have). What cannot be fitted keeps its shape.
+  """
+  fitted, changes, new = fit_focal_levels(source, target)
+  has_norms = any(_HAS_OUTPUT_NORMS.match(path) for path in source)
+  for path, wanted in target.items():
+    old = source.get(path)
+    if old is None:
+      if has_norms and _OUTPUT_NORM.match(path):
+        new[path] = "a norm of the outputs"
+    elif _COLUMN_KERNEL.match(path) and _fits_inside(old.shape, wanted.shape):
+      fitted[path] = resize_kernel(jnp.asarray(old), wanted.shape[:2])
+      changes[path] = f"zeros around {old.shape[0]}x{old.shape[1]}"
+  return fitted, changes, new
+
+
+def _fits_inside(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+  """Whether a kernel `[h, w, 1, C]` is smaller than another, with a common centre."""
+  larger = all(n > m and (n - m) % 2 == 0 for m, n in zip(old[:2], new[:2]))
+  return larger and old[2:] == new[2:]
