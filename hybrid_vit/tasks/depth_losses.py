@@ -1,16 +1,24 @@
 """Losses of depth: predicted and true metres `[B, H, W]`, 0 in the truth for "not measured".
 
 Everything is float32. Pixels that were not measured add nothing to a loss or a gradient, whatever
-was predicted there; without a measured pixel a loss is 0.
+was predicted there; without a measured pixel a loss is 0, and its gradient, too.
+
+Deviations: predictions below 1e-6 m count as 1e-6 in a logarithm; the variance of one pixel is 0,
+not no number; the authors of MegaDepth compare pixels two apart, where here, as with MiDaS,
+neighbours are; AdaBins compares all measured depths of a picture, where here so
+many as `pixels` says stand for more.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Predictions are above 0 by their heads; this keeps a logarithm finite where one rounds to 0.
 _LEAST = 1e-6
+# Multiples of it, whole parts left out, are spread evenly for any number of them.
+_GOLDEN = (np.sqrt(5) - 1) / 2
 
 
 def silog(predicted: jax.Array, truth: jax.Array, *, weight: float) -> jax.Array:
@@ -23,6 +31,9 @@ def silog(predicted: jax.Array, truth: jax.Array, *, weight: float) -> jax.Array
     predicted: metres, above 0.
     truth: metres; 0 for "not measured".
     weight: of the squared mean, 0 to 1.
+
+  Returns:
+    float32 scalar, as of all losses here.
   """
   apart, valid = _log_difference(predicted, truth)
   count = _count(valid)
@@ -33,14 +44,14 @@ def silog(predicted: jax.Array, truth: jax.Array, *, weight: float) -> jax.Array
 def sig_loss(predicted: jax.Array, truth: jax.Array, *, epsilon: float = 1e-3) -> jax.Array:
   """10 sqrt(var g + 0.15 (mean g)^2), g = log(p + epsilon) - log(truth + epsilon).
 
-  SILog with weight 0.85 but for the variance, which is the unbiased one (AdaBins and
-  Monocular-Depth-Estimation-Toolbox's SigLoss).
+  10 times SILog of weight 0.85, but for the variance, which is the unbiased one (AdaBins' loss as
+  its code has it; `epsilon` is that of Monocular-Depth-Estimation-Toolbox's SigLoss, 0 AdaBins').
   """
   valid = truth > 0
   count = _count(valid)
-  p = jnp.where(valid, predicted.astype(jnp.float32), 1.0)
+  p = jnp.where(valid, jnp.maximum(predicted.astype(jnp.float32), _LEAST), 1.0)
   t = jnp.where(valid, truth.astype(jnp.float32), 1.0)
-  g = jnp.where(valid, jnp.log(jnp.maximum(p, 0.0) + epsilon) - jnp.log(t + epsilon), 0.0)
+  g = jnp.where(valid, jnp.log(p + epsilon) - jnp.log(t + epsilon), 0.0)
   mean = jnp.sum(g) / count
   spread = jnp.sum(jnp.where(valid, jnp.square(g - mean), 0.0)) / jnp.maximum(count - 1.0, 1.0)
   return 10.0 * _root(spread + 0.15 * jnp.square(mean))
@@ -67,9 +78,9 @@ def berhu(predicted: jax.Array, truth: jax.Array, *, part: float = 0.2) -> jax.A
 def gradient_matching(predicted: jax.Array, truth: jax.Array, *, scales: int = 4) -> jax.Array:
   """How much log depth changes where it should not: sharp edges at the places of the true ones.
 
-  Mean of |difference of neighbours of d|, d = log p - log truth, over pairs of measured
-  pixels, summed over `scales` at every 2^k-th pixel (Li and Snavely, "MegaDepth", CVPR 2018,
-  arXiv:1804.00607, equation 4).
+  |Differences of neighbours of d|, across and down, d = log p - log truth, where both are measured:
+  their sum over the number of measured pixels, of every 2^k-th row and column for k from 0 to
+  `scales` - 1, added up (Li and Snavely, "MegaDepth", CVPR 2018, arXiv:1804.00607, equation 4).
   """
   apart, valid = _log_difference(predicted, truth)
   total = jnp.zeros((), jnp.float32)
@@ -87,15 +98,15 @@ def bins_chamfer(centers: jax.Array, truth: jax.Array, *, pixels: int = 2048) ->
   """How far bins and true depths are from each other, AdaBins (arXiv:2011.14141), equation 5.
 
   Mean of the squared distance of each measured depth to its nearest bin, and of each bin to its
-  nearest measured depth; of each picture `pixels` evenly spread ones are looked at.
+  nearest measured depth; then of the pictures, one without a measured depth counting as 0.
 
   Args:
     centers: metres, `[B, N]`.
     truth: metres, `[B, H, W]`; 0 for "not measured".
-    pixels: of a picture.
+    pixels: measured ones of a picture that are looked at, spread evenly over them; of fewer all.
   """
   flat = truth.astype(jnp.float32).reshape(truth.shape[0], -1)
-  flat = flat[:, :: max(flat.shape[1] // pixels, 1)]
+  flat = _some_measured(flat, min(pixels, flat.shape[1]))
   valid = flat > 0
   apart = jnp.square(centers.astype(jnp.float32)[:, :, None] - flat[:, None, :])
   to_bin = jnp.sum(jnp.where(valid, jnp.min(apart, axis=1), 0.0), axis=1)
@@ -103,6 +114,22 @@ def bins_chamfer(centers: jax.Array, truth: jax.Array, *, pixels: int = 2048) ->
   measured = jnp.any(valid, axis=1)
   to_depth = jnp.mean(jnp.where(measured[:, None], to_depth, 0.0), axis=1)
   return jnp.mean(to_bin / jnp.maximum(jnp.sum(valid, axis=1), 1) + to_depth)
+
+
+def _some_measured(depths: jax.Array, number: int) -> jax.Array:
+  """`number` of the depths above 0 of each row of `[B, P]`, evenly spread; 0 where there are less.
+
+  One comes from each of `number` equal parts, at a place in it that changes: at a constant step a
+  picture's columns would line up.
+  """
+  so_far = jnp.cumsum(depths > 0, axis=1, dtype=jnp.int32)
+  count = so_far[:, -1:]
+  order = np.arange(number)
+  spread = jnp.asarray(order + order * _GOLDEN % 1, jnp.float32) * (count / number)
+  wanted = jnp.where(count > number, spread.astype(jnp.int32), order)
+  places = jax.vmap(jnp.searchsorted)(so_far, jnp.minimum(wanted, count - 1) + 1)
+  taken = jnp.take_along_axis(depths, jnp.minimum(places, depths.shape[1] - 1), axis=1)
+  return jnp.where(order < count, taken, 0.0)
 
 
 def _count(valid: jax.Array) -> jax.Array:

@@ -2,6 +2,10 @@
 
 Everything is float32. Pixels of the label `ignore` (and any other that is no class) add nothing to
 a loss or a gradient, whatever their logits are.
+
+Deviations: mmsegmentation's dice loss leaves pixels without a class in its denominator, with the
+last class as their truth; here they are left out of it, too. Its mining divides by "all" pixels or
+by those with a class; here "valid" are those that were chosen, so that the loss is their mean.
 """
 
 from __future__ import annotations
@@ -27,16 +31,20 @@ def cross_entropy(
     labels: int32 `[B, H, W]`, 0 to K - 1, or `ignore`.
     ignore: label of pixels without a class.
     class_weights: of each class, K numbers: a pixel's loss is multiplied by its class's, and the
-      divisor stays (mmsegmentation's; PyTorch's divides by the sum of the weights). None for none.
+      divisor stays (mmsegmentation 0.x's; 1.2.2 and PyTorch divide by the sum of the pixels'
+      weights). None for none.
     average: what the sum is divided by: "all" pixels, those without a class included
       (mmsegmentation's default), or the "valid" ones (PyTorch, transformers). Without one it is 0.
 
   Returns:
     float32 scalar.
+
+  Raises:
+    ValueError: an unknown average, or weights that are not one for each class.
   """
   losses, valid = _pixel_losses(logits, labels, ignore)
   if class_weights is not None:
-    losses = losses * _weights_of(labels, class_weights, valid)
+    losses = losses * _weights_of(labels, class_weights, valid, logits.shape[-1])
   return jnp.sum(losses) / _divisor(valid, average)
 
 
@@ -64,6 +72,12 @@ def ohem_cross_entropy(
     min_kept: pixels of one picture.
     class_weights: see `cross_entropy`.
     average: see `cross_entropy`; "valid" are the pixels that count.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: see `cross_entropy`.
   """
   losses, valid = _pixel_losses(logits, labels, ignore)
   # The probability of the class follows from its loss; it chooses and has no gradient.
@@ -75,7 +89,7 @@ def ohem_cross_entropy(
   limit = jnp.maximum(in_order[place], threshold)
   hard = valid & (certainty.reshape(valid.shape) < limit)
   if class_weights is not None:
-    losses = losses * _weights_of(labels, class_weights, valid)
+    losses = losses * _weights_of(labels, class_weights, valid, logits.shape[-1])
   return jnp.sum(jnp.where(hard, losses, 0.0)) / _divisor(hard, average)
 
 
@@ -93,6 +107,9 @@ def dice_loss(
     ignore: label of pixels without a class.
     smooth: s.
     exponent: e.
+
+  Returns:
+    float32 scalar; 0 where no pixel has a class.
   """
   classes = logits.shape[-1]
   valid = _valid(labels, ignore, classes)[..., None]
@@ -120,7 +137,15 @@ def _pixel_losses(logits: jax.Array, labels: jax.Array, ignore: int) -> tuple[ja
   return jnp.where(valid, jax.nn.logsumexp(safe, axis=-1) - own, 0.0), valid
 
 
-def _weights_of(labels: jax.Array, class_weights: Sequence[float], valid: jax.Array) -> jax.Array:
+def _weights_of(
+  labels: jax.Array, class_weights: Sequence[float], valid: jax.Array, classes: int
+) -> jax.Array:
+  # A place beyond the end would silently read the last one.
+  if len(class_weights) != classes:
+    raise ValueError(
+      f"class_weights has {len(class_weights)} numbers; one for each of {classes} classes was "
+      "expected"
+    )
   return jnp.asarray(class_weights, jnp.float32)[jnp.where(valid, labels, 0)]
 
 
