@@ -2,8 +2,8 @@
 
     python -m hybrid_vit.tools.summarize_dense --docs=docs
 
-A row's network and decoder are those of its recipe in `configs/`, so that what is counted is what is
-trained.
+A row's network and decoder are those of its recipe in `configs/`, so that what is counted is what
+is trained.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def dense_systems() -> list[DenseSystem]:
     ),
     DenseSystem(
       "mci2", "semantic_fpn", 512, (512, 512), None, None, None, None,
-      "arXiv:2405.08911 was not at hand; 6.1 times smaller than Swin-L's 234 million: 38", _SEMANTIC_FPN,
+      "arXiv:2405.08911 was not at hand; 6.1 times smaller than Swin-L's 234 million: 38",
+      _SEMANTIC_FPN,
     ),
   ]  # fmt: skip
 

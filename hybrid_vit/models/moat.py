@@ -57,6 +57,9 @@ class MOAT(nn.Module):
     position_sizes: size of the map for which each stage's table is made, (rows, columns) or one
       number; other windows take the table resized.
     pool_size: window of the shortcut's average pooling: 2 for classification, 3 for dense tasks.
+    output_activation: "none", or "gelu": `features` are the stages' maps after a GELU,
+      "stage1_gelu" and so on, deeplab2's "res2" to "res5", which its decoders but kMaX-DeepLab's
+      read.
     layer_norm_epsilon: of every layer norm.
     drop_path_rate: of the last block, were the ramp to reach it: block i of n has rate * i / n.
     batch_norm_momentum: of the running statistics; short trainings want less than the authors'.
@@ -81,6 +84,7 @@ class MOAT(nn.Module):
   position_bias: bool = True
   position_sizes: tuple[Size | None, ...] = (None, None, 14, 7)
   pool_size: int = 2
+  output_activation: str = "none"
   layer_norm_epsilon: float = 1e-5
   drop_path_rate: float = 0.0
   batch_norm_momentum: float = 0.99
@@ -91,7 +95,10 @@ class MOAT(nn.Module):
   @property
   def features(self) -> tuple[FeatureSpec, ...]:
     """The feature pyramid: name, stride and channels of each stage."""
-    return feature_pyramid(self.widths, self.strides, first=self.stem_stride)
+    levels = feature_pyramid(self.widths, self.strides, first=self.stem_stride)
+    if self.output_activation == "none":
+      return levels
+    return tuple(level._replace(name=f"{level.name}_gelu") for level in levels)
 
   @nn.compact
   def __call__(
@@ -143,6 +150,8 @@ class MOAT(nn.Module):
         endpoints[name] = x
         index += 1
       endpoints[f"stage{stage + 1}"] = x
+      if self.output_activation == "gelu":
+        endpoints[f"stage{stage + 1}_gelu"] = layers.gelu(x)
 
     x = x.mean((1, 2), dtype=jnp.float32)
     logits = None
@@ -155,6 +164,10 @@ class MOAT(nn.Module):
 
   def _check(self) -> None:
     layers.check_stages(self, "widths", "block_types", "strides", "window_sizes", "position_sizes")
+    if self.output_activation not in ("none", "gelu"):
+      raise ValueError(
+        f"MOAT: output_activation is {self.output_activation!r}; 'none' or 'gelu' was expected"
+      )
     for i, block_type in enumerate(self.block_types):
       if block_type not in ("mbconv", "moat"):
         raise ValueError(f"MOAT: block_types has {block_type!r}; a stage is 'mbconv' or 'moat'")

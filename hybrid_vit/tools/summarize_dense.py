@@ -2,7 +2,8 @@
 
 python -m hybrid_vit.tools.summarize_dense 'focalnet*'
 
-With `--docs=docs` every system is counted, and `dense_models.md` and `dense_models.csv` are written.
+With `--docs=docs` every system is counted, and `dense_models.md` and `dense_models.csv` are written
+there.
 """
 
 from __future__ import annotations
