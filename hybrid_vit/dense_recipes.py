@@ -240,7 +240,8 @@ def run_locally(
     del config["total_epochs"]
   config.total_steps = total_steps
   config.log_every_steps = 50
-  config.evaluate_every_epochs = 0.5
+  del config["evaluate_every_epochs"]
+  config.evaluate_every_steps = total_steps // 2
   config.model.num_classes = None
   config.model.arguments = dict(arguments)
   config.data.update(

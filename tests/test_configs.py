@@ -63,9 +63,14 @@ def test_every_variant_builds_its_network_and_transforms(path, variant):
   curriculum = build.read_curriculum(config, 1_000_000, preprocessing)
   tasks, metadata = build.build_tasks(config, FACTS, preprocessing, curriculum)
   assert metadata["name"] == config.model.name
-  # Of two towers the image network has a projection in the place of classes.
+  # Of two towers the image network has a projection in the place of classes; of a backbone with a
+  # decoder the decoder has them, and depth is one number.
   network = getattr(tasks[-1].model, "image", tasks[-1].model)
-  assert network.num_classes == metadata.get("num_classes", metadata.get("embedding_size"))
+  if metadata["task"] in ("segmentation", "depth"):
+    assert network.head.num_outputs == metadata.get("num_classes", 1)
+    assert network.backbone.num_classes == 0
+  else:
+    assert network.num_classes == metadata.get("num_classes", metadata.get("embedding_size"))
   decoder = config.data.as_dataclass(build.TrainingSettings).decoder
   for phase, task in zip(curriculum.phases, tasks):
     build.read_transform(phase.transform, decoder, task.spec.train, None)
