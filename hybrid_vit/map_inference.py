@@ -43,11 +43,13 @@ class InferenceSettings:
     size_divisor: sides are rounded up to multiples of it.
     crop: (height, width) of a window; of a smaller picture the whole side.
     stride: (down, right) between windows; the last ones are moved inside.
-    ratios: factors of the scale whose probabilities are averaged.
+    ratios: factors of the scale, or of the size, whose probabilities are averaged. (Those of the
+      test-time pipelines of mmsegmentation 1.x multiply the original size: no scale there.)
     flip: whether each is averaged with what its mirror image gives.
     window_batch: windows that the network sees at once.
     interpolation: of the picture.
-    align_corners: of the answer when it is brought to the picture's size.
+    align_corners: of the answer when it is brought to the size of the network's picture, and from
+      there to that of the original.
 
   Raises:
     ValueError: a value that cannot be; the message names it.
@@ -171,14 +173,15 @@ class MapInference:
     """Strips of the result from the top, each with the number of its rows that count."""
     size = image.shape[0], image.shape[1]
     maps, columns, rows = [], [], []
+    corners = self.settings.align_corners
     for ratio in self.settings.ratios:
       seen_size = self.settings.input_size(size, ratio)
       seen = resize_image(image, seen_size, self.settings.interpolation)
       for flipped in (False, True) if self.settings.flip else (False,):
         maps.append(self._map(variables, seen[:, ::-1] if flipped else seen))
-        places = bilinear_places(seen_size[1], size[1], False)
+        places = bilinear_places(seen_size[1], size[1], corners)
         columns.append(_padded(_mirrored(places, seen_size[1]) if flipped else places, _COLUMNS))
-        rows.append(_padded(bilinear_places(seen_size[0], size[0], False), _STRIP))
+        rows.append(_padded(bilinear_places(seen_size[0], size[0], corners), _STRIP))
     for top in range(0, size[0], _STRIP):
       strip_rows = [tuple(part[top : top + _STRIP] for part in places) for places in rows]
       strip = _strip(tuple(maps), tuple(strip_rows), tuple(columns), self._softmax, best)
