@@ -248,11 +248,11 @@ def run_locally(
     dict(
       source=f"scenes:size={_LOCAL_SIZE}",
       batch_size=32,
-      transform="decode|flip_lr",
+      transform="decode|random_crop({image_size})|flip_lr",
       image_size=_LOCAL_SIZE,
     )
   )
-  config.evaluation.sets.validation = dict(split="validation[:200]", batch_size=25)
+  config.evaluation.sets.validation = dict(split="validation[:200]", batch_size=40)
   for name, own in (("head", head), ("neck", neck), ("auxiliary", auxiliary)):
     if own and config.task.get(name) is not None:
       config.task[name].update(dict(own))

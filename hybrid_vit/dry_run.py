@@ -25,7 +25,7 @@ from hybrid_vit.collectives import Collective, collectives_of
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example, source_info
-from hybrid_vit.data.spec import batch_shapes
+from hybrid_vit.data.spec import batch_shapes, on_device
 from hybrid_vit.models.registry import model_entry
 from hybrid_vit.paths import as_path
 from hybrid_vit.tasks.base import constants_of, with_constants
@@ -251,6 +251,12 @@ def _examine_evaluation(plan: Plan, run: Run) -> None:
       if item.batch_size % ways and item.batch_size != plan.config.data.batch_size:
         raise ConfigError(f"batch_size {item.batch_size} does not fall on {ways} devices")
       batch = batch_shapes(reading.fields, 1, train=False)
+      if not on_device(reading.fields) and run.batches is not None:
+        # Pictures of any size: looked at in that of the training.
+        batch = {
+          name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+          for name, leaf in run.batches[-1].items()
+        }
       variables = jax.eval_shape(task.init, jax.random.key(0), batch)
       if plan.multiply_adds is None:
         plan.multiply_adds = count_multiply_adds(task.predict, variables, batch)

@@ -96,7 +96,7 @@ def save_maps(
       save_map(prediction.values, np.array(stored.task.palette, np.uint8), path)
     else:
       # What 16 bits hold at this scale; KITTI's 80 m do not fit in millimetres.
-      scale = 1000.0 if stored.task.settings.protocol.max_depth < 65.0 else 256.0
+      scale = 1000.0 if stored.task.protocol.max_depth < 65.0 else 256.0
       save_depth(prediction.values, path, scale)
     written.append(path)
   return written

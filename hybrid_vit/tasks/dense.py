@@ -39,7 +39,7 @@ class DecoderSettings:
   def __post_init__(self) -> None:
     for name in ("head", "neck", "auxiliary"):
       given = getattr(self, name)
-      if given is not None and (given or name == "head") and "name" not in given:
+      if given is not None and "name" not in given:
         raise ValueError(f"config.task.{name} is {given}; a 'name' among its fields was expected")
     if self.auxiliary_weight < 0:
       raise ValueError(

@@ -95,7 +95,11 @@ def build_depth(settings: DepthSettings, context: Context) -> Depth:
     std=tuple(context.preprocessing.std),
     auxiliary_weight=settings.auxiliary_weight,
     inference=settings.inference,
-    settings=dataclasses.replace(settings, head={}, neck=None, auxiliary=None),
+    loss_name=settings.loss,
+    silog_weight=settings.silog_weight,
+    gradient_weight=settings.gradient_weight,
+    chamfer_weight=settings.chamfer_weight,
+    protocol=settings.protocol,
   )
 
 
@@ -104,10 +108,14 @@ class Depth(DenseTask):
   """Images `[B, H, W, 3]` and depth, float32 `[B, H, W]` metres, 0 where nothing was measured.
 
   Attributes:
-    settings: as configured, without the decoder's.
+    loss_name: see `DepthSettings`; so are the others.
   """
 
-  settings: DepthSettings = dataclasses.field(default_factory=DepthSettings)
+  loss_name: str = "silog"
+  silog_weight: float = 0.5
+  gradient_weight: float = 0.0
+  chamfer_weight: float = 0.0
+  protocol: DepthProtocol = dataclasses.field(default_factory=DepthProtocol)
   # Each loss is over the measured pixels of the whole batch.
   separable: bool = False
 
@@ -132,12 +140,12 @@ class Depth(DenseTask):
 
   def stored_info(self) -> dict[str, Any]:
     """See `Task`."""
-    return {"max_depth": self.settings.protocol.max_depth}
+    return {"max_depth": self.protocol.max_depth}
 
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     """Normalises the pictures; depth outside the protocol's becomes "not measured"."""
     del rng, step
-    depth, protocol = batch["depth"], self.settings.protocol
+    depth, protocol = batch["depth"], self.protocol
     inside = (depth > protocol.min_depth) & (depth < protocol.max_depth)
     return {"image": self.normalize(batch["image"]), "depth": jnp.where(inside, depth, 0.0)}
 
@@ -146,18 +154,18 @@ class Depth(DenseTask):
   ) -> tuple[jax.Array, dict[str, Any]]:
     """See `Task`. "abs_rel" is over the measured pixels of the batch."""
     (answer, found), updated = self.apply_in_training(variables, batch, rng)
-    truth, settings = batch["depth"], self.settings
+    truth = batch["depth"]
     predicted = self._at_truth(answer, truth)
     total = self._loss(predicted, truth)
     weight = jnp.asarray(truth.shape[0], jnp.float32)
     metrics = {}
-    if settings.gradient_weight:
+    if self.gradient_weight:
       edges = depth_losses.gradient_matching(predicted, truth)
-      total = total + settings.gradient_weight * edges
+      total = total + self.gradient_weight * edges
       metrics["gradient_loss"] = (edges * weight, weight)
-    if settings.chamfer_weight:
+    if self.chamfer_weight:
       chamfer = depth_losses.bins_chamfer(found["bin_centers"], truth)
-      total = total + settings.chamfer_weight * chamfer
+      total = total + self.chamfer_weight * chamfer
       metrics["chamfer_loss"] = (chamfer * weight, weight)
     if "auxiliary" in found:
       auxiliary = self._loss(self._at_truth(found["auxiliary"], truth), truth)
@@ -176,9 +184,9 @@ class Depth(DenseTask):
     return resize_bilinear(answer, truth.shape[1:3], align_corners=corners)[..., 0]
 
   def _loss(self, predicted: jax.Array, truth: jax.Array) -> jax.Array:
-    if self.settings.loss == "silog":
-      return depth_losses.silog(predicted, truth, weight=self.settings.silog_weight)
-    return getattr(depth_losses, self.settings.loss)(predicted, truth)
+    if self.loss_name == "silog":
+      return depth_losses.silog(predicted, truth, weight=self.silog_weight)
+    return getattr(depth_losses, self.loss_name)(predicted, truth)
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
@@ -199,7 +207,7 @@ class DepthEvaluator:
     Raises:
       ValueError: nothing was measured in any picture.
     """
-    own, protocol = local_variables(variables), self._task.settings.protocol
+    own, protocol = local_variables(variables), self._task.protocol
     sums: Any = 0.0
     for _, host in self._data.batches():
       for image, truth in zip(host["image"], host["depth"]):
