@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit.heads.dense_model import DenseModel
+from hybrid_vit.heads.dense_model import DenseModel, create_dense_model
 from hybrid_vit.heads.dpt import DPTDepth, DPTSegmentation
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.models.vit import VisionTransformer
@@ -41,21 +41,18 @@ def test_as_transformers():
     position_size=arguments["image_size"] // arguments["patch_size"],
     mlp_ratio=arguments["intermediate_size"] / arguments["hidden_size"],
     layer_norm_epsilon=arguments["layer_norm_eps"],
+    output_blocks=tuple(arguments["backbone_out_indices"]),
   )
-  features = tuple(
-    FeatureSpec(f"stage1_block{i}", backbone.patch_size, backbone.width)
-    for i in arguments["backbone_out_indices"]
-  )
-  head = DPTDepth(
-    features,
-    answer="inverse",
-    channels=arguments["fusion_hidden_size"],
-    level_channels=tuple(arguments["neck_hidden_sizes"]),
-    factors=tuple(arguments["reassemble_factors"]),
-    readout=arguments["readout_type"],
-    use_batch_norm=arguments["use_batch_norm_in_fusion_residual"],
-  )
-  model = DenseModel(backbone, head)
+  head = {
+    "name": "dpt_depth",
+    "answer": "inverse",
+    "channels": arguments["fusion_hidden_size"],
+    "level_channels": arguments["neck_hidden_sizes"],
+    "factors": arguments["reassemble_factors"],
+    "readout": arguments["readout_type"],
+    "use_batch_norm": arguments["use_batch_norm_in_fusion_residual"],
+  }
+  model = create_dense_model(backbone, 1, head=head)
   layout = dense_layouts(model, keymap_vit.LAYOUTS)["transformers"]
   key_map = layout.key_map(model)
   weights, images = golden.weights(description), golden.image(description)
@@ -67,7 +64,7 @@ def test_as_transformers():
   noted = captured({"intermediates": noted["intermediates"]["head"]})
   tokens = [
     jnp.concatenate([found[f"{f.name}_token"][:, None], found[f.name].reshape(2, 64, -1)], axis=1)
-    for f in features
+    for f in backbone.features
   ]
   for i, x in enumerate(tokens, start=1):
     corner, stats = expected.pop(f"tokens{i}_corner"), expected.pop(f"tokens{i}_stats")
@@ -84,6 +81,16 @@ def test_as_transformers():
     np.testing.assert_array_equal(value, weights[name], err_msg=name)
   for name, value in constants.items():
     assert value.shape == weights[name].shape, name
+
+
+def test_the_last_norm_of_a_vit_that_has_one():
+  backbone = VisionTransformer(width=6, depth=1, num_heads=1, num_classes=0)
+  model = DenseModel(backbone, DPTDepth(_blocks(6)))
+  layout = dense_layouts(model, keymap_vit.LAYOUTS)["transformers"]
+  key = layout.key_map(model)("params/backbone/head_norm/scale")
+  assert key.name == "dpt.layernorm.weight"
+  assert not re.search(layout.not_weights, key.name)
+  assert key.name not in layout.constants(model)
 
 
 def test_published_sizes():
