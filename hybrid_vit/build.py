@@ -360,8 +360,6 @@ def build_tasks(
   groups = config.integer("batch_norm_groups", 1, minimum=1)
   if "batch_norm_groups" in model_arguments(name):
     run_arguments["batch_norm_groups"] = groups
-  elif groups > 1:
-    raise ConfigError(f"`config.batch_norm_groups` is {groups}, and {name} has no batch norm")
 
   def make_network(num_classes: int, arguments: Mapping[str, Any]) -> Any:
     return create_model(
@@ -374,6 +372,8 @@ def build_tasks(
   task_name = group.choice("name", task_names(), "classification")
   settings_class = task_settings(task_name)
   settings: Any = group.as_dataclass(settings_class)
+  if groups > 1 and not hasattr(settings, "head") and "batch_norm_groups" not in run_arguments:
+    raise ConfigError(f"`config.batch_norm_groups` is {groups}, and {name} has no batch norm")
   tasks: list[Task] = []
   arguments: Mapping[str, Any] = {}
   for phase in curriculum.phases if curriculum is not None else [None]:
@@ -384,7 +384,7 @@ def build_tasks(
       merged.assert_all_read()
     arguments = phase.arguments if phase is not None else {}
     make = functools.partial(make_network, arguments=arguments)
-    context = Context(data.info, classes, preprocessing, make, load)
+    context = Context(data.info, classes, preprocessing, make, load, groups)
     tasks.append(create_task(task_name, own, context))
   metadata = {
     "name": name,

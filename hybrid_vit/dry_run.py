@@ -270,7 +270,10 @@ def _with_groups(task: Any, times_fewer: int) -> Any:
   groups = getattr(task.model, "batch_norm_groups", 1)
   if groups == 1:
     return task
-  model = task.model.clone(batch_norm_groups=max(1, groups // times_fewer))
+  fewer = max(1, groups // times_fewer)
+  if hasattr(task.model, "with_batch_norm_groups"):
+    return dataclasses.replace(task, model=task.model.with_batch_norm_groups(fewer))
+  model = task.model.clone(batch_norm_groups=fewer)
   return dataclasses.replace(task, model=model)
 
 

@@ -37,6 +37,25 @@ class DenseModel(nn.Module):
   neck: nn.Module | None = None
   auxiliary_head: nn.Module | None = None
 
+  @property
+  def batch_norm_groups(self) -> int:
+    """Groups of the batch with batch norm statistics of their own, alike in all parts."""
+    return max(getattr(part, "batch_norm_groups", 1) for part in self._parts().values())
+
+  def with_batch_norm_groups(self, groups: int) -> DenseModel:
+    """The same model with another number of groups in each part that has batch norm."""
+    return self.clone(
+      **{
+        name: part.clone(batch_norm_groups=groups)
+        for name, part in self._parts().items()
+        if hasattr(part, "batch_norm_groups")
+      }
+    )
+
+  def _parts(self) -> dict[str, Any]:
+    names = ("backbone", "neck", "head", "auxiliary_head")
+    return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
   def __call__(
     self, images: jax.Array, train: bool = False
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -67,6 +86,7 @@ def create_dense_model(
   head: Mapping[str, Any],
   neck: Mapping[str, Any] | None = None,
   auxiliary: Mapping[str, Any] | None = None,
+  batch_norm_groups: int | None = None,
 ) -> DenseModel:
   """Puts a decoder on a backbone.
 
@@ -79,11 +99,14 @@ def create_dense_model(
     head: {"name": as registered, further attributes}.
     neck: likewise, or None.
     auxiliary: likewise, or None.
+    batch_norm_groups: of the decoder's batch norms; None for what the backbone has.
 
   Raises:
     ValueError: an unknown name or attribute.
   """
   shared = {name: getattr(backbone, name) for name in _SHARED if hasattr(backbone, name)}
+  if batch_norm_groups is not None:
+    shared["batch_norm_groups"] = batch_norm_groups
   features: Sequence[FeatureSpec] = tuple(backbone.features)
   parts = dict(head)
   head_name = parts.pop("name")

@@ -47,7 +47,9 @@ class DecoderSettings:
       )
 
 
-def build_model(settings: DecoderSettings, backbone: Any, num_outputs: int) -> DenseModel:
+def build_model(
+  settings: DecoderSettings, backbone: Any, num_outputs: int, batch_norm_groups: int
+) -> DenseModel:
   """The configured decoder on a backbone.
 
   Raises:
@@ -62,6 +64,7 @@ def build_model(settings: DecoderSettings, backbone: Any, num_outputs: int) -> D
       head=settings.head,
       neck=settings.neck,
       auxiliary=settings.auxiliary or None,
+      batch_norm_groups=batch_norm_groups,
     )
   except (TypeError, ValueError) as error:
     raise ValueError(f"config.task: {error}") from error

@@ -87,7 +87,10 @@ def build_depth(settings: DepthSettings, context: Context) -> Depth:
   if settings.chamfer_weight and "num_bins" not in arguments:
     raise ValueError(f"config.task.chamfer_weight: the head {name!r} has no bins")
   model = build_model(
-    dataclasses.replace(settings, head={**limits, **settings.head}), context.make_network(0), 1
+    dataclasses.replace(settings, head={**limits, **settings.head}),
+    context.make_network(0),
+    1,
+    context.batch_norm_groups,
   )
   return Depth(
     model=model,

@@ -39,6 +39,7 @@ class Context:
       none.
     load_network: `(directory) → StoredNetwork`, another network that a training needs, with its
       weights; None where nothing is trained.
+    batch_norm_groups: of what the task adds to the network, as `config.batch_norm_groups` says.
   """
 
   info: Mapping[str, Any]
@@ -46,6 +47,7 @@ class Context:
   preprocessing: Preprocessing
   make_network: Callable[[int], Any]
   load_network: Callable[[str], Any] | None = None
+  batch_norm_groups: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

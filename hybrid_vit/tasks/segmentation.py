@@ -97,7 +97,7 @@ def build_segmentation(settings: SegmentationSettings, context: Context) -> Segm
     )
   palette = context.info.get("palette")
   return Segmentation(
-    model=build_model(settings, context.make_network(0), classes),
+    model=build_model(settings, context.make_network(0), classes, context.batch_norm_groups),
     mean=tuple(context.preprocessing.mean),
     std=tuple(context.preprocessing.std),
     auxiliary_weight=settings.auxiliary_weight,
