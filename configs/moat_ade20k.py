@@ -46,7 +46,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     dense_recipes.run_locally(
       config,
-      dict(recipes.TINY_MOAT, pool_size=3, output_activation="gelu"),
+      dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3, output_activation="gelu"),
       head=dict(
         aspp_channels=32,
         decoder_channels=32,

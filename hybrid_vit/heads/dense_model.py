@@ -133,11 +133,12 @@ def create_dense_model(
 
 def needs_pyramid(features: Sequence[FeatureSpec], head: str) -> bool:
   """Whether maps of one stride have to become a pyramid for this head."""
-  return len({f.stride for f in features}) == 1 and head not in _ONE_STRIDE
+  one_stride = len({f.stride for f in features}) == 1
+  return one_stride and len(features) < _ONE_STRIDE.get(head, len(features) + 1)
 
 
-# Heads that take maps of one stride as they are.
-_ONE_STRIDE = ("fcn", "dpt_depth", "dpt_segmentation", "mim_depth")
+# Heads that take maps of one stride as they are, from so many on.
+_ONE_STRIDE = {"fcn": 1, "mim_depth": 1, "dpt_depth": 2, "dpt_segmentation": 2}
 
 
 def _with(
