@@ -8,7 +8,8 @@ only a classifier reads. What the papers and the authors' code for dense tasks d
 * FocalNet, L2ViT, Swin, ConvNeXt, CSWin: a layer norm of each stage's output, beside the trunk.
 * FocalNet pads maps to whole patches and its overlapping stem by 3. Larger kernels are a recipe's
   own, see `enlarged_windows`.
-* Swin pads maps smaller than a window instead of shrinking the window.
+* Swin pads maps smaller than a window instead of shrinking the window; L2ViT's windows are of 7x7
+  in all sizes.
 * MOAT pools its shortcuts over 3x3, and on large pictures attends in windows of 14x14 that do not
   shift (paper, section 4.2); smaller ones it reads globally.
 * ViT has no pyramid: four blocks' maps of one stride, at even distances in the last two thirds (3,
@@ -37,6 +38,8 @@ from hybrid_vit.models.registry import create_model, model_entry
 # The largest picture that is read with global attention: the crop of the published segmentation.
 _LARGEST_GLOBAL = 641
 _MOAT_WINDOW = 14
+# The author's code for dense tasks takes no other; no parameter depends on it.
+_L2VIT_WINDOW = 7
 
 
 def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
@@ -56,8 +59,10 @@ def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
   # Typed loosely: which attributes it has depends on the family.
   model: Any = create_model(name)
   family = type(model).__name__
-  if family in ("L2ViT", "ConvNeXt", "CSWin"):
+  if family in ("ConvNeXt", "CSWin"):
     return {"output_norms": _all_stages(model)}
+  if family == "L2ViT":
+    return {"output_norms": _all_stages(model), "window_size": _L2VIT_WINDOW}
   if family == "Swin":
     return {"output_norms": _all_stages(model), "shrink_windows": False}
   if family == "FocalNet":
@@ -78,11 +83,9 @@ def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
   if family == "RevCol":
     kernel = {"kernel_size": 7} if model.bottom_to_top else {}
     return {"reversible": False, "intermediate_supervision": False, **kernel}
-  others: dict[str, dict[str, Any]] = {
-    "PVT": {"class_token": False},
-    "MCi": {"head_expansion": None},
-  }
-  return others.get(family, {})
+  if family == "PVT":
+    return {"class_token": False}
+  return {"head_expansion": None} if family == "MCi" else {}
 
 
 def enlarged_windows(name: str, first: int | Sequence[int] = 9) -> tuple[int, ...]:
