@@ -138,7 +138,7 @@ def needs_pyramid(features: Sequence[FeatureSpec], head: str) -> bool:
 
 
 # Heads that take maps of one stride as they are, from so many on.
-_ONE_STRIDE = {"fcn": 1, "mim_depth": 1, "dpt_depth": 2, "dpt_segmentation": 2}
+_ONE_STRIDE = {"fcn": 2, "mim_depth": 1, "dpt_depth": 2, "dpt_segmentation": 2}
 
 
 def _with(

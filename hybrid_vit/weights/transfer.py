@@ -25,8 +25,7 @@ _POSITION_SEQUENCE = "position_sequence"
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder only the last layers go by the classes.
 _CLASSIFIER = r"[^/]+/(?:auxiliary_)?head/classifier/"
-# Layer norms beside the trunk, which a backbone under a decoder has and a classifier has not.
-_OUTPUT_NORM = r"[^/]+/backbone/stage\d+_norm/"
+_BACKBONE = re.compile(r"([^/]+)/backbone/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ def transfer(
     source = {collection: {"image": tree} for collection, tree in source.items()}
   found = flax.traverse_util.flatten_dict(dict(source), sep="/")
   wanted = flax.traverse_util.flatten_dict(dict(target), sep="/")
-  found, fitted, begun = fit_dense_form(found, wanted)
+  found, fitted, begun = _fitted(found, wanted)
   loaded: list[str] = []
   initialised: list[str] = []
   missing: list[str] = []
@@ -121,7 +120,7 @@ def transfer(
       result[name] = new
       initialised.append(f"{name} ({_ALONE[parts[1] == 'image']})")
       continue
-    if decoder and (parts[1] != "backbone" or _is_new_norm(name, found)):
+    if decoder and parts[1] != "backbone":
       result[name] = new
       initialised.append(f"{name} (no decoder in the source)")
       continue
@@ -202,5 +201,18 @@ def is_head(name: str, *, dense: bool = False) -> bool:
   return re.match(_CLASSIFIER if dense else _HEAD, name) is not None
 
 
-def _is_new_norm(name: str, found: Mapping[str, Any]) -> bool:
-  return name not in found and re.match(_OUTPUT_NORM, name) is not None
+def _fitted(
+  found: dict[str, Any], wanted: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+  """`fit_dense_form` of a network, or of the backbone under a decoder, whose paths are longer."""
+  if not any(_BACKBONE.match(name) for name in wanted):
+    return fit_dense_form(found, wanted)
+
+  def own(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {_BACKBONE.sub(r"\1/", n): leaf for n, leaf in tree.items() if _BACKBONE.match(n)}
+
+  def placed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("/", "/backbone/", 1): leaf for name, leaf in tree.items()}
+
+  fitted, changes, begun = fit_dense_form(own(found), own(wanted))
+  return {**found, **placed(fitted)}, placed(changes), placed(begun)
