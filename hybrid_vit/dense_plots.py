@@ -186,7 +186,7 @@ def plot_depths(
   Raises:
     ValueError: unequal sizes.
   """
-  heights = [_PANEL_WIDTH * photo.shape[0] / photo.shape[1] + 0.85 for photo in photos]
+  heights = [_PANEL_WIDTH * photo.shape[0] / photo.shape[1] + 1.0 for photo in photos]
   columns = 2 if truths is None else 4
   with plain_text():
     figure = Figure(
