@@ -7,7 +7,7 @@
 
 Figures: SwinTransformer/Swin-Transformer-Semantic-Segmentation and facebookresearch/ConvNeXt,
 `semantic_segmentation` (its grouping of the layers recalled). Published, single-scale mIoU: Swin
-44.5, 47.6, 48.1; ConvNeXt 46.0, 48.7, 49.1 (tiny, small, base). With weights that were pretrained by
+44.5, 47.6, 48.1; ConvNeXt 46.0, 48.7, 49.1 (tiny, small, base). With weights pretrained by
 EfficientTrain (arXiv:2405.08768, table 18; plain ones in brackets), 80,000 steps: DeiT-S 43.8
 (43.0), Swin-T 44.1 (43.3), Swin-S 47.8 (47.5); 160,000: DeiT-S 44.2 (43.1), Swin-T 44.8 (44.4),
 Swin-S 48.2 (47.7), Swin-B 48.5 (48.0). DeiT's figures and its pyramid ("feature2pyramid") are ours.
