@@ -5,7 +5,8 @@ width is x2 - x1. The coding is that of R-CNN (arXiv:1311.2524, appendix C), wit
 sizes that detectron2, torchvision (upper side) and mmdetection (both sides) have.
 
 Deviation: a union or hull below `eps` counts as `eps` (mmdetection's rule), so that two empty boxes
-have overlap 0; torchvision's is no number, and fvcore adds 1e-7 to every union.
+have overlap 0; torchvision's is no number, and fvcore adds 1e-7 to every union. In overlaps, a box
+with one side of negative length has area 0.
 """
 
 from __future__ import annotations
@@ -160,10 +161,13 @@ def _centred(boxes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Arr
 def _overlap(a: jax.Array, b: jax.Array, kind: str, eps: float) -> jax.Array:
   width = jnp.minimum(a[..., 2], b[..., 2]) - jnp.maximum(a[..., 0], b[..., 0])
   height = jnp.minimum(a[..., 3], b[..., 3]) - jnp.maximum(a[..., 1], b[..., 1])
-  shared = jnp.maximum(width, 0) * jnp.maximum(height, 0)
+  # Each product passes a maximum, so that no compiler fuses it with the sum that follows: overlaps
+  # are compared for equality in assignment, and are to be rounded as PyTorch rounds them.
+  shared = jnp.maximum(jnp.maximum(width, 0) * height, 0)
+  first, second = jnp.maximum(box_areas(a), 0), jnp.maximum(box_areas(b), 0)
   if kind == "iof":
-    return shared / jnp.maximum(box_areas(a), eps)
-  union = jnp.maximum(box_areas(a) + box_areas(b) - shared, eps)
+    return shared / jnp.maximum(first, eps)
+  union = jnp.maximum(first + second - shared, eps)
   iou = shared / union
   if kind == "iou":
     return iou

@@ -83,6 +83,19 @@ def test_overlaps_of_torchvision():
   np.testing.assert_allclose(iof, shared / box_areas(first)[:, None], atol=1e-5)
 
 
+def test_overlaps_are_rounded_step_by_step():
+  # As PyTorch and NumPy round: equal overlaps of different anchors stay equal, or do not.
+  rng = np.random.default_rng(2)
+  a, b = _random(rng, 60), _random(rng, 60)
+  size = np.maximum(
+    np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2]), np.float32(0)
+  )
+  shared = size[..., 0] * size[..., 1]
+  first, second = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
+  expected = shared / (first[:, None] + second - shared)
+  np.testing.assert_array_equal(jax.jit(pairwise_iou)(a, b), expected)
+
+
 def test_clipping():
   stored = _case()
   boxes = 1.5 * stored["anchors"] - 10
