@@ -14,6 +14,12 @@ from hybrid_vit.plots import plot_curves
 from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.train_state import TrainState
 
+# The recipe for one's own data and a source of such, by the task; others are classifiers.
+_OWN_DATA = {
+  "segmentation": ("finetune_segmentation.py", "maps:/path"),
+  "depth": ("finetune_depth.py", "depth:/path"),
+}
+
 
 def finish(
   run: Run,
@@ -77,14 +83,17 @@ def finish(
 
 def _fine_tuning(run: Run, workdir: epath.Path) -> str:
   """What to call; a network with arguments of its own is only in the configuration trained by."""
+  recipe, source = _OWN_DATA.get(
+    str(run.metadata.get("task")), ("finetune.py", "folder:/path/to/pictures")
+  )
   if run.metadata["arguments"]:
     return (
       f"add --config.init_from={workdir} --config.reinitialize_head=True "
-      "--config.data.source=folder:/path/to/pictures and a new --workdir to the command"
+      f"--config.data.source={source} and a new --workdir to the command"
     )
   return (
-    f"python -m hybrid_vit.main --config=configs/finetune.py:{run.network},init={workdir},"
-    "data=folder:/path/to/pictures"
+    f"python -m hybrid_vit.main --config=configs/{recipe}:arch={run.network},init={workdir},"
+    f"data={source}"
   )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hybrid_vit import checkpoints
@@ -50,15 +51,19 @@ class StoredTask:
     """How pictures become maps, with the programs compiled so far."""
     return MapInference(self.task.answers, self.task.inference, softmax=self.name == "segmentation")
 
+  @functools.cached_property
+  def _on_device(self) -> Any:
+    return jax.device_put(self.variables)
+
   def classes(self, photo: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, 3]` → the class of each pixel, int32 `[H, W]`."""
     self._check("segmentation")
-    return self.inference.classes(self.variables, photo)
+    return self.inference.classes(self._on_device, photo)
 
   def depth(self, photo: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, 3]` → metres, float32 `[H, W]`."""
     self._check("depth")
-    return self.inference.values(self.variables, photo)[..., 0]
+    return self.inference.values(self._on_device, photo)[..., 0]
 
   def _check(self, name: str) -> None:
     if self.name != name:
