@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.ops.point_sampling import cell_before, four_neighbours
+
 METHODS = ("gather", "product")
 
 SpatialShapes = Sequence[tuple[int, int]]
@@ -131,15 +133,6 @@ def check_shapes(
     )
 
 
-def _cell(place: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-  """The cell before a place in [0, 1], from -1 to `length`, and how far beyond its centre it is."""
-  position = place.astype(jnp.float32) * length - 0.5
-  # Beyond the map by a cell or by millions is the same; large numbers have no integer.
-  position = jnp.clip(position, -2.0, length + 1.0)
-  low = jnp.floor(position)
-  return low.astype(jnp.int32), position - lax.stop_gradient(low)
-
-
 @jax.checkpoint
 def _gathered_rows(cells: jax.Array, index: jax.Array, factor: jax.Array) -> jax.Array:
   """`[B, M, S, D]`, `[B, M, Q, P]` twice → float32 `[B, M, Q, D]`."""
@@ -153,26 +146,16 @@ def _gathered(
   cells: jax.Array, locations: jax.Array, weights: jax.Array, size: tuple[int, int]
 ) -> jax.Array:
   """One map: `[B, M, S, D]`, `[B, Q, M, P, 2]`, `[B, Q, M, P]` → float32 `[B, M, Q, D]`."""
-  height, width = size
-  places = locations.transpose(0, 2, 1, 3, 4)
   weights = weights.transpose(0, 2, 1, 3).astype(jnp.float32)
-  (left, right_part), (top, lower_part) = (
-    _cell(places[..., 0], width),
-    _cell(places[..., 1], height),
-  )
   total = jnp.zeros((), jnp.float32)
-  for row, y_part in ((top, 1.0 - lower_part), (top + 1, lower_part)):
-    for column, x_part in ((left, 1.0 - right_part), (left + 1, right_part)):
-      inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-      index = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
-      factor = jnp.where(inside, y_part * x_part * weights, 0.0)
-      total = total + _gathered_rows(cells, index, factor)
+  for index, part in four_neighbours(locations.transpose(0, 2, 1, 3, 4), size):
+    total = total + _gathered_rows(cells, index, part * weights)
   return total
 
 
 def _hats(place: jax.Array, length: int) -> jax.Array:
   """`[...]` → float32 `[..., length]`: each cell's part in the sample at a place."""
-  low, part = _cell(place, length)
+  low, part = cell_before(place, length)
   apart = jnp.arange(length) - low[..., None]
   part = part[..., None]
   return jnp.where(apart == 0, 1.0 - part, 0.0) + jnp.where(apart == 1, part, 0.0)
