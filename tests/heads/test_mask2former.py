@@ -15,6 +15,7 @@ from hybrid_vit.weights import keymap_swin
 from hybrid_vit.weights.convert import export_weights, import_weights
 from hybrid_vit.weights.keymap_mask2former import head_key_map, mask2former_layouts
 from tests import golden
+from tests.heads.mask2former_golden import run_golden, shapes_of
 from tests.heads.pyramids import levels, noise
 
 _SMALL = {
@@ -35,58 +36,10 @@ def _exact():
     yield
 
 
-def _parts(arguments):
-  swin = arguments["swin"]
-  backbone = Swin(
-    width=swin["embed_dim"],
-    depths=tuple(swin["depths"]),
-    num_heads=tuple(swin["num_heads"]),
-    num_classes=0,
-    window_size=swin["window_size"],
-    mlp_ratio=swin["mlp_ratio"],
-    qkv_bias=swin["qkv_bias"],
-    shrink_windows=False,
-    output_norms=(1, 2, 3, 4),
-  )
-  head = Mask2Former(
-    backbone.features,
-    arguments["num_labels"],
-    channels=arguments["feature_size"],
-    mask_channels=arguments["feature_size"],
-    num_queries=arguments["num_queries"],
-    num_heads=arguments["num_attention_heads"],
-    encoder_layers=arguments["encoder_layers"],
-    encoder_hidden=arguments["encoder_feedforward_dim"],
-    decoder_layers=arguments["decoder_layers"] - 1,
-    decoder_hidden=arguments["dim_feedforward"],
-  )
-  return backbone, head
-
-
 @pytest.mark.parametrize("name", golden.names("dense/mask2former"))
 def test_as_transformers(name):
-  description, expected = golden.load("dense/mask2former", name)
-  backbone, head = _parts(description["arguments"])
-  images = golden.image(description)
-
-  def run(variables, images):
-    _, endpoints = backbone.apply({"params": variables["params"]["backbone"]}, images)
-    answer, inside = head.apply(
-      {"params": variables["params"]["head"]},
-      endpoints,
-      capture_intermediates=lambda module, _: module.name == "pixel_decoder",
-    )
-    pixels = inside["intermediates"]["pixel_decoder"]["__call__"][0]
-    return endpoints, pixels, answer
-
-  layout = mask2former_layouts(backbone, keymap_swin.LAYOUTS)["transformers"]
-  weights = {layout.rename(k): v for k, v in golden.weights(description).items()}
-  weights = {k: v for k, v in weights.items() if not re.search(layout.not_weights, k)}
-  template = {"params": dict(zip(("backbone", "head"), _shapes(backbone, head, images)))}
-  variables, report = import_weights(weights, template, layout.key_map(None))
-  assert not report.initialised and not report.unused
-  endpoints, pixels, answer = jax.jit(run)(variables, images)
-
+  _, expected = golden.load("dense/mask2former", name)
+  backbone, key_map, weights, variables, (endpoints, pixels, answer) = run_golden(name)
   found = {f"feature{i}": endpoints[f.name] for i, f in enumerate(backbone.features)}
   found |= {f"pixel_level{i}": x for i, x in enumerate(pixels.levels)}
   found["mask_features"] = pixels.mask_features
@@ -96,18 +49,10 @@ def test_as_transformers(name):
     found[f"{prefix}mask_logits"] = prediction["mask_logits"].transpose(0, 2, 3, 1)
   inputs = r"gt_|uniform_|loss"
   golden.assert_matches({k: v for k, v in expected.items() if not re.match(inputs, k)}, found)
-  round_trip = export_weights(variables, layout.key_map(None))
+  round_trip = export_weights(variables, key_map)
   assert set(round_trip) == set(weights)
   for key, value in round_trip.items():
     np.testing.assert_array_equal(value, weights[key])
-
-
-def _shapes(backbone, head, images):
-  def init(images):
-    (_, endpoints), variables = backbone.init_with_output(jax.random.key(0), images)
-    return variables["params"], head.init(jax.random.key(0), endpoints)["params"]
-
-  return jax.eval_shape(init, images)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +70,7 @@ def test_counts_as_published(widths, classes, queries, expected):
 def test_count_of_a_whole_model():
   backbone = Swin(num_classes=0, output_norms=(1, 2, 3, 4))
   head = Mask2Former(backbone.features, 133)
-  found = _shapes(backbone, head, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+  found = shapes_of(backbone, head, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
   # transformers keeps the classifier's norm, which nothing reads.
   assert count_parameters(found) + 2 * 768 == 47_436_800
 
