@@ -7,14 +7,15 @@ in one sequence of tokens, map by map ("level-major"), each row by row.
 `by_gathers` reads the four neighbours of every place. `by_products` writes each query's samples as
 one dense row over the map's cells, an outer product of a row of the height and one of the width,
 and multiplies by the values: many more multiply-adds but no gather and no scatter, which is what
-TPUs want; queries are taken in chunks, so that these rows do not fill the memory. Both recompute
-their insides in the backward pass. Places, weights and sums are float32.
+TPUs want; queries are taken in chunks, so that these rows do not fill the memory. Both make their
+insides anew in the backward pass. Places, weights and sums are float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ SpatialShapes = Sequence[tuple[int, int]]
 
 # Rows of `by_products` that are in memory at once, over all heads and pictures of a batch.
 _ROW_NUMBERS = 1 << 27
+# Rows that `by_gathers` adds in one loop: more would be faster by little and compile for longer.
+_UNROLL = 4
 
 
 def deformable_attention(
@@ -63,18 +66,26 @@ def deformable_attention(
 def by_gathers(
   value: jax.Array, spatial_shapes: SpatialShapes, locations: jax.Array, weights: jax.Array
 ) -> jax.Array:
-  """`deformable_attention` by gathers of four neighbours, map by map."""
-  # [B, M, S, D]: a gathered row is D numbers side by side.
-  by_head = value.transpose(0, 2, 1, 3)
-  total = jnp.zeros((), jnp.float32)
-  start = 0
-  for level, (height, width) in enumerate(spatial_shapes):
-    cells = lax.slice_in_dim(by_head, start, start + height * width, axis=2)
-    start += height * width
-    total = total + _gathered(
-      cells, locations[:, :, :, level], weights[:, :, :, level], (height, width)
-    )
-  return total.transpose(0, 2, 1, 3).astype(value.dtype)
+  """`deformable_attention` by gathers of four neighbours."""
+  batch, tokens, heads, channels = value.shape
+  queries = locations.shape[1]
+  # A gathered row is D numbers side by side; heads lie one behind the other.
+  rows = value.transpose(0, 2, 1, 3).reshape(batch, heads * tokens, channels)
+  places = locations.transpose(0, 2, 1, 3, 4, 5)
+  weights = weights.transpose(0, 2, 1, 3, 4).astype(jnp.float32)
+  first = jnp.arange(heads)[:, None, None] * tokens
+  indices, factors = [], []
+  for level, size in enumerate(spatial_shapes):
+    for index, part in four_neighbours(places[..., level, :, :], size):
+      indices.append(index + first)
+      factors.append(part * weights[..., level, :])
+    first = first + math.prod(size)
+  index, factor = (
+    jnp.concatenate(x, axis=-1).reshape(batch, heads * queries, -1) for x in (indices, factors)
+  )
+  out = jax.vmap(_weighted_rows)(rows, index, factor)
+  out = out.reshape(batch, heads, queries, channels).transpose(0, 2, 1, 3)
+  return out.astype(value.dtype)
 
 
 def by_products(
@@ -133,24 +144,42 @@ def check_shapes(
     )
 
 
-@jax.checkpoint
-def _gathered_rows(cells: jax.Array, index: jax.Array, factor: jax.Array) -> jax.Array:
-  """`[B, M, S, D]`, `[B, M, Q, P]` twice → float32 `[B, M, Q, D]`."""
-  batch, heads, queries, points = index.shape
-  rows = jnp.take_along_axis(cells, index.reshape(batch, heads, -1, 1), axis=2, mode="clip")
-  rows = rows.reshape(batch, heads, queries, points, -1).astype(jnp.float32)
-  return jnp.sum(rows * factor[..., None], axis=3)
+@jax.custom_vjp
+def _weighted_rows(rows: jax.Array, index: jax.Array, factor: jax.Array) -> jax.Array:
+  """Sums of K rows each: `[R, D]`, `[N, K]` within the rows, `[N, K]` → float32 `[N, D]`.
+
+  One row at a time, so that reading and adding are one loop and nothing is stored between. Autodiff
+  would store all rows; and one scatter of all is slower than K scatters.
+  """
+
+  def one(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    return total + _rows_at(rows, pair[0]) * pair[1][:, None], None
+
+  start = jnp.zeros((index.shape[0], rows.shape[1]), jnp.float32)
+  return lax.scan(one, start, (index.T, factor.T), unroll=_UNROLL)[0]
 
 
-def _gathered(
-  cells: jax.Array, locations: jax.Array, weights: jax.Array, size: tuple[int, int]
-) -> jax.Array:
-  """One map: `[B, M, S, D]`, `[B, Q, M, P, 2]`, `[B, Q, M, P]` → float32 `[B, M, Q, D]`."""
-  weights = weights.transpose(0, 2, 1, 3).astype(jnp.float32)
-  total = jnp.zeros((), jnp.float32)
-  for index, part in four_neighbours(locations.transpose(0, 2, 1, 3, 4), size):
-    total = total + _gathered_rows(cells, index, part * weights)
-  return total
+def _rows_at(rows: jax.Array, index: jax.Array) -> jax.Array:
+  return rows.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
+
+
+def _weighted_rows_forward(rows: jax.Array, index: jax.Array, factor: jax.Array) -> Any:
+  return _weighted_rows(rows, index, factor), (rows, index, factor)
+
+
+def _weighted_rows_backward(kept: Any, gradient: jax.Array) -> Any:
+  rows, index, factor = kept
+
+  def one(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    at, part = pair
+    of_factor = jnp.sum(_rows_at(rows, at) * gradient, axis=-1)
+    return total.at[at].add(part[:, None] * gradient, mode="promise_in_bounds"), of_factor
+
+  of_rows, of_factor = lax.scan(one, jnp.zeros(rows.shape, jnp.float32), (index.T, factor.T))
+  return of_rows.astype(rows.dtype), None, of_factor.T
+
+
+_weighted_rows.defvjp(_weighted_rows_forward, _weighted_rows_backward)
 
 
 def _hats(place: jax.Array, length: int) -> jax.Array:
