@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +105,7 @@ def mask2former_losses(
   answer: Mapping[str, Any],
   targets: SegmentTargets,
   settings: Mask2FormerLoss,
-  points: jax.Array | Sequence[PointDraws],
+  points: jax.Array | PointDraws,
 ) -> dict[str, jax.Array]:
   """The weighted losses of all predictions, each with a matching of its own.
 
@@ -114,8 +114,8 @@ def mask2former_losses(
       "auxiliary", a list of such pairs.
     targets: what is there.
     settings: weights and numbers of points.
-    points: a key to draw them with, or the places themselves for each prediction, the auxiliary
-      ones first.
+    points: a key to draw them with, or the places themselves, each array with a first axis of
+      predictions, the auxiliary ones first.
 
   Returns:
     "class", "mask" and "dice", float32 `[predictions]`, the auxiliary ones first. The loss is the
@@ -126,30 +126,41 @@ def mask2former_losses(
   """
   predictions = [*answer.get("auxiliary", ()), answer]
   _check(targets, predictions[-1]["class_logits"].shape[0])
-  # A key is one array; draws are a list.
-  sources: list[Any]
-  if isinstance(points, jax.Array):
-    sources = list(jax.random.split(points, len(predictions)))
+  source: Any = points
+  if isinstance(points, PointDraws):
+    if len(points.matching) != len(predictions):
+      raise ValueError(
+        f"points were drawn for {len(points.matching)} predictions of {len(predictions)}"
+      )
   else:
-    sources = list(points)
-  if len(sources) != len(predictions):
-    raise ValueError(f"points were drawn for {len(sources)} predictions of {len(predictions)}")
-
+    source = jax.random.split(points, len(predictions))
   shape = (targets.labels.shape[0], targets.labels.shape[1])
-  costs = []
-  for prediction, source in zip(predictions, sources):
-    matching = _drawn(source, shape, settings).matching
-    costs.append(matching_costs(prediction, targets, matching, settings))
-  queries = match_targets(jnp.stack(costs), targets.valid)
-  found: dict[str, list[jax.Array]] = {"class": [], "mask": [], "dice": []}
-  for prediction, source, query in zip(predictions, sources, queries):
-    found["class"].append(
-      settings.class_weight * class_loss(prediction["class_logits"], targets, query, settings)
-    )
-    mask, dice = _point_losses(prediction["mask_logits"], targets, query, source, settings)
-    found["mask"].append(settings.mask_weight * mask)
-    found["dice"].append(settings.dice_weight * dice)
-  return {name: jnp.stack(losses) for name, losses in found.items()}
+  stacked = {
+    name: jnp.stack([prediction[name] for prediction in predictions])
+    for name in ("class_logits", "mask_logits")
+  }
+
+  def costs_of(pair: tuple[dict[str, jax.Array], Any]) -> jax.Array:
+    matching = _drawn(pair[1], shape, settings).matching
+    return matching_costs(pair[0], targets, matching, settings)
+
+  # Places and samples are made again in the backward pass: those of ten predictions would not fit.
+  @jax.checkpoint
+  def losses_of(triple: tuple[dict[str, jax.Array], Any, jax.Array]) -> dict[str, jax.Array]:
+    prediction, source, query = triple
+    draws = _drawn(source, shape, settings)
+    mask, dice = _point_losses(prediction["mask_logits"], targets, query, draws, settings)
+    return {
+      "class": settings.class_weight
+      * class_loss(prediction["class_logits"], targets, query, settings),
+      "mask": settings.mask_weight * mask,
+      "dice": settings.dice_weight * dice,
+    }
+
+  # One after the other, so that one is compiled and in memory; all are matched at once.
+  costs = lax.map(costs_of, (lax.stop_gradient(stacked), source))
+  queries = match_targets(costs, targets.valid)
+  return lax.map(losses_of, (stacked, source, queries))
 
 
 def draw_points(key: jax.Array, shape: tuple[int, int], settings: Mask2FormerLoss) -> PointDraws:
@@ -268,17 +279,14 @@ def _drawn(source: Any, shape: tuple[int, int], settings: Mask2FormerLoss) -> Po
   return source if isinstance(source, PointDraws) else draw_points(source, shape, settings)
 
 
-# Places and samples are made again in the backward pass: those of ten predictions would not fit.
-@functools.partial(jax.checkpoint, static_argnums=(4,))
 def _point_losses(
   mask_logits: jax.Array,
   targets: SegmentTargets,
   query: jax.Array,
-  source: Any,
+  draws: PointDraws,
   settings: Mask2FormerLoss,
 ) -> tuple[jax.Array, jax.Array]:
   """Binary cross entropy and dice of the matched pairs, sums over pairs per target."""
-  draws = _drawn(source, (query.shape[0], query.shape[1]), settings)
   paired = targets.valid & (query >= 0)
   masks = jnp.take_along_axis(mask_logits, jnp.maximum(query, 0)[:, :, None, None], axis=1)
   places = _uncertain_points(lax.stop_gradient(masks), draws, settings)

@@ -15,6 +15,10 @@ _SETTINGS = losses.Mask2FormerLoss(num_points=32)
 _losses = jax.jit(losses.mask2former_losses, static_argnums=2)
 
 
+def _stacked(draws):
+  return jax.tree.map(lambda *x: np.stack(x), *draws)
+
+
 @functools.partial(jax.jit, static_argnums=3)
 def _match(prediction, targets, points, settings):
   costs = losses.matching_costs(prediction, targets, points, settings)
@@ -58,7 +62,7 @@ def _golden_draws(expected, predictions, targets, settings):
         part[pair] = places
       rest.append(part)
     found.append(losses.PointDraws(matching, *rest))
-  return [*found[1:], found[0]]
+  return _stacked([*found[1:], found[0]])
 
 
 @pytest.mark.parametrize("name", golden.names("dense/mask2former"))
@@ -132,7 +136,7 @@ def test_empty_slots_add_nothing():
   answer, targets = _answer(), _targets()
   key = jax.random.key(2)
   drawn = [losses.draw_points(k, (2, 3), _SETTINGS) for k in jax.random.split(key, 2)]
-  expected = _losses(answer, targets, _SETTINGS, drawn)
+  expected = _losses(answer, targets, _SETTINGS, _stacked(drawn))
   wider = losses.SegmentTargets(
     np.concatenate([np.full((2, 1), 77, np.int32), targets.labels, targets.labels], 1),
     np.concatenate([np.ones((2, 1, 32, 48), np.uint8), targets.masks, targets.masks], 1),
@@ -142,7 +146,7 @@ def test_empty_slots_add_nothing():
   for one in drawn:
     parts = [np.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0))) for x in one[1:]]
     padded.append(losses.PointDraws(one.matching, *parts))
-  found = _losses(answer, wider, _SETTINGS, padded)
+  found = _losses(answer, wider, _SETTINGS, _stacked(padded))
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], value, rtol=1e-5)
   # The draws of a key are those of draw_points.
@@ -189,7 +193,8 @@ def test_wrong_arguments_are_told():
     )
   with pytest.raises(ValueError, match="targets are of 2 pictures, and the answer of 1"):
     losses.mask2former_losses(_answer(batch=1), targets, _SETTINGS, jax.random.key(0))
-  with pytest.raises(ValueError, match="drawn for 0 predictions of 2"):
-    losses.mask2former_losses(answer, targets, _SETTINGS, [])
+  drawn = _stacked([losses.draw_points(jax.random.key(0), (2, 3), _SETTINGS)])
+  with pytest.raises(ValueError, match="drawn for 1 predictions of 2"):
+    losses.mask2former_losses(answer, targets, _SETTINGS, drawn)
   with pytest.raises(ValueError, match="16 candidates for 24 points"):
     losses.Mask2FormerLoss(num_points=32, oversampling=0.5)
