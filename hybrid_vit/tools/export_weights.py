@@ -9,19 +9,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hybrid_vit import checkpoints
 from hybrid_vit.models.clip_systems import CLIP_MODELS
+from hybrid_vit.stored_tasks import stored_task
 from hybrid_vit.weights import families, readers
+from hybrid_vit.weights.dense_checkpoints import export_dense
 from hybrid_vit.weights.stored import StoredNetwork, network_of
 from hybrid_vit.weights.stored_clip import StoredClip, clip_of, merged
-from hybrid_vit.weights.transfer import is_clip, without_text
+from hybrid_vit.weights.transfer import is_clip, is_dense, without_text
 
 
 def export_weights(
   directory: str | Path,
   file: str | Path,
-  layout: str = "official",
+  layout: str | None = None,
   architecture: str | None = None,
   *,
   merge: bool = False,
@@ -31,7 +34,9 @@ def export_weights(
   Args:
     directory: an export, a checkpoint or a work directory; see `checkpoints.load_weights`.
     file: where to; ends in ".safetensors".
-    layout: one of the architecture's: "official", "timm", "transformers", "open_clip".
+    layout: one of the architecture's: "official", "timm", "transformers", "open_clip"; of a
+      backbone with its decoder "mmseg", "transformers", "deeplab2". None for "official"; with a
+      decoder for the one that an import was read by, else the first of these.
     architecture: name in the registry, or of a CLIP; None for what the weights' metadata says.
       Weights of two towers give both, unless this is the image tower's name.
     merge: merge branches first, where the network has any (MCi, the convolutional text tower).
@@ -47,18 +52,33 @@ def export_weights(
   file = Path(file).expanduser()
   if file.suffix != ".safetensors":
     raise ValueError(f"--to={file} does not end in .safetensors, the one format that is written")
-  network = _stored(directory, architecture)
-  model, variables = network.model, network.variables
-  if merge:
-    model, variables = merged(model, variables)
-  exported = families.export_checkpoint(variables, network.name, model, layout)
-  about = {"format": "pt", "architecture": network.name, "layout": layout}
+  weights, metadata = checkpoints.load_weights(directory)
+  if is_dense(weights):
+    stored = stored_task(directory, weights, metadata)
+    if merge or architecture not in (None, stored.network):
+      what = "--merge" if merge else f"--arch={architecture}"
+      raise ValueError(f"{what}: {directory} holds a {stored.network} under a decoder")
+    layout = layout or (metadata.get("source") or {}).get("layout")
+    exported, layout = export_dense(weights, stored.task.model, stored.network, layout)
+    name = stored.network
+  else:
+    network = _stored(directory, weights, metadata, architecture)
+    model, variables, name = network.model, network.variables, network.name
+    if merge:
+      model, variables = merged(model, variables)
+    layout = layout or "official"
+    exported = families.export_checkpoint(variables, name, model, layout)
+  about = {"format": "pt", "architecture": name, "layout": layout}
   readers.write_safetensors(file, exported, about)
   return list(exported)
 
 
-def _stored(directory: str | Path, architecture: str | None) -> StoredNetwork | StoredClip:
-  weights, metadata = checkpoints.load_weights(directory)
+def _stored(
+  directory: str | Path,
+  weights: dict[str, Any],
+  metadata: dict[str, Any],
+  architecture: str | None,
+) -> StoredNetwork | StoredClip:
   asked_for_both = architecture is None or architecture in CLIP_MODELS
   if asked_for_both and (is_clip(weights) or architecture is not None):
     return clip_of(directory, weights, metadata, architecture)
@@ -70,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="export_weights", description=__doc__.splitlines()[0])
   parser.add_argument("--from", dest="source", required=True, help="directory of the weights")
   parser.add_argument("--to", required=True, help="FILE.safetensors to write")
-  parser.add_argument("--layout", default="official", help="official, timm, open_clip, …")
+  parser.add_argument("--layout", help="official (the default), timm, open_clip, mmseg, …")
   parser.add_argument("--arch", help="network; default: as the weights say")
   parser.add_argument("--merge", action="store_true", help="merge the branches of MCi first")
   args = parser.parse_args(argv)
@@ -79,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (ValueError, OSError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  print(f"{len(names)} tensors, layout {args.layout}, written to {args.to}")
+  layout = f", layout {args.layout}" if args.layout else ""
+  print(f"{len(names)} tensors{layout}, written to {args.to}")
   return 0
 
 

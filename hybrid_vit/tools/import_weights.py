@@ -1,9 +1,12 @@
 """Authors' checkpoint → a directory of weights that training, evaluation and prediction take.
 
 python -m hybrid_vit.tools.import_weights --arch=tiny_moat_0 --from=FILE --to=DIR
+python -m hybrid_vit.tools.import_weights --config=configs/swin_ade20k.py --from=FILE --to=DIR
 
-Strict: every tensor of the file and every variable of the network is used exactly once, or the
-difference is an error. What was loaded, what begins anew and why, and what was not used is printed.
+With --config, a recipe of segmentation or depth (FILE or FILE:variant), a backbone with its
+decoder is read. Strict: every tensor of the file and every variable of the network is used exactly
+once, or the difference is an error. What was loaded, what begins anew and why, and what was not
+used is printed.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from hybrid_vit import checkpoints
+from hybrid_vit import checkpoints, dense_imports
 from hybrid_vit.paths import as_path
-from hybrid_vit.weights import architectures, families, readers
+from hybrid_vit.weights import architectures, dense_checkpoints, families, readers
 
 
 def import_weights(
@@ -50,9 +54,7 @@ def import_weights(
       is None; or `directory` holds something else.
     ModuleNotFoundError: the library that reads such files is not installed.
   """
-  target = as_path(directory)
-  if target.exists() and not (target / "metadata.json").is_file() and _any_in(target):
-    raise ValueError(f"{target} holds something that is no weights; give another --to")
+  target = _free(directory)
   file = readers.read_checkpoint(source, average=average)
   architecture = architecture or _only_architecture(file.weights, source)
   imported = families.import_checkpoint(
@@ -62,9 +64,65 @@ def import_weights(
     **architectures.stored_description(architecture, imported.num_classes, imported.arguments),
     "num_classes": imported.num_classes,
     "preprocessing": dataclasses.asdict(architectures.preprocessing_of(architecture)),
-    # Files of weights do not say what their outputs are called or by which loss they came about.
-    "class_names": [],
+    # Files of weights do not say by which loss they came about.
     "task_settings": {},
+    **_origin(file, imported),
+  }
+  checkpoints.export(target, imported.variables, metadata)
+  return imported
+
+
+def import_dense_weights(
+  source: str | Path,
+  directory: str | Path,
+  recipe: ConfigDict,
+  *,
+  num_classes: int | None = None,
+  layout: str | None = None,
+  average: bool | None = None,
+) -> dense_checkpoints.ImportedDense:
+  """Reads a backbone with its decoder and writes `directory`, whole or not at all.
+
+  Args:
+    source: see `readers.read_checkpoint`.
+    directory: where to; one that holds weights already is replaced.
+    recipe: a configuration of segmentation or depth, whose model it is.
+    num_classes: see `dense_imports.import_dense_task`.
+    layout: see there.
+    average: see `readers.read_checkpoint`.
+
+  Raises:
+    ValueError: the file cannot be read or does not fit; or `directory` holds something else.
+    ModuleNotFoundError: the library that reads such files is not installed.
+  """
+  target = _free(directory)
+  file = readers.read_checkpoint(source, average=average)
+  imported, metadata = dense_imports.import_dense_task(
+    file, recipe, num_classes=num_classes, layout=layout
+  )
+  checkpoints.export(target, imported.variables, {**metadata, **_origin(file, imported)})
+  return imported
+
+
+def _free(directory: str | Path) -> epath.Path:
+  """A place to write weights to.
+
+  Raises:
+    ValueError: it holds something else.
+  """
+  target = as_path(directory)
+  if target.exists() and not (target / "metadata.json").is_file() and _any_in(target):
+    raise ValueError(f"{target} holds something that is no weights; give another --to")
+  return target
+
+
+def _origin(
+  file: readers.CheckpointFile, imported: families.Imported | dense_checkpoints.ImportedDense
+) -> dict[str, Any]:
+  """What metadata says of where weights are from."""
+  return {
+    # Not in such files; those of maps are "map_class_names".
+    "class_names": [],
     "step": None,
     "results": {},
     "weights": "imported",
@@ -76,8 +134,6 @@ def import_weights(
     },
     "initialised_anew": imported.report.initialised,
   }
-  checkpoints.export(target, imported.variables, metadata)
-  return imported
 
 
 def _only_architecture(weights: Mapping[str, Any], source: str | Path) -> str:
@@ -109,10 +165,30 @@ def _argument(text: str) -> tuple[str, Any]:
     return name, value
 
 
+def _recipe(args: argparse.Namespace) -> ConfigDict:
+  """The recipe that --config names, with what --argument changes.
+
+  Raises:
+    ValueError: --arch is another network.
+  """
+  recipe = dense_imports.read_recipe(args.config)
+  if args.arch is not None and args.arch != recipe.model.name:
+    raise ValueError(
+      f"--arch={args.arch}, and --config={args.config} is a recipe of {recipe.model.name}: leave "
+      "--arch out, or name another recipe or variant"
+    )
+  with recipe.unlocked():
+    recipe.model.arguments = {**(recipe.model.get("arguments") or {}), **dict(args.argument)}
+  return recipe
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; 0, or 1 after an error."""
   parser = argparse.ArgumentParser(prog="import_weights", description=__doc__.splitlines()[0])
   parser.add_argument("--arch", help="network; default: the one whose names and shapes fit")
+  parser.add_argument(
+    "--config", help="recipe of segmentation or depth, FILE or FILE:variant: a decoder is read, too"
+  )
   parser.add_argument("--from", dest="source", required=True, help="the authors' file")
   parser.add_argument("--to", required=True, help="directory to write")
   parser.add_argument("--num_classes", type=int, help="default: that of the file's head; 0: none")
@@ -131,16 +207,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="attribute of the network that is not the registry's; may be repeated",
   )
   args = parser.parse_args(argv)
+  shared = {"num_classes": args.num_classes, "layout": args.layout, "average": args.average}
+  imported: families.Imported | dense_checkpoints.ImportedDense
   try:
-    imported = import_weights(
-      args.source,
-      args.to,
-      args.arch,
-      num_classes=args.num_classes,
-      layout=args.layout,
-      average=args.average,
-      arguments=dict(args.argument),
-    )
+    if args.config is not None:
+      recipe = _recipe(args)
+      imported = import_dense_weights(args.source, args.to, recipe, **shared)
+    else:
+      own = dict(args.argument)
+      imported = import_weights(args.source, args.to, args.arch, arguments=own, **shared)
     _, metadata = checkpoints.load_weights(args.to)
   except (ValueError, OSError, ModuleNotFoundError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -152,9 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     network = (
       f"{metadata['system']} ({metadata['name']} and the text tower {metadata['text_tower']})"
     )
-    width = f"embeddings of {imported.num_classes}"
+    width = f"embeddings of {metadata['num_classes']}"
   else:
-    network, width = metadata["name"], f"{imported.num_classes} classes"
+    network = metadata["name"]
+    if args.config is not None:
+      network = f"{network} under {metadata['task_settings']['head']['name']}"
+    classes = metadata.get("num_classes")
+    width = metadata["task"] if classes is None else f"{classes} classes"
   print(f"{network}, {width}, layout {imported.layout}{branch}")
   for name, digest in source["files"].items():
     print(f"from {name}, SHA-256 {digest}")

@@ -166,11 +166,14 @@ def export_checkpoint(
   paths = traverse_util.flatten_dict(collections, sep="/")
   if len(exported) != sum(len(key_map(path).names) for path in paths):
     raise ValueError(f"{architecture}: two variables share one name in the layout {layout!r}")
-  for name in list(exported):
-    if name.endswith(".running_mean"):
-      counter = name.removesuffix("running_mean") + "num_batches_tracked"
-      exported[counter] = np.zeros((), np.int64)
-  return {**exported, **known[layout].constants(model)}
+  return {**with_counters(exported), **known[layout].constants(model)}
+
+
+def with_counters(weights: Weights) -> dict[str, np.ndarray]:
+  """The same with PyTorch's counter beside each batch norm, which strict loaders ask for."""
+  means = [name for name in weights if name.endswith(".running_mean")]
+  counters = [name.removesuffix("running_mean") + "num_batches_tracked" for name in means]
+  return {**weights, **{name: np.zeros((), np.int64) for name in counters}}
 
 
 def identify(weights: Weights) -> tuple[list[str], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -224,29 +225,69 @@ def dense_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[st
     if of_backbone is None:
       continue
     maps = {name: part_key_map(part, layout, places.get(name, "")) for name, part in parts.items()}
-    inner = of_backbone.key_map(model.backbone)
     prefix = "" if layout == "deeplab2" else "backbone."
+    spelled = _spelling(model.backbone, layout)
     found[layout] = Layout(
-      key_map=functools.partial(_whole_of, maps, inner, prefix),
-      not_weights=rf"(?:{of_backbone.not_weights})|{torch_keys.BATCH_NORM_COUNTER}",
+      key_map=functools.partial(
+        _whole_of, maps, of_backbone.key_map(model.backbone), prefix, spelled
+      ),
+      not_weights=rf"{_inside(of_backbone.not_weights, prefix)}|{torch_keys.BATCH_NORM_COUNTER}"
+      + (r"|^backbone\.layernorm\." if layout == "transformers" else ""),
+      rename=functools.partial(_renamed, of_backbone.rename, prefix, spelled),
+      constants=functools.partial(_constants, of_backbone, prefix),
     )
   return found
+
+
+def _spelling(backbone: Any, layout: str) -> tuple[str, str]:
+  """What stands before a backbone's own names in the networks' files, and here instead."""
+  if layout != "transformers":
+    return "", ""
+  name = f"{type(backbone).__name__.lower()}."
+  # Its backbone holds the whole network; those of Swin and ConvNeXt are its parts, in the files.
+  return name, name if name == "focalnet." else ""
+
+
+def _inside(pattern: str, prefix: str) -> str:
+  """A pattern of a backbone's names → of the same names behind a prefix."""
+  return rf"(?:{pattern.replace('^', '^' + re.escape(prefix))})"
+
+
+def _renamed(rename: Callable[[str], str], prefix: str, spelled: tuple[str, str], name: str) -> str:
+  """The one spelling of a name: transformers 5 has "backbone.swin.encoder", 4 no "swin."."""
+  if not prefix or not name.startswith(prefix):
+    return name
+  inner, (theirs, ours) = name.removeprefix(prefix), spelled
+  if not inner.startswith((theirs, "hidden_states_norms.")):
+    inner = theirs + inner
+  inner = rename(inner)
+  return prefix + (ours + inner.removeprefix(theirs) if inner.startswith(theirs) else inner)
+
+
+def _constants(of_backbone: Layout, prefix: str, model: Any) -> dict[str, np.ndarray]:
+  return {prefix + name: value for name, value in of_backbone.constants(model.backbone).items()}
 
 
 def _whole_of(
   maps: Mapping[str, Callable[[str], OfficialKey]],
   backbone: Callable[[str], OfficialKey],
   prefix: str,
+  spelled: tuple[str, str],
   model: Any,
 ) -> Callable[[str], OfficialKey]:
   del model  # the parts are taken from it already
+  theirs, ours = spelled
+
+  def placed(name: str) -> str:
+    inside = bool(theirs) and name.startswith(theirs)
+    return prefix + (ours + name.removeprefix(theirs) if inside else name)
 
   def key_map(path: str) -> OfficialKey:
     collection, part, rest = path.split("/", 2)
     if part == "backbone":
       key = backbone(f"{collection}/{rest}")
-      further = tuple(prefix + name for name in key.further)
-      return dataclasses.replace(key, name=prefix + key.name, further=further)
+      name, *further = map(placed, key.names)
+      return dataclasses.replace(key, name=name, further=tuple(further))
     return maps[part](f"{collection}/{rest}")
 
   return key_map

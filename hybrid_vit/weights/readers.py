@@ -36,12 +36,14 @@ class CheckpointFile:
     kind: "PyTorch", "safetensors", "NumPy" or "TensorFlow".
     branch: where in the file the weights lay, such as "model_ema"; "" at its top.
     sha256: of each file that was read, by its name.
+    meta: what a PyTorch file holds under "meta" beside the weights: mmsegmentation's classes.
   """
 
   weights: dict[str, np.ndarray]
   kind: str
   branch: str
   sha256: dict[str, str]
+  meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path, *, average: bool | None = None) -> CheckpointFile:
@@ -82,7 +84,9 @@ def read_checkpoint(path: str | Path, *, average: bool | None = None) -> Checkpo
     weights, branch = branches.pick(tree, average)
   except branches.BranchError as error:
     raise CheckpointFileError(f"{path} {error}") from error
-  return CheckpointFile(weights, kind, branch, _sha256(files))
+  meta = tree.get("meta") if isinstance(tree, Mapping) else None
+  meta = meta if isinstance(meta, Mapping) else {}
+  return CheckpointFile(weights, kind, branch, _sha256(files), meta)
 
 
 def _read_parts(index: Path) -> tuple[str, dict[str, Any], list[Path]]:

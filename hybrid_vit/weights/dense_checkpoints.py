@@ -1,0 +1,216 @@
+"""Checkpoints of a backbone with its decoder: read strictly, and written back.
+
+Layouts are those of `keymap_heads.dense_layouts`; which one a checkpoint has is told by its names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from hybrid_vit.heads.dense_model import DenseModel
+from hybrid_vit.weights import convert, families
+from hybrid_vit.weights.convert import ImportReport, Layout
+from hybrid_vit.weights.keymap_heads import dense_layouts
+from hybrid_vit.weights.transfer import is_head
+
+Weights = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedDense:
+  """A checkpoint's numbers in a backbone with its decoder.
+
+  Attributes:
+    variables: {"params", "batch_stats"}, NumPy arrays.
+    layout: by which the checkpoint was read.
+    report: what became of each tensor.
+  """
+
+  variables: dict[str, Any]
+  layout: str
+  report: ImportReport
+
+
+def layouts_of(model: DenseModel, network: str) -> dict[str, Layout]:
+  """Layouts of checkpoints of a whole model.
+
+  Args:
+    model: the model.
+    network: its backbone's name in the registry.
+
+  Raises:
+    ValueError: none is known of this backbone with this decoder.
+  """
+  found = dense_layouts(model, families.layouts(network))
+  if not found:
+    parts = (model.neck, model.head, model.auxiliary_head)
+    decoder = " and ".join(type(part).__name__ for part in parts if part is not None)
+    raise ValueError(f"no names of checkpoints are known of {network} under {decoder}")
+  return found
+
+
+def find_layout(
+  weights: Weights, model: DenseModel, network: str, layout: str | None = None
+) -> str:
+  """The layout with the most names in common with a checkpoint, or the one asked for.
+
+  Args:
+    weights: name to array.
+    model: any number of classes will do.
+    network: its backbone's name in the registry.
+    layout: the only one to try, or None.
+
+  Raises:
+    ValueError: an unknown layout, or a checkpoint that has no name of the decoder or none of the
+      backbone.
+  """
+  known = layouts_of(model, network)
+  if layout is not None and layout not in known:
+    raise ValueError(f"{_title(model, network)} has no layout {layout!r}; it has: {_list(known)}")
+  paths = traverse_util.flatten_dict(_shapes(model, 64), sep="/")
+  counts = {}
+  for name in [layout] if layout is not None else list(known):
+    names, key_map = set(_named(weights, known[name])), known[name].key_map(model)
+    common = {path for path in paths if names.issuperset(key_map(path).names)}
+    decoder = sum("/backbone/" not in path for path in common)
+    counts[name] = (len(common), decoder, len(common) - decoder)
+  best = max(counts, key=lambda name: counts[name])
+  _, decoder, backbone = counts[best]
+  if not decoder or not backbone:
+    lacking = "a decoder" if backbone else "a backbone" if decoder else "either part"
+    raise ValueError(
+      f"none of the checkpoint's names is one of {lacking} of {_title(model, network)} (layouts: "
+      f"{_list(known)}); it has, e.g., {', '.join(list(weights)[:3])}"
+      + (": without --config it is read as a network alone" if backbone else "")
+    )
+  return best
+
+
+def classes_in(weights: Weights, model: DenseModel, network: str, layout: str) -> int | None:
+  """Width of a checkpoint's classifier; None where it has none by that layout."""
+  chosen = layouts_of(model, network)[layout]
+  named, key_map = _named(weights, chosen), chosen.key_map(model)
+  for path in traverse_util.flatten_dict(_shapes(model, 64), sep="/"):
+    if is_head(path, dense=True) and path.endswith("/bias"):
+      bias = named.get(key_map(path).name)
+      if bias is not None and bias.ndim == 1:
+        return len(bias)
+  return None
+
+
+def import_dense(
+  weights: Weights,
+  model: DenseModel,
+  network: str,
+  layout: str,
+  *,
+  image_size: int,
+  new_classifiers: bool = False,
+) -> ImportedDense:
+  """Puts a checkpoint's tensors into a model, each name used exactly once.
+
+  Args:
+    weights: name to array, as `readers.read_checkpoint` gives them.
+    model: as large as the checkpoint.
+    network: its backbone's name in the registry.
+    layout: see `find_layout`.
+    image_size: side of a picture that the model takes.
+    new_classifiers: whether the layers that go by the classes begin anew.
+
+  Raises:
+    ValueError: the checkpoint does not fit; the message gives the differences and the lengths of
+      the three lists.
+  """
+  chosen = layouts_of(model, network)[layout]
+  named, constants = _named(weights, chosen), chosen.constants(model)
+  named = {
+    name: value
+    for name, value in named.items()
+    if name not in constants or not np.array_equal(value, constants[name])
+  }
+  template = _shapes(model, image_size)
+  pattern = r"(?!)"
+  if new_classifiers:
+    template, anew = _with_new_classifiers(template, model, image_size)
+    pattern = "|".join(f"^{re.escape(path)}$" for path in anew) or pattern
+    names = {name for path in anew for name in chosen.key_map(model)(path).names}
+    named = {name: value for name, value in named.items() if name not in names}
+  try:
+    variables, report = convert.import_weights(
+      named, template, chosen.key_map(model), may_initialise=pattern
+    )
+  except ValueError as error:
+    raise ValueError(f"{_title(model, network)}, layout {layout!r}: {error}") from error
+  variables.setdefault("batch_stats", {})
+  return ImportedDense(variables, layout, report)
+
+
+def export_dense(
+  variables: Mapping[str, Any], model: DenseModel, network: str, layout: str | None = None
+) -> tuple[dict[str, np.ndarray], str]:
+  """The authors' names and layouts, with what their strict loaders ask for beside the weights.
+
+  Args:
+    variables: {"params", "batch_stats"} of `model`.
+    model: the model.
+    network: its backbone's name in the registry.
+    layout: one of `layouts_of`; None for the first.
+
+  Returns:
+    (name to array, the layout).
+
+  Raises:
+    ValueError: an unknown layout, or one that has no name for a variable.
+  """
+  known = layouts_of(model, network)
+  layout = layout or next(iter(known))
+  if layout not in known:
+    raise ValueError(f"{_title(model, network)} has no layout {layout!r}; it has: {_list(known)}")
+  collections = {c: variables.get(c) or {} for c in ("params", "batch_stats")}
+  exported = convert.export_weights(collections, known[layout].key_map(model))
+  return {**families.with_counters(exported), **known[layout].constants(model)}, layout
+
+
+def _title(model: DenseModel, network: str) -> str:
+  return f"{network} under {type(model.head).__name__}"
+
+
+def _list(layouts: Mapping[str, Layout]) -> str:
+  return ", ".join(layouts)
+
+
+def _named(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
+  """The tensors that are weights, under the names that the key map knows."""
+  renamed = {layout.rename(name): value for name, value in weights.items()}
+  return {k: v for k, v in renamed.items() if not re.search(layout.not_weights, k)}
+
+
+def _shapes(model: DenseModel, size: int) -> dict[str, Any]:
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  return dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images))
+
+
+def _with_new_classifiers(
+  template: dict[str, Any], model: DenseModel, size: int
+) -> tuple[dict[str, Any], list[str]]:
+  """The template with newly drawn numbers for the classifiers, and their paths."""
+  flat = traverse_util.flatten_dict(template, sep="/")
+  anew = [path for path in flat if is_head(path, dense=True)]
+
+  @jax.jit
+  def draw(key: jax.Array) -> dict[str, jax.Array]:
+    # Whatever the classifiers do not need is not computed.
+    drawn = model.init(key, jnp.zeros((1, size, size, 3), jnp.float32), train=False)
+    found = traverse_util.flatten_dict(dict(drawn), sep="/")
+    return {path: found[path] for path in anew}
+
+  drawn = jax.device_get(draw(jax.random.key(0)))
+  return traverse_util.unflatten_dict({**flat, **drawn}, sep="/"), anew
