@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,3 +44,24 @@ def summed_over_processes(counts: Mapping[str, np.ndarray], part: int) -> dict[s
     whole = [np.frombuffer(rows[i].tobytes(), value.dtype).reshape(value.shape) for i in first]
     found[name] = np.sum(whole, axis=0)
   return found
+
+
+def gathered_over_processes(items: list[Any], part: int) -> list[Any]:
+  """All processes' lists in one, on each of them; processes of one part count once.
+
+  Args:
+    items: what can be pickled.
+    part: which part of the data this process has read.
+  """
+  if jax.process_count() == 1:
+    return items
+  packed = np.frombuffer(pickle.dumps((part, items)), np.uint8)
+  lengths = multihost_utils.process_allgather(np.asarray(len(packed), np.int32))
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: len(packed)] = packed
+  rows = multihost_utils.process_allgather(padded)
+  by_part: dict[int, list[Any]] = {}
+  for row, length in zip(rows, lengths):
+    other, found = pickle.loads(np.asarray(row[: int(length)]).tobytes())
+    by_part.setdefault(other, found)
+  return [item for key in sorted(by_part) for item in by_part[key]]

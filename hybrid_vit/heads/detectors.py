@@ -1,0 +1,86 @@
+"""The table of detectors: a backbone and a number of classes → a network that gives its own losses.
+
+A detector is called as `heads.rcnn.RCNN` is: `model(images, train, targets, key, sizes)` gives a
+dict of losses where there are targets, else detections.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+# The modules that register detectors when imported.
+_MODULES = ("hybrid_vit.heads.rcnn",)
+
+_DETECTORS: dict[str, Callable[..., Any]] = {}
+_FactoryT = TypeVar("_FactoryT", bound=Callable[..., Any])
+
+
+def register_detector(name: str) -> Callable[[_FactoryT], _FactoryT]:
+  """Adds a factory `(backbone, num_classes, *, masks, batch_norm_groups, **) → module` by `name`.
+
+  Raises:
+    ValueError: the name is taken.
+  """
+
+  def add(factory: _FactoryT) -> _FactoryT:
+    taken = _DETECTORS.get(name)
+    # A notebook's cell, run again, defines its detector anew.
+    if taken is not None and taken.__module__ != factory.__module__:
+      raise ValueError(f"a detector named {name!r} is already registered")
+    _DETECTORS[name] = factory
+    return factory
+
+  return add
+
+
+def detector_names() -> list[str]:
+  """Names of all detectors."""
+  _load()
+  return sorted(_DETECTORS)
+
+
+def create_detector(name: str, backbone: Any, num_classes: int, **arguments: Any) -> Any:
+  """A detector on a backbone.
+
+  Args:
+    name: as registered.
+    backbone: with `features`; built with `num_classes=0`.
+    num_classes: of the objects, without background.
+    **arguments: of its factory; "settings" may be a mapping of the fields that replace its own.
+
+  Raises:
+    ValueError: an unknown name or argument; the message gives the closest.
+  """
+  _load()
+  if name not in _DETECTORS:
+    close = difflib.get_close_matches(name, list(_DETECTORS), n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+      f"no detector is named {name!r}{hint}; there are: {', '.join(sorted(_DETECTORS))}"
+    )
+  factory = _DETECTORS[name]
+  parameters = inspect.signature(factory).parameters
+  known = [p for p in parameters if p not in ("backbone", "num_classes")]
+  open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+  for argument in arguments:
+    if argument not in known and not open_ended:
+      close = difflib.get_close_matches(argument, known, n=1, cutoff=0.5)
+      hint = f"; did you mean {close[0]!r}?" if close else ""
+      raise ValueError(
+        f"detector {name!r} has no argument {argument!r}{hint}; it has: {', '.join(known)}"
+      )
+  plain: Mapping[str, Any] = {key: _as_tuple(value) for key, value in arguments.items()}
+  return factory(backbone, num_classes, **plain)
+
+
+def _as_tuple(value: Any) -> Any:
+  return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _load() -> None:
+  for module in _MODULES:
+    importlib.import_module(module)
