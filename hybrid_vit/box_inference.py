@@ -2,7 +2,7 @@
 
 The protocol is mmdetection's: a picture is resized to fit a scale, normalised, and padded at the
 right and below to a multiple of 32, or to the smallest of some canvases, so that few shapes are
-compiled; boxes come back divided by the factor of each axis, masks are pasted at the picture's size.
+compiled. Boxes come back divided by the factor of each axis, masks are pasted at the picture's size.
 
 Deviation: pictures are resized by Pillow's antialiased filters, as everywhere here, and padded with
 the mean colour before normalising, where mmdetection puts 0 behind it.
@@ -32,8 +32,8 @@ class BoxInferenceSettings:
   Attributes:
     scale: (long, short): a picture is resized, its aspect kept, as large as fits; None to leave it.
     size_divisor: sides are padded to a multiple of it.
-    canvases: (height, width) of each; a picture is padded to the smallest in which it fits, instead;
-      one that fits in none is padded to the multiple.
+    canvases: (height, width) of each; a picture is padded to the smallest in which it fits,
+      instead; one that fits in none is padded to the multiple.
     interpolation: of the picture.
     mask_threshold: of the pasted probabilities.
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_vit.heads.box_head import BoxHead, box_losses, detect_boxes, refine_boxes
+from hybrid_vit.heads.detectors import register_detector
 from hybrid_vit.heads.mask_head import MaskHead, mask_loss, mask_targets, select_class
 from hybrid_vit.heads.rcnn_settings import (
   RCNNSettings,
@@ -427,3 +428,29 @@ def create_cascade_mask_rcnn(
   return create_mask_rcnn(
     backbone, num_classes, box_head=heads, settings=settings or cascade_settings(), **arguments
   )
+
+
+@register_detector("mask_rcnn")
+def _mask_rcnn(
+  backbone: nn.Module,
+  num_classes: int,
+  *,
+  settings: Mapping[str, Any] | None = None,
+  **arguments: Any,
+) -> RCNN:
+  """`create_mask_rcnn` by plain values."""
+  made = RCNNSettings(**(settings or {}))
+  return create_mask_rcnn(backbone, num_classes, settings=made, **arguments)
+
+
+@register_detector("cascade_mask_rcnn")
+def _cascade_mask_rcnn(
+  backbone: nn.Module,
+  num_classes: int,
+  *,
+  settings: Mapping[str, Any] | None = None,
+  **arguments: Any,
+) -> RCNN:
+  """`create_cascade_mask_rcnn` by plain values."""
+  made = cascade_settings(**(settings or {}))
+  return create_cascade_mask_rcnn(backbone, num_classes, settings=made, **arguments)

@@ -237,7 +237,7 @@ class Detection:
 
   def fill(self) -> tuple[int, int, int]:
     """The mean colour, with which pictures are padded."""
-    red, green, blue = (int(round(255 * value)) for value in self.mean)
+    red, green, blue = (round(255 * value) for value in self.mean)
     return red, green, blue
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
