@@ -125,7 +125,7 @@ def torchvision_anchors(
   grids: Sequence[tuple[int, int]],
   image: tuple[int, int],
   sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
-  ratios: Sequence[float] = (0.5, 1.0, 2.0),
+  ratios: Sequence[Sequence[float]] = ((0.5, 1.0, 2.0),) * 5,
 ) -> tuple[np.ndarray, ...]:
   """torchvision's anchors of each level: rounded, the stride floor(image / map).
 
@@ -133,26 +133,26 @@ def torchvision_anchors(
     grids: (rows, columns) of each map.
     image: (height, width) of the padded batch.
     sizes: sides of each level.
-    ratios: height over width.
+    ratios: height over width, of each level.
 
   Returns:
     For each level float32 `[rows * columns * sizes * ratios, 4]`.
 
   Raises:
-    ValueError: not as many rows of sizes as maps.
+    ValueError: not as many rows of sizes, or of ratios, as maps.
   """
-  if len(grids) != len(sizes):
+  if not len(grids) == len(sizes) == len(ratios):
     raise ValueError(
-      f"torchvision_anchors: {len(grids)} maps and {len(sizes)} rows of sizes; as many "
-      "were expected"
+      f"torchvision_anchors: {len(grids)} maps, sizes of {len(sizes)} levels and ratios of "
+      f"{len(ratios)}; as many were expected"
     )
   return tuple(
     grid_anchors(
-      base_anchors(1.0, own, ratios, rounded=True),
+      base_anchors(1.0, own_sizes, own_ratios, rounded=True),
       grid,
       (image[0] // grid[0], image[1] // grid[1]),
     )
-    for grid, own in zip(grids, sizes)
+    for grid, own_sizes, own_ratios in zip(grids, sizes, ratios)
   )
 
 

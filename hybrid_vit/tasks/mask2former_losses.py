@@ -263,6 +263,23 @@ def semantic_targets(
   return SegmentTargets(classes.astype(jnp.int32), masks.astype(jnp.uint8), valid)
 
 
+def least_places(x: jax.Array, count: int) -> jax.Array:
+  """Where the `count` least numbers of each row are: float `[..., N]` → int32 `[..., count]`.
+
+  Of equal ones the first come first. A sort stays within each device's part of a batch; XLA gathers
+  the whole batch for a top-k, whose speed only CPUs need.
+  """
+
+  def by_sort(x: jax.Array) -> jax.Array:
+    places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return lax.sort((x, places), num_keys=1, is_stable=True)[1][..., :count]
+
+  def by_top_k(x: jax.Array) -> jax.Array:
+    return lax.top_k(-x, count)[1]
+
+  return lax.platform_dependent(x, cpu=by_top_k, default=by_sort)
+
+
 def _check(targets: SegmentTargets, batch: int) -> None:
   shape = tuple(targets.labels.shape)
   if shape != tuple(targets.valid.shape) or shape != tuple(targets.masks.shape[:2]):
@@ -304,6 +321,6 @@ def _point_losses(
 def _uncertain_points(masks: jax.Array, draws: PointDraws, settings: Mask2FormerLoss) -> jax.Array:
   """The candidates nearest to a mask's border, and the others: `[B, G, num_points, 2]`."""
   certainty = jnp.abs(sample_masks(masks, draws.candidates))
-  _, chosen = lax.top_k(-certainty, settings.num_important)
+  chosen = least_places(certainty, settings.num_important)
   important = jnp.take_along_axis(draws.candidates, chosen[..., None], axis=2)
   return jnp.concatenate([important, draws.others], axis=2)

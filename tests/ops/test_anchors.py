@@ -26,7 +26,7 @@ def test_torchvisions_anchors():
     [tuple(grid) for grid in given["grids"]],
     tuple(given["image"]),
     given["sizes"],
-    given["aspect_ratios"][0],
+    given["aspect_ratios"],
   )
   np.testing.assert_array_equal(np.concatenate(levels), stored["anchors"])
 
@@ -91,5 +91,5 @@ def test_allowed_border():
 def test_unequal_numbers_are_named():
   with pytest.raises(ValueError, match="3 maps and 2 strides"):
     pyramid_anchors(_GRIDS, (8, 16))
-  with pytest.raises(ValueError, match="3 maps and 5 rows of sizes"):
+  with pytest.raises(ValueError, match="3 maps, sizes of 5 levels and ratios of 5"):
     torchvision_anchors(_GRIDS, (96, 128))

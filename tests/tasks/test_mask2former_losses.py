@@ -185,6 +185,17 @@ def test_semantic_targets():
   np.testing.assert_array_equal(few.labels[0], [2])
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_least_are_one_thing_on_all_platforms(platform, monkeypatch):
+  def branch(x, *, default, **others):
+    return others.get(platform, default)(x)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", branch)
+  x = np.random.default_rng(0).integers(0, 5, (2, 3, 40)).astype(np.float32)
+  expected = np.argsort(x, axis=-1, kind="stable")[..., :12]
+  np.testing.assert_array_equal(losses.least_places(x, 12), expected)
+
+
 def test_wrong_arguments_are_told():
   answer, targets = _answer(), _targets()
   with pytest.raises(ValueError, match="do not belong together"):
