@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_vit.data.archives import ZipReader
-from hybrid_vit.data.coco_panoptic import PANOPTIC_LAYOUT, panoptic_pairs
+from hybrid_vit.data.coco_panoptic import PANOPTIC_LAYOUT, PanopticSource, open_panoptic
 from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.folders import FolderReader, Reader, choose_part, tell_once
 from hybrid_vit.data.listing import EXTENSIONS
@@ -153,7 +153,7 @@ class PairSource:
     return self._reader.full_name(self._pairs[index][0])
 
 
-def open_maps(kind: str, path: str, split: str) -> PairSource:
+def open_maps(kind: str, path: str, split: str) -> PairSource | PanopticSource:
   """Opens one of `MAP_SOURCES`.
 
   Args:
@@ -175,8 +175,7 @@ def open_maps(kind: str, path: str, split: str) -> PairSource:
   reader: Reader = ZipReader(root) if root.suffix.lower() == ".zip" else FolderReader(root)
   names = reader.names()
   if kind == "coco_panoptic":
-    parts, read, info = panoptic_pairs(reader, names)
-    return PairSource(reader, choose_part(reader.root, parts, split), "map", read, info)
+    return open_panoptic(reader, names, split)
   if "list" in options:
     pairs = _listed(reader, set(names), Path(options["list"]))
   else:
