@@ -161,6 +161,26 @@ class Mirror(Plane):
     return np.array([self.size[1], 0]) + points * np.array([-1, 1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Pad(Plane):
+  """To a larger size: what follows at the right and below has the colour `fill`."""
+
+  before: Size
+  fill: tuple[int, int, int]
+
+  def image(self, image: np.ndarray) -> np.ndarray:
+    out = np.empty((*self.size, image.shape[2]), image.dtype)
+    out[...] = np.array(self.fill, image.dtype)
+    out[: self.before[0], : self.before[1]] = image
+    return out
+
+  def map(self, values: np.ndarray, fill: int) -> np.ndarray:
+    return Crop(self.size, self.before, 0, 0).map(values, fill)
+
+  def points(self, points: np.ndarray) -> np.ndarray:
+    return points
+
+
 def plane_size(example: Mapping[str, Any], kinds: Mapping[str, str]) -> Size:
   """(height, width) of what the example's keys show.
 

@@ -248,6 +248,12 @@ def segmentation_masks(
   ]
 
 
+def text_masks(counts: Sequence[str | bytes], size: Size, boxes: np.ndarray) -> LazyMasks:
+  """Masks of compressed run lengths, "" for the whole box of `boxes` `[N, 4]`."""
+  encoded = [{"size": size, "counts": text} if len(text) else None for text in counts]
+  return LazyMasks(size, segmentation_masks(Picture("", 0), encoded, size, boxes, "an example"))
+
+
 class _Segmentation:
   def __init__(self, encoded: Any, size: Size, box: np.ndarray, name: str):
     self._encoded, self._size, self._box, self._name = encoded, size, box, name
