@@ -2,7 +2,8 @@
 
 The protocol is mmdetection's: a picture is resized to fit a scale, normalised, and padded at the
 right and below to a multiple of 32, or to the smallest of some canvases, so that few shapes are
-compiled. Boxes come back divided by the factor of each axis, masks are pasted at the picture's size.
+compiled. Boxes come back divided by the factor of each axis; masks are pasted at the picture's
+size.
 
 Deviation: pictures are resized by Pillow's antialiased filters, as everywhere here, and padded with
 the mean colour before normalising, where mmdetection puts 0 behind it.

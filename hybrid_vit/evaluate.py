@@ -28,7 +28,7 @@ from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.weights.transfer import transfer
 
 # Of what weights know of their data, what tasks ask for.
-_SAID_OF_CLASSES = ("class_names", "map_class_names", "palette")
+_SAID_OF_CLASSES = ("class_names", "map_class_names", "object_class_names", "palette")
 
 
 def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:

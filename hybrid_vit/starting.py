@@ -33,8 +33,8 @@ from hybrid_vit.weights.head_rows import carry_head, head_rows
 from hybrid_vit.weights.readers import read_checkpoint
 from hybrid_vit.weights.transfer import transfer
 
-# What data and weights say of their classes: of pictures and of maps.
-_CLASS_NAMES = ("class_names", "map_class_names")
+# What data and weights say of their classes: of pictures, of maps and of objects.
+_CLASS_NAMES = ("class_names", "map_class_names", "object_class_names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,8 @@ def check_classes(run: Run, sets: Sequence[EvaluationSet]) -> None:
         item.info.get(names),
         f"the training data and evaluation set {item.name!r}",
       )
-    own = "map_class_names" if "map_class_names" in run.metadata else "class_names"
+    # A source may say several of them; the weights are of one kind.
+    own = next((names for names in reversed(_CLASS_NAMES) if names in run.metadata), "class_names")
     width, found = run.metadata.get("num_classes"), item.info.get(own)
     if width and found and width != len(found):
       raise ValueError(

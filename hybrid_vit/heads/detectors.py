@@ -78,6 +78,8 @@ def create_detector(name: str, backbone: Any, num_classes: int, **arguments: Any
 
 
 def _as_tuple(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _as_tuple(part) for key, part in value.items()}
   return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from hybrid_vit.box_inference import BoxInference, BoxInferenceSettings, Objects
 from hybrid_vit.data import arguments as check
-from hybrid_vit.data.mask_encoding import encode_mask, mask_area
+from hybrid_vit.data.lazy_masks import as_lazy
+from hybrid_vit.data.mask_encoding import mask_area
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.spec import Field, Spec
-from hybrid_vit.detection_plots import plot_detections
+plot_detections: Any = None
 from hybrid_vit.heads.detectors import create_detector
 from hybrid_vit.metrics.coco_ap import Detected, Truth, coco_metrics, evaluate_coco
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
@@ -298,7 +299,8 @@ class DetectionEvaluator:
     crowd = example.get("crowd")
     masks = None
     if self._task.mask_size:
-      masks = tuple(encode_mask(mask) for mask in example["masks"])
+      lazy = as_lazy(example["masks"])
+      masks = tuple(lazy.rle(row) for row in range(len(lazy)))
     return _Picture(
       index=index,
       found=self._inference.objects(own, example["image"]),

@@ -20,6 +20,7 @@ _MODULES = (
   "hybrid_vit.tasks.classification",
   "hybrid_vit.tasks.contrastive",
   "hybrid_vit.tasks.depth",
+  "hybrid_vit.tasks.detection",
   "hybrid_vit.tasks.distillation",
   "hybrid_vit.tasks.intermediate_supervision",
   "hybrid_vit.tasks.masked_autoencoding",

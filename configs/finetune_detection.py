@@ -1,0 +1,124 @@
+"""Any registered network as a detector of objects in your own pictures, with their masks.
+
+    python -m hybrid_vit.main --workdir=runs/detector --config=configs/finetune_detection.py:\
+arch=convnext_tiny,data=coco:/path/to/coco,detector=mask_rcnn,init=WEIGHTS
+
+    --config=configs/finetune_detection.py:runlocal        drawn scenes, minutes
+
+`data` is any source of objects (docs/data.md): coco:, yolo: (boxes alone: masks=False), scenes.
+`detector` is mask_rcnn or cascade_mask_rcnn. Pictures are resized by mmdetection's 1x recipe onto a
+square canvas. Own figures, no paper's.
+"""
+
+from ml_collections import ConfigDict
+
+from hybrid_vit import recipes
+from hybrid_vit.config import parse_argument
+from hybrid_vit.models.dense import dense_arguments
+
+VARIANTS = ("pictures", "runlocal")
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """See the head of this file.
+
+  Keys: `arch`, `data`, `detector`, `init`, `res` (side of the canvas), `masks`, `batch_size`,
+  `epochs`, `lr`.
+  """
+  variant, keys = parse_argument(
+    argument,
+    VARIANTS,
+    "pictures",
+    arch="convnext_tiny",
+    data="coco:data/coco",
+    detector="mask_rcnn",
+    init=None,
+    res=1024,
+    masks=True,
+    batch_size=16,
+    epochs=12,
+    lr=1e-4,
+  )
+  local = variant == "runlocal"
+  name, size = ("tiny_moat_0" if local else keys["arch"]), keys["res"]
+  config = recipes.imagenet(
+    name, batch_size=keys["batch_size"], source=keys["data"], num_classes=None
+  )
+  config.total_epochs = keys["epochs"]
+  config.evaluate_every_epochs = 1
+  config.init_from = keys["init"]
+  config.reinitialize_head = True
+  config.precision = "float32"
+  config.model.arguments = dense_arguments(name, size)
+  config.data.image_size = size
+  config.data.interpolation = "bilinear"
+  config.data.transform = "|".join(
+    (
+      "decode",
+      f"resize_short_side({size * 3 // 5}, {size})",
+      "flip_lr",
+      "drop_crowd",
+      "filter_boxes",
+      "keep_largest(100)",
+      "pad_to({image_size})",
+      *(["crop_masks(56)"] if keys["masks"] else []),
+    )
+  )
+  config.task = dict(
+    name="detection",
+    detector=dict(name=keys["detector"]),
+    mask_size=56 if keys["masks"] else 0,
+    inference=dict(scale=(size, size * 3 // 5)),
+  )
+  config.checkpoint.best_metric = "validation/box_ap"
+  config.optimizer = dict(
+    name="adamw",
+    learning_rate=keys["lr"],
+    weight_decay=0.05,
+    schedule=dict(name="cosine", warmup_epochs=0.1, end_learning_rate=0.0),
+  )
+  if local:
+    _locally(config)
+  return config
+
+
+def _locally(config: ConfigDict) -> None:
+  """Scenes of 64 x 64 and a tiny network."""
+  config.data.source = "scenes:size=64"
+  config.data.image_size = 64
+  config.data.batch_size = 16
+  config.data.transform = "decode|flip_lr|keep_largest(8)|pad_to({image_size})|crop_masks(28)"
+  config.model.arguments = dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3)
+  config.task.detector = dict(
+    name="mask_rcnn",
+    neck=dict(name="fpn", channels=64, extra="none", num_extra=0),
+    box_head=dict(fc_channels=128),
+    mask_head=dict(channels=32, num_convs=2),
+    settings=dict(
+      anchor_scales=(4.0,),
+      rpn_samples=64,
+      rpn_before=(100, 100),
+      rpn_after=(64, 32),
+      roi_samples=32,
+      num_roi_levels=3,
+      finest_scale=16.0,
+      sampling_ratio=2,
+      detections=10,
+      candidates=100,
+      rpn_size_divisor=0,
+    ),
+  )
+  config.task.max_objects = 8
+  config.task.mask_size = 28
+  config.task.inference = dict(scale=None)
+  del config["total_epochs"]
+  config.total_steps = 600
+  del config["evaluate_every_epochs"]
+  config.evaluate_every_steps = 300
+  config.log_every_steps = 50
+  config.evaluation.sets.validation = dict(split="validation[:200]", batch_size=40)
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.gradient_clip_norm = 5.0
+  config.optimizer.schedule = dict(
+    name="polynomial", power=0.9, warmup_steps=50, end_learning_rate=0.0
+  )
