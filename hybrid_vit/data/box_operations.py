@@ -301,7 +301,10 @@ def decode_objects(source: str = "objects", *, kinds: Mapping[str, str]) -> Tran
     if source not in example:
       raise ValueError(f"the examples have no {source!r}; they have: {', '.join(sorted(example))}")
     images = {key: kind for key, kind in kinds.items() if kind == "image"}
-    return {**example, **_objects(example[source], plane_size(example, images), name, kinds)}
+    found = _objects(example[source], plane_size(example, images), name, kinds)
+    if "image/id" in example:
+      found["image_id"] = int(example["image/id"])
+    return {**example, **found}
 
   return transform
 
