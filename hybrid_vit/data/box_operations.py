@@ -26,7 +26,7 @@ from hybrid_vit.data.resizing import FILTERS
 from hybrid_vit.data.transform_registry import Example, OnPlane, Transform, register_transform
 
 # What else is known of each object, besides keys of kind "boxes" and "masks".
-ROWS = ("box_labels", "crowd", "areas", "given_boxes", "annotation_ids")
+ROWS = ("box_labels", "crowd", "areas", "given_boxes")
 
 _SHORT_SIDES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 
@@ -249,9 +249,9 @@ def crop_masks(size: int = 112, *, kinds: Mapping[str, str]) -> Transform:
       raise ValueError(f"crop_masks: {len(boxes)} boxes and {len(masks)} masks")
     out = np.zeros((len(boxes), size, size), np.uint8)
     for row, box in enumerate(boxes):
-      if not (box[2:] > box[:2]).all():
-        continue
       top, left, bottom, right = _around(box, masks.shape[1:], 1)
+      if not (box[2:] > box[:2]).all() or bottom <= top or right <= left:
+        continue
       part = masks.part(row, top, left, bottom, right)
       lines = _sampled(part, box[1], box[3], size, top)
       out[row] = np.round(255 * _sampled(lines.T, box[0], box[2], size, left).T).clip(0, 255)
@@ -317,7 +317,7 @@ def _objects(
   boxes = fractions[:, [1, 0, 3, 2]] * [width, height, width, height]
   sides = boxes[:, 2:] - boxes[:, :2]
   out: dict[str, Any] = {
-    name: boxes.astype(np.float32),
+    name: boxes.clip(0, [width, height, width, height]).astype(np.float32),
     "given_boxes": np.concatenate([boxes[:, :2], sides], axis=1),
     "box_labels": np.asarray(found["label"], np.int32).reshape(-1),
     "crowd": np.asarray(found.get("is_crowd", np.zeros(len(boxes))), bool).reshape(-1),

@@ -104,6 +104,7 @@ def _of_objects(features: Mapping[str, Any], metadata: Any) -> dict[str, Any]:
     "object_class_names": names,
     "category_ids": tuple(range(len(names)) if ids is None else ids),
     "palette": spread_palette(len(names)),
+    "object_palette": spread_palette(len(names)),
     "has_masks": "segmentation" in one,
   }
 

@@ -259,6 +259,20 @@ def test_a_mask_that_cannot_be_read_is_told_with_its_picture(tmp_path):
       np.asarray(source[0]["masks"])
 
 
+def test_odd_forms_of_masks(tmp_path):
+  odd = [
+    thing(1, 1, segmentation=[5, 6, 25, 6, 25, 16, 5, 16]),
+    thing(2, 1, segmentation=dict(counts=[2400])),
+    thing(3, 1, segmentation=dict(size=3, counts=[2400])),
+    thing(4, 1, segmentation=[["a", 1, 2, 3, 4, 5]]),
+    thing(5, 1, segmentation=[[[5, 6], [25, 6], [25, 16]]]),
+    thing(6, 1, segmentation="x"),
+  ]
+  source = opened(write(tmp_path, [image(1)], odd))
+  assert source.info["notes"] == {instances.BAD_MASK: 5}
+  np.testing.assert_array_equal(np.asarray(source[0]["masks"]), [rectangle(6, 5, 16, 25)] * 6)
+
+
 def test_a_photo_of_another_size(tmp_path):
   source = opened(write(tmp_path, [image(1, height=60, width=40)], [thing(1, 1)]))
   with pytest.raises(CorruptExampleError, match=r"1.jpg is 40 x 60 and its annotations .* 60 x 40"):
@@ -305,6 +319,7 @@ def test_pictures_are_left_out_on_request(tmp_path):
     ('{"images": [], "annotations": []}', "has no categories"),
     ('{"images": [], "annotations": [{"id": 1}], "categories": []}', r"\{'id': 1\} among its anno"),
     ('{"images": [{"name": 1}], "annotations": [], "categories": []}', "among its images"),
+    ('{"images": [{"id": 1}, {"id": 1}], "annotations": [], "categories": []}', "have the id 1"),
     ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', 'without "id" or "name"'),
     (
       '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"},'
