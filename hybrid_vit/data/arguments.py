@@ -60,6 +60,14 @@ def sides(name: str, value: Any) -> tuple[int, int]:
   return pair[0], pair[1]
 
 
+def wholes(name: str, value: Any) -> tuple[int, ...]:
+  """One or more whole numbers above 0."""
+  many = (value,) if _is_whole(value) else _items(value)
+  if not many or not all(_is_whole(n) and n > 0 for n in many):
+    raise ValueError(f"{name} is {value!r}; whole numbers from 1 were expected")
+  return many
+
+
 def colour(name: str, value: Any) -> tuple[int, int, int]:
   """(red, green, blue), each 0 to 255."""
   three = _items(value)

@@ -1,21 +1,26 @@
-"""COCO's panoptic annotations as maps of classes.
+"""COCO's panoptic annotations: maps of classes, and objects with boxes and masks.
 
 Every segment's pixels get its category's number in the order of the file's categories: 133 of COCO
 2017, things and stuff. Crowds, too, since their class is known. Unlabelled pixels are no class.
+Segments of things are objects, as in `instances`, classes numbered among the things alone.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
-from hybrid_vit.data.folders import Reader
-from hybrid_vit.data.map_reading import IGNORE, read_segments
+from hybrid_vit.data.folders import Reader, choose_part
+from hybrid_vit.data.instances import NO_CATEGORY, MaskForm, Notes, Picture, Size, usable_box
+from hybrid_vit.data.lazy_masks import LazyMasks, Read
+from hybrid_vit.data.map_reading import IGNORE, check_size, read_segments
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
 
@@ -27,25 +32,86 @@ PANOPTIC_LAYOUT = (
 )
 
 
-def panoptic_pairs(
-  reader: Reader, names: Sequence[str]
-) -> tuple[
-  dict[str, list[tuple[str, str]]], Callable[[bytes, str, str], np.ndarray], dict[str, Any]
-]:
-  """Part → (photo, PNG) of each annotation, what reads a PNG's bytes, and the source's info.
+class Segments(NamedTuple):
+  """What an annotation says of its segments.
+
+  Attributes:
+    image_id: of the picture.
+    ids: int32 `[S]`.
+    classes: int32 `[S]`, `IGNORE` for one whose category is not listed.
+    objects: what `instances.Objects` has of the N things: "ids" int32 `[N]` of their segments,
+      "boxes", "given_boxes" float64 `[N, 4]`, "box_labels", "crowd", "areas" `[N]`.
+  """
+
+  image_id: Any
+  ids: np.ndarray
+  classes: np.ndarray
+  objects: Mapping[str, np.ndarray]
+
+
+class PanopticSource:
+  """Photos with a map and objects each; see `sources.Source` and, of objects, `InstanceSource`.
+
+  Args:
+    reader: of the folder or zip.
+    pairs: (photo, PNG).
+    segments: of each PNG, by its path.
+    info: of the whole.
+  """
+
+  def __init__(
+    self,
+    reader: Reader,
+    pairs: Sequence[tuple[str, str]],
+    segments: Mapping[str, Segments],
+    info: Mapping[str, Any],
+  ):
+    self._reader, self._pairs, self._segments = reader, pairs, segments
+    self.info = dict(info)
+
+  def __len__(self) -> int:
+    return len(self._pairs)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    photo_path, path = self._pairs[index]
+    name, found = self._reader.full_name(path), self._segments[path]
+    ids = read_segments(self._reader.read(path), name)
+    photo = self._reader.read(photo_path)
+    check_size(ids, photo, name, self._reader.full_name(photo_path))
+    size = (ids.shape[0], ids.shape[1])
+    objects = dict(found.objects)
+    readers = [functools.partial(np.equal, ids, segment) for segment in objects.pop("ids")]
+    return {
+      "image": photo,
+      "map": classes_of(ids, found.ids, found.classes, name),
+      **{key: values.copy() for key, values in objects.items()},
+      "masks": LazyMasks(size, readers),
+      "image_id": found.image_id,
+      "size": size,
+    }
+
+  def describe(self, index: int) -> str:
+    """See `sources.Source`."""
+    return self._reader.full_name(self._pairs[index][0])
+
+
+def open_panoptic(reader: Reader, names: Sequence[str], split: str) -> PanopticSource:
+  """Opens `coco_panoptic:`.
 
   Args:
     reader: of the folder or zip.
     names: all of its files.
+    split: "train", "validation", "test" or "all".
 
   Raises:
     MissingDataError: no annotations, or photos or PNG that they name.
     ValueError: two files of annotations with other categories each.
   """
   parts: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
-  segments: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+  segments: dict[str, Segments] = {}
   categories: list[dict[str, Any]] = []
   there = set(names)
+  notes = Notes()
   for name in names:
     match = _FILE.fullmatch(name)
     if not match or match[2] not in SPLIT_OF:
@@ -54,36 +120,94 @@ def panoptic_pairs(
     if categories and read["categories"] != categories:
       raise ValueError(f"{reader.full_name(name)}: its categories are not those of the other files")
     categories = read["categories"]
-    number = {category["id"]: i for i, category in enumerate(categories)}
     photo_of = _photos(names, f"{match[2]}{match[3]}")
-    file_of = {image["id"]: image["file_name"] for image in read["images"]}
+    image_of = {image["id"]: image for image in read["images"]}
     for item in read["annotations"]:
       path = f"{name.removesuffix('.json')}/{item['file_name']}"
-      photo = photo_of.get(file_of.get(item["image_id"], ""))
+      image = image_of.get(item["image_id"], {})
+      photo = photo_of.get(image.get("file_name", ""))
       if photo is None or path not in there:
-        missing = path if photo else file_of.get(item["image_id"], f"image {item['image_id']}")
+        missing = path if photo else image.get("file_name", f"image {item['image_id']}")
         raise MissingDataError(
           f"{reader.full_name(name)} names {missing}, which is not there; "
           f"{PANOPTIC_LAYOUT} was expected"
         )
-      found = item["segments_info"]
-      segments[path] = (
-        np.array([segment["id"] for segment in found], np.int32),
-        np.array([number[segment["category_id"]] for segment in found], np.int32),
-      )
+      segments[path] = _segments(item, image, categories, notes, path)
       parts[SPLIT_OF[match[2]]].append((photo, path))
   if not segments:
     raise MissingDataError(f"coco_panoptic: {PANOPTIC_LAYOUT} was looked for in {reader.root}")
+  notes.tell(f"{reader.root}: panoptic annotations")
+  thing_classes = [i for i, category in enumerate(categories) if is_thing(category)]
+  info = {
+    "map_class_names": tuple(category["name"] for category in categories),
+    "palette": _palette(categories),
+    "object_class_names": tuple(categories[i]["name"] for i in thing_classes),
+    "category_ids": tuple(categories[i]["id"] for i in thing_classes),
+    "object_palette": _palette([categories[i] for i in thing_classes]),
+    "thing_classes": tuple(thing_classes),
+    "notes": dict(notes.counts),
+  }
+  return PanopticSource(reader, choose_part(reader.root, parts, split), segments, info)
 
-  def read_map(encoded: bytes, path: str, name: str) -> np.ndarray:
-    return classes_of(read_segments(encoded, name), *segments[path], name)
 
-  return (
-    parts,
-    read_map,
+def is_thing(category: Mapping[str, Any]) -> bool:
+  """Whether a category's objects can be counted; so can all of a file that does not say."""
+  return bool(category.get("isthing", 1))
+
+
+def panoptic_masks(reader: Reader) -> MaskForm:
+  """How the ids of segments in a picture's PNG become masks; the PNG is read with the first."""
+
+  def masks(
+    picture: Picture, encoded: Sequence[Any], size: Size, boxes: np.ndarray, name: str
+  ) -> list[Read]:
+    del size, boxes, name  # sizes are checked with the masks
+
+    @functools.cache
+    def ids() -> np.ndarray:
+      return read_segments(reader.read(picture.masks), reader.full_name(picture.masks))
+
+    return [lambda segment=segment: ids() == segment for segment in encoded]  # type: ignore[misc]
+
+  return masks
+
+
+def _segments(
+  item: Mapping[str, Any],
+  image: Mapping[str, Any],
+  categories: Sequence[Mapping[str, Any]],
+  notes: Notes,
+  path: str,
+) -> Segments:
+  number = {category["id"]: i for i, category in enumerate(categories)}
+  labels = {c["id"]: i for i, c in enumerate(filter(is_thing, categories))}
+  found = item["segments_info"]
+  rows = []
+  for segment in found:
+    name, category = f"segment {segment['id']} of {path}", segment["category_id"]
+    if category not in number:
+      notes.add(NO_CATEGORY, f"{category} of {name}")
+    if category not in labels or "bbox" not in segment:
+      continue
+    given = segment["bbox"]
+    size = image.get("height", math.inf), image.get("width", math.inf)
+    box = usable_box(given, size, notes, name)
+    if box is not None:
+      area = segment.get("area", given[2] * given[3])
+      crowd = bool(segment.get("iscrowd", 0))
+      rows.append((segment["id"], labels[category], crowd, area, *given, *box))
+  table = np.array(rows, np.float64).reshape(-1, 12)
+  return Segments(
+    item["image_id"],
+    np.array([segment["id"] for segment in found], np.int32),
+    np.array([number.get(segment["category_id"], IGNORE) for segment in found], np.int32),
     {
-      "map_class_names": tuple(category["name"] for category in categories),
-      "palette": _palette(categories),
+      "ids": table[:, 0].astype(np.int32),
+      "boxes": table[:, 8:].astype(np.float32),
+      "box_labels": table[:, 1].astype(np.int32),
+      "crowd": table[:, 2] > 0,
+      "areas": table[:, 3].astype(np.float32),
+      "given_boxes": table[:, 4:8],
     },
   )
 

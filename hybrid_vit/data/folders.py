@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,10 +15,12 @@ from hybrid_vit.data.classes import sort_classes
 from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.listing import BROKEN_LINKS, EXTENSIONS, Listing, is_data
 from hybrid_vit.data.manifest import read_listing
-from hybrid_vit.data.splits import SPLIT_FOLDERS, SPLIT_OF
+from hybrid_vit.data.splits import PARTS, SPLIT_FOLDERS, SPLIT_OF
 
 # Every tenth picture of a class, in the order of names, where nothing is set apart.
 HELD_OUT = 10
+
+T = TypeVar("T")
 
 _told: set[str] = set()
 
@@ -273,6 +275,40 @@ def _tell_left_out(
       f"{reader.root}: left out",
       f"{'; '.join(said)}. Read are {', '.join(EXTENSIONS)} in {len(classes):,} classes",
     )
+
+
+def choose_part(
+  root: Path, parts: Mapping[str, Sequence[T]], split: str, what: str = "pair"
+) -> list[T]:
+  """The items of a split; a tenth held out where nothing is set apart.
+
+  Args:
+    root: where they are, for messages.
+    parts: items of "train", "validation" and "test".
+    split: one of these, or "all".
+    what: an item is called.
+
+  Raises:
+    MissingDataError: there is none.
+  """
+  apart = parts["validation"] or parts["test"]
+  if split == "all":
+    chosen = [item for part in PARTS for item in parts[part]]
+  elif apart:
+    chosen = list(parts["train"] if split == "train" else parts[split] or apart)
+  else:
+    tell_once(
+      f"{root}: no validation part is set apart",
+      f"every tenth {what}, in the order of names, is held out for it",
+    )
+    chosen = [
+      item
+      for i, item in enumerate(parts["train"])
+      if (i % HELD_OUT == HELD_OUT - 1) == (split != "train")
+    ]
+  if not chosen:
+    raise MissingDataError(f"{root} has no {what}, or too few, for its {split} part")
+  return chosen
 
 
 def tell_once(head: str, text: str) -> None:

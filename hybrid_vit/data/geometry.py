@@ -45,6 +45,23 @@ class Plane:
     raise NotImplementedError
 
 
+class OnPlaneLater:
+  """A value on the plane that notes a change and makes it when it is looked at.
+
+  Attributes:
+    shape: that of the array which it will be.
+  """
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """See the class."""
+    raise NotImplementedError
+
+  def moved(self, plane: Plane) -> OnPlaneLater:
+    """The value after a change."""
+    raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
 class Resize(Plane):
   """From the size `before`; pictures by the filter named, everything else by the nearest pixel."""
@@ -144,6 +161,37 @@ class Mirror(Plane):
     return np.array([self.size[1], 0]) + points * np.array([-1, 1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Pad(Plane):
+  """To a larger size: what follows at the right and below has the colour `fill`."""
+
+  before: Size
+  fill: tuple[int, int, int]
+
+  def image(self, image: np.ndarray) -> np.ndarray:
+    height, width = self.before
+    out = np.empty((*self.size, image.shape[2]), image.dtype)
+    # Whole lines are copied faster than three numbers are repeated.
+    line = np.tile(np.array(self.fill, image.dtype), (self.size[1], 1))
+    out[:height, :width] = image
+    out[:height, width:] = line[width:]
+    out[height:] = line
+    return out
+
+  def map(self, values: np.ndarray, fill: int) -> np.ndarray:
+    height, width = self.before
+    out = np.empty((*self.size, *values.shape[2:]), values.dtype)
+    out[:height, :width] = values
+    if self.size != self.before:
+      _check_fill(values.dtype, fill)
+      out[:height, width:] = fill
+      out[height:] = fill
+    return out
+
+  def points(self, points: np.ndarray) -> np.ndarray:
+    return points
+
+
 def plane_size(example: Mapping[str, Any], kinds: Mapping[str, str]) -> Size:
   """(height, width) of what the example's keys show.
 
@@ -156,7 +204,7 @@ def plane_size(example: Mapping[str, Any], kinds: Mapping[str, str]) -> Size:
     if name not in example or kind not in ("image", "map", "depth", "masks"):
       continue
     value = example[name]
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray | OnPlaneLater):
       hint = ' begin the transform with "decode|"' if kind == "image" else " its source decodes it"
       raise TypeError(f"{name!r} is {type(value).__name__}, not decoded:{hint}")
     height, width = value.shape[1:3] if kind == "masks" else value.shape[:2]
@@ -210,6 +258,8 @@ def merged(planes: Iterable[Plane]) -> list[Plane]:
 
 
 def _moved(value: Any, plane: Plane, kind: str) -> Any:
+  if isinstance(value, OnPlaneLater):
+    return value.moved(plane)
   if kind == "image":
     return plane.image(value)
   if kind == "map":

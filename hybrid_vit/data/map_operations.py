@@ -7,7 +7,6 @@ mmsegmentation puts 0 behind it. CutDepth comes by chance, where the authors cou
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data import photometric
-from hybrid_vit.data.geometry import Crop, Plane, Resize, Size, move, plane_size
+from hybrid_vit.data.geometry import Crop, Pad, Plane, Resize, Size, move, plane_size
 from hybrid_vit.data.map_reading import as_depth, read_depth, read_labels
 from hybrid_vit.data.resizing import FILTERS
 from hybrid_vit.data.transform_registry import (
@@ -145,26 +144,6 @@ def _is_mixed(labels: np.ndarray, most: float, ignore: int) -> bool:
   return len(counts) > 1 and counts.max() / counts.sum() < most
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pad(Plane):
-  """What follows at the right and below has the colour `fill`."""
-
-  before: Size
-  fill: tuple[int, int, int]
-
-  def image(self, image: np.ndarray) -> np.ndarray:
-    out = np.empty((*self.size, image.shape[2]), image.dtype)
-    out[...] = np.array(self.fill, image.dtype)
-    out[: self.before[0], : self.before[1]] = image
-    return out
-
-  def map(self, values: np.ndarray, fill: int) -> np.ndarray:
-    return Crop(self.size, self.before, 0, 0).map(values, fill)
-
-  def points(self, points: np.ndarray) -> np.ndarray:
-    return points
-
-
 @register_transform("pad")
 def pad(
   size: int | Sequence[int], fill: Sequence[int] = (124, 116, 104), ignore: int = 255
@@ -176,7 +155,7 @@ def pad(
 
   def draw(height: int, width: int, rng: np.random.Generator) -> Plane:
     after = max(target[0], height), max(target[1], width)
-    return _Pad(after, (height, width), color, ignore=ignore)
+    return Pad(after, (height, width), color, ignore=ignore)
 
   return OnPlane(draw)
 

@@ -105,13 +105,19 @@ def as_depth(values: np.ndarray, name: str, scale: float, cap: float | None = No
 
 def check_size(values: np.ndarray, photo: bytes, name: str, photo_name: str) -> None:
   """Raises CorruptExampleError where a map is not of its photo's size (from the header alone)."""
-  width, height = _open(photo, photo_name, load=False).size
+  height, width = picture_size(photo, photo_name)
   if values.shape != (height, width):
     raise CorruptExampleError(
       f"{name} is {values.shape[0]} x {values.shape[1]} and its photo {photo_name} {height} x "
       f"{width} (height x width): resize the map to the photo by the nearest pixel, or look "
       "whether the two belong together"
     )
+
+
+def picture_size(encoded: bytes, name: str) -> tuple[int, int]:
+  """(height, width) from a photo's header; CorruptExampleError where it is no picture."""
+  width, height = _open(encoded, name, load=False).size
+  return height, width
 
 
 def check_labels(labels: np.ndarray, most: int, ignore: int, name: str) -> None:

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from hybrid_vit.data.archives import ZipReader
-from hybrid_vit.data.coco_panoptic import PANOPTIC_LAYOUT, panoptic_pairs
+from hybrid_vit.data.coco_panoptic import PANOPTIC_LAYOUT, PanopticSource, open_panoptic
 from hybrid_vit.data.errors import MissingDataError
-from hybrid_vit.data.folders import HELD_OUT, FolderReader, Reader, tell_once
+from hybrid_vit.data.folders import FolderReader, Reader, choose_part, tell_once
 from hybrid_vit.data.listing import EXTENSIONS
 from hybrid_vit.data.map_reading import (
   IGNORE,
@@ -45,6 +45,7 @@ from hybrid_vit.data.palettes import (
   CITYSCAPES_PALETTE,
   spread_palette,
 )
+from hybrid_vit.data.source_options import BOOLEAN, Option, between, read_options
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
 
 MAP_SOURCES = (
@@ -92,11 +93,22 @@ _MAY_LACK = ("kitti_depth",)
 # Layouts of which every picture has a place; the others have files of other uses.
 _WHOLE = ("maps", "depth")
 _SCALES = {"depth": 1000.0, "nyu_depth": 1000.0, "kitti_depth": 256.0}
-_OPTIONS: Mapping[str, Sequence[str]] = {
-  "maps": ("classes", "ignore", "reduce_zero_label"),
-  "depth": ("scale", "cap", "list"),
-  "nyu_depth": ("cap", "list"),
-  "kitti_depth": ("cap", "list"),
+_DEPTH_OPTIONS = {
+  "cap": Option(between(1e-6, 1e6, float), "a number of metres above 0"),
+  "list": Option(str, "the path of a text file"),
+}
+_OPTIONS: Mapping[str, Mapping[str, Option]] = {
+  "maps": {
+    "classes": Option(between(1, IGNORE, int), f"a number from 1 to {IGNORE}"),
+    "ignore": Option(between(0, 65535, int), "a number from 0 to 65535"),
+    "reduce_zero_label": BOOLEAN,
+  },
+  "depth": {
+    "scale": Option(between(1e-6, 1e6, float), "how many units are one metre, above 0,"),
+    **_DEPTH_OPTIONS,
+  },
+  "nyu_depth": _DEPTH_OPTIONS,
+  "kitti_depth": _DEPTH_OPTIONS,
 }
 _WORD = {name: "depth" if name in _SCALES else "map" for name in MAP_SOURCES}
 _MOST_CITYSCAPES_ID = 33
@@ -141,7 +153,7 @@ class PairSource:
     return self._reader.full_name(self._pairs[index][0])
 
 
-def open_maps(kind: str, path: str, split: str) -> PairSource:
+def open_maps(kind: str, path: str, split: str) -> PairSource | PanopticSource:
   """Opens one of `MAP_SOURCES`.
 
   Args:
@@ -154,7 +166,7 @@ def open_maps(kind: str, path: str, split: str) -> PairSource:
     ValueError: an unknown option, or one that cannot be.
   """
   place, _, text = path.partition("?")
-  options = _options(kind, text)
+  options = read_options(kind, text, _OPTIONS.get(kind, {}))
   root = Path(place)
   if not root.exists():
     raise MissingDataError(
@@ -163,12 +175,11 @@ def open_maps(kind: str, path: str, split: str) -> PairSource:
   reader: Reader = ZipReader(root) if root.suffix.lower() == ".zip" else FolderReader(root)
   names = reader.names()
   if kind == "coco_panoptic":
-    parts, read, info = panoptic_pairs(reader, names)
-    return PairSource(reader, _chosen(reader, parts, split), "map", read, info)
+    return open_panoptic(reader, names, split)
   if "list" in options:
     pairs = _listed(reader, set(names), Path(options["list"]))
   else:
-    pairs = _chosen(reader, _parts(_paired(kind, reader, names)), split)
+    pairs = choose_part(reader.root, _parts(_paired(kind, reader, names)), split)
   if kind in _SCALES:
     scale, cap = options.get("scale", _SCALES[kind]), options.get("cap")
 
@@ -201,50 +212,6 @@ def _from_cityscapes_ids(labels: np.ndarray, name: str) -> np.ndarray:
   table = np.full(IGNORE + 1, IGNORE, np.int32)
   table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
   return table[labels]
-
-
-def _options(kind: str, text: str) -> dict[str, Any]:
-  """ "classes=21,ignore=0" → values; see the head of this file."""
-  known = _OPTIONS.get(kind, ())
-  out: dict[str, Any] = {}
-  for part in filter(None, text.split(",")):
-    name, equals, value = (piece.strip() for piece in part.partition("="))
-    if not equals or name not in known:
-      there = f"there are {', '.join(known)}" if known else "it has none"
-      raise ValueError(f"data source {kind}: {part!r} is none of its options; {there}")
-    try:
-      out[name] = _OPTION_TYPES[name](value)
-    except (ValueError, KeyError):
-      out[name] = None
-    if out[name] is None or out[name] == "":
-      raise ValueError(f"data source {kind}: {name} is {value!r}; {_EXPECTED[name]} was expected")
-  return out
-
-
-def _between(low: float, high: float, kind: type) -> Callable[[str], Any]:
-  def read(text: str) -> Any:
-    value = kind(text)
-    return value if low <= value <= high else None
-
-  return read
-
-
-_OPTION_TYPES: Mapping[str, Callable[[str], Any]] = {
-  "classes": _between(1, IGNORE, int),
-  "ignore": _between(0, 65535, int),
-  "reduce_zero_label": {"true": True, "false": False}.__getitem__,
-  "scale": _between(1e-6, 1e6, float),
-  "cap": _between(1e-6, 1e6, float),
-  "list": str,
-}
-_EXPECTED = {
-  "classes": f"a number from 1 to {IGNORE}",
-  "ignore": "a number from 0 to 65535",
-  "reduce_zero_label": "true or false",
-  "scale": "how many units are one metre, above 0,",
-  "cap": "a number of metres above 0",
-  "list": "the path of a text file",
-}
 
 
 def _paired(kind: str, reader: Reader, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -338,30 +305,6 @@ def _parts(pairs: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]
     found = (SPLIT_OF[word] for word in directories if word in SPLIT_OF)
     parts[next(found, "train")].append(pair)
   return parts
-
-
-def _chosen(
-  reader: Reader, parts: Mapping[str, list[tuple[str, str]]], split: str
-) -> list[tuple[str, str]]:
-  """The pairs of a split; a tenth held out where nothing is set apart, as of `folder:`."""
-  apart = parts["validation"] or parts["test"]
-  if split == "all":
-    chosen = [pair for part in PARTS for pair in parts[part]]
-  elif apart:
-    chosen = parts["train"] if split == "train" else parts[split] or apart
-  else:
-    tell_once(
-      f"{reader.root}: no validation part is set apart",
-      "every tenth pair, in the order of names, is held out for it",
-    )
-    chosen = [
-      pair
-      for i, pair in enumerate(parts["train"])
-      if (i % HELD_OUT == HELD_OUT - 1) == (split != "train")
-    ]
-  if not chosen:
-    raise MissingDataError(f"{reader.root} has no pair, or too few, for its {split} part")
-  return chosen
 
 
 def _classes(

@@ -12,6 +12,7 @@
     imagenet_v2:/path, …    ImageNet's other evaluation sets, see `imagenet_variants`
     maps:/path, ade20k:/path, cityscapes:/path, coco_panoptic:/path, depth:/path, nyu_depth:/path,
     kitti_depth:/path       photos with a map of classes or of depth each, see `maps`
+    coco:/path, yolo:/path  photos with objects: boxes, classes, masks; see `coco_instances`, `yolo`
 
 A split is "train", "validation" or "test", with a slice in TFDS's manner: "train[:90%]". Where a
 folder or zip has no validation part, a fixed tenth of each class of the training part is held out;
@@ -29,6 +30,7 @@ import numpy as np
 from hybrid_vit.data.archives import ZipReader
 from hybrid_vit.data.arrays import digits, fashion_mnist
 from hybrid_vit.data.caption_tables import CaptionTable
+from hybrid_vit.data.coco_instances import open_coco
 from hybrid_vit.data.folders import FileSource, FolderReader, open_files
 from hybrid_vit.data.imagenet_variants import VARIANTS, open_variant
 from hybrid_vit.data.maps import MAP_SOURCES, open_maps
@@ -36,12 +38,15 @@ from hybrid_vit.data.scenes import open_scenes
 from hybrid_vit.data.splits import parse_split, part_slice, spread_order
 from hybrid_vit.data.tars import TarSource
 from hybrid_vit.data.tfds_source import TfdsSource
+from hybrid_vit.data.yolo import open_yolo
 from hybrid_vit.paths import as_path, is_remote
 
 _KINDS = (
   "digits, scenes, folder:/path, zip:/path.zip, fashion_mnist[:/path], tfds:name, tar:/path, "
-  "captions:/path.csv, " + ", ".join(f"{name}:/path" for name in (*VARIANTS, *MAP_SOURCES))
+  "captions:/path.csv, coco:/path, yolo:/path, "
+  + ", ".join(f"{name}:/path" for name in (*VARIANTS, *MAP_SOURCES))
 )
+OBJECT_SOURCES = {"coco": open_coco, "yolo": open_yolo}
 _FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 
 
@@ -94,7 +99,15 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
     pairs = TarSource(place) if kind == "tar" else CaptionTable(place)
     # One part, too.
     return _part(pairs, spec, split)
-  if kind not in ("digits", "scenes", "folder", "zip", "fashion_mnist", *MAP_SOURCES):
+  if kind not in (
+    "digits",
+    "scenes",
+    "folder",
+    "zip",
+    "fashion_mnist",
+    *OBJECT_SOURCES,
+    *MAP_SOURCES,
+  ):
     raise ValueError(f"unknown data source {spec!r}; there are: {_KINDS}")
   name, _ = parse_split(split)
   source: Source
@@ -106,6 +119,8 @@ def create_source(spec: str, split: str, data_dir: str | None = None) -> Source:
     source = open_scenes(spec, name)
   elif kind == "fashion_mnist":
     source = fashion_mnist(_local(spec, rest or _FASHION_MNIST), name)
+  elif kind in OBJECT_SOURCES:
+    source = OBJECT_SOURCES[kind](str(_local(spec, rest)), name)
   elif kind in MAP_SOURCES:
     source = open_maps(kind, str(_local(spec, rest)), name)
   else:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_vit.data import caption_operations as _captions  # noqa: F401  (fills the registry)
+from hybrid_vit.data import box_operations as _box_operations  # noqa: F401  (fills the registry)
+from hybrid_vit.data import caption_operations as _captions  # noqa: F401  (the same)
 from hybrid_vit.data import map_operations as _map_operations  # noqa: F401  (the same)
 from hybrid_vit.data import operations as _operations  # noqa: F401  (as well)
 from hybrid_vit.data import spec

@@ -25,6 +25,12 @@ def encoded(image: np.ndarray, format_name: str = "JPEG") -> bytes:
   return buffer.getvalue()
 
 
+def shared_data(name: str) -> Path | None:
+  """Real data in a directory shared/data beside the checkout, or above; None where it is not."""
+  places = (parent / "shared" / "data" / name for parent in Path(__file__).parents[2:])
+  return next((place for place in places if place.exists()), None)
+
+
 def write_folder(root: Path, counts: dict[str, int], **size: int) -> Path:
   """{"train/cat": 3} → three JPEG pictures there, all different."""
   for number, (folder, count) in enumerate(counts.items()):
