@@ -26,7 +26,7 @@ from hybrid_vit.data.resizing import FILTERS
 from hybrid_vit.data.transform_registry import Example, OnPlane, Transform, register_transform
 
 # What else is known of each object, besides keys of kind "boxes" and "masks".
-ROWS = ("box_labels", "crowd", "areas", "given_boxes", "annotation_ids")
+ROWS = ("box_labels", "crowd", "areas", "given_boxes")
 
 _SHORT_SIDES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 
@@ -249,13 +249,12 @@ def crop_masks(size: int = 112, *, kinds: Mapping[str, str]) -> Transform:
       raise ValueError(f"crop_masks: {len(boxes)} boxes and {len(masks)} masks")
     out = np.zeros((len(boxes), size, size), np.uint8)
     for row, box in enumerate(boxes):
-      if not (box[2:] > box[:2]).all():
-        continue
       top, left, bottom, right = _around(box, masks.shape[1:], 1)
-      part = masks.part(row, top, left, bottom, right).astype(np.float32)
-      down = _sampling(box[1], box[3], size, top, bottom)
-      across = _sampling(box[0], box[2], size, left, right)
-      out[row] = np.round(255 * (down @ part @ across.T)).clip(0, 255)
+      if not (box[2:] > box[:2]).all() or bottom <= top or right <= left:
+        continue
+      part = masks.part(row, top, left, bottom, right)
+      lines = _sampled(part, box[1], box[3], size, top)
+      out[row] = np.round(255 * _sampled(lines.T, box[0], box[2], size, left).T).clip(0, 255)
     return {**example, masks_name: out}
 
   return transform
@@ -271,20 +270,18 @@ def _around(box: np.ndarray, size: Sequence[int], margin: int) -> tuple[int, int
   )
 
 
-def _sampling(low: float, high: float, cells: int, start: int, stop: int) -> np.ndarray:
-  """How much of each pixel from `start` to `stop` a cell of [low, high] is, `[cells, pixels]`."""
+def _sampled(part: np.ndarray, low: float, high: float, cells: int, start: int) -> np.ndarray:
+  """Cells between `low` and `high` along the first axis, which begins at `start`: `[cells, …]`."""
   samples = max(math.ceil((high - low) / cells), 1)
   count = cells * samples
   # In pixels' centres, of which the first is at 0.
-  places = low + (np.arange(count) + 0.5) * (high - low) / count - 0.5
-  places = np.clip(places, start, stop - 1) - start
-  first = np.minimum(places.astype(np.int64), max(stop - start - 2, 0))
-  part = places - first
-  cell = np.arange(count) // samples
-  weights = np.zeros((cells, stop - start), np.float32)
-  np.add.at(weights, (cell, first), (1 - part) / samples)
-  np.add.at(weights, (cell, np.minimum(first + 1, stop - start - 1)), part / samples)
-  return weights
+  places = low + (np.arange(count) + 0.5) * ((high - low) / count) - 0.5
+  places = np.clip(places - start, 0, len(part) - 1)
+  first = np.minimum(places.astype(np.int64), max(len(part) - 2, 0))
+  after = np.minimum(first + 1, len(part) - 1)
+  share = (places - first).astype(np.float32)[:, None]
+  lines = part[first] * (1 - share) + part[after] * share
+  return lines.reshape(cells, samples, -1).mean(1)
 
 
 @register_transform("decode_objects")
@@ -304,7 +301,10 @@ def decode_objects(source: str = "objects", *, kinds: Mapping[str, str]) -> Tran
     if source not in example:
       raise ValueError(f"the examples have no {source!r}; they have: {', '.join(sorted(example))}")
     images = {key: kind for key, kind in kinds.items() if kind == "image"}
-    return {**example, **_objects(example[source], plane_size(example, images), name, kinds)}
+    found = _objects(example[source], plane_size(example, images), name, kinds)
+    if "image/id" in example:
+      found["image_id"] = int(example["image/id"])
+    return {**example, **found}
 
   return transform
 
@@ -317,7 +317,7 @@ def _objects(
   boxes = fractions[:, [1, 0, 3, 2]] * [width, height, width, height]
   sides = boxes[:, 2:] - boxes[:, :2]
   out: dict[str, Any] = {
-    name: boxes.astype(np.float32),
+    name: boxes.clip(0, [width, height, width, height]).astype(np.float32),
     "given_boxes": np.concatenate([boxes[:, :2], sides], axis=1),
     "box_labels": np.asarray(found["label"], np.int32).reshape(-1),
     "crowd": np.asarray(found.get("is_crowd", np.zeros(len(boxes))), bool).reshape(-1),

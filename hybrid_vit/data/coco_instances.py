@@ -142,6 +142,8 @@ def _lean(read: dict[str, Any]) -> Any:
   if "image_id" in read and ("bbox" in read or "segmentation" in read):
     mask = read.get("segmentation")
     if isinstance(mask, list):
+      # Some tools write the numbers of the only polygon without a list around them.
+      mask = [mask] if mask and isinstance(mask[0], int | float) else mask
       mask = [_packed(polygon, "d") for polygon in mask]
     return _Annotation(
       read.get("id"),
@@ -194,6 +196,8 @@ def _read(
     first = len(pictures)
     number = {}
     for image in read["images"]:
+      if image["id"] in number:
+        raise ValueError(f"{reader.full_name(name)}: two images have the id {image['id']}")
       photo = photos.find(image, name)
       if photo is None:
         notes.add(instances.NO_PHOTO, f"{image.get('file_name', image.get('coco_url'))} of {name}")
@@ -338,11 +342,11 @@ def _add(
     return None
   size = pictures[index].size
   assert size is not None
-  mask = annotation.mask
+  mask = annotation.mask if has_masks else None
   if has_masks and not isinstance(mask, int):
     mask = _usable_mask(mask, size, notes, name)
   given = annotation.box
-  if given is None and mask is not None:
+  if given is None and mask is not None and not isinstance(mask, int):
     given = _box_around(mask, size)
   box = instances.usable_box(given, size, notes, name)
   if box is None:
@@ -365,9 +369,12 @@ def _usable_mask(mask: Any, size: Size, notes: Notes, name: str) -> Any:
     notes.add(instances.NO_MASK, name)
     return None
   if isinstance(mask, Mapping):
-    counts = mask["counts"]
-    if tuple(mask["size"]) != size:
-      found = " x ".join(map(str, mask["size"]))
+    counts, own = mask.get("counts"), mask.get("size")
+    if counts is None or not isinstance(own, list):
+      notes.add(instances.BAD_MASK, name)
+      return None
+    if tuple(own) != size:
+      found = " x ".join(map(str, own))
       notes.add(instances.OTHER_SIZE, f"{found} in {size[0]} x {size[1]}, {name}")
       return None
     if not isinstance(counts, str) and sum(counts) != size[0] * size[1]:

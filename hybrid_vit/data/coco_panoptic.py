@@ -143,6 +143,7 @@ def open_panoptic(reader: Reader, names: Sequence[str], split: str) -> PanopticS
     "palette": _palette(categories),
     "object_class_names": tuple(categories[i]["name"] for i in thing_classes),
     "category_ids": tuple(categories[i]["id"] for i in thing_classes),
+    "object_palette": _palette([categories[i] for i in thing_classes]),
     "thing_classes": tuple(thing_classes),
     "notes": dict(notes.counts),
   }

@@ -170,10 +170,10 @@ class InstanceSource:
     mask_form: reads masks.
     notes: what was left out.
     relative: boxes and polygons are fractions of the sides.
-    palette: uint8 `[classes, 3]`; None for colours of the package's own.
 
   Attributes:
-    info: "object_class_names", "category_ids", "palette", "object_counts" int64 `[classes]`,
+    info: "object_class_names", "category_ids", "palette" and "object_palette" uint8
+      `[classes, 3]`, "object_counts" int64 `[classes]`,
       "most_objects" (of one picture), "has_masks", "notes" (reason → how many).
   """
 
@@ -187,7 +187,6 @@ class InstanceSource:
     mask_form: MaskForm,
     notes: Notes,
     relative: bool = False,
-    palette: np.ndarray | None = None,
   ):
     self._reader, self._pictures, self._objects = reader, pictures, objects
     self._mask_form, self._relative = mask_form, relative
@@ -195,7 +194,8 @@ class InstanceSource:
     self.info: dict[str, Any] = {
       "object_class_names": tuple(names),
       "category_ids": tuple(category_ids),
-      "palette": spread_palette(len(names)) if palette is None else palette,
+      "palette": spread_palette(len(names)),
+      "object_palette": spread_palette(len(names)),
       "object_counts": np.bincount(objects.labels, minlength=len(names)),
       "most_objects": int(counts.max(initial=0)),
       "has_masks": objects.masks is not None,

@@ -135,6 +135,7 @@ class SceneSource:
       "map_class_names": ("background", *SHAPES),
       "palette": spread_palette(1 + len(SHAPES)),
       "object_class_names": tuple(SHAPES),
+      "object_palette": spread_palette(1 + len(SHAPES))[1:],
     }
 
   def __len__(self) -> int:

@@ -13,15 +13,20 @@ from etils import epath
 
 from hybrid_vit.data.caption_fields import CAPTION, without_empty
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
+from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.tfrecord import TfRecordShards
 from hybrid_vit.paths import as_path, is_remote
+
+# The numbers of COCO's 80 classes in its files.
+COCO_IDS = tuple(n for n in range(1, 91) if n not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 
 
 class TfdsSource:
   """A split of a prepared TFDS data set, with all of its features.
 
   Pictures come as their encoded bytes, text as str, whole numbers as int, the rest as TFDS decodes
-  it. Where there is a feature "label" with classes, their names are in `info`. A feature
+  it. Where there is a feature "label" with classes, their names are in `info`; of "objects" with
+  labels, as coco has them, there are what `instances.InstanceSource` says of them. A feature
   "captions" or "caption" of strings, also where they are the "text" of several parts as COCO's,
   comes as "captions" {"caption": strings}.
 
@@ -60,6 +65,7 @@ class TfdsSource:
     self.info: dict[str, Any] = {}
     if "label" in self._features and isinstance(self._features["label"], kinds.ClassLabel):
       self.info["class_names"] = tuple(self._features["label"].names)
+    self.info |= _of_objects(self._features, builder.info.metadata)
     self._records = _records(builder, split)
 
   def __len__(self) -> int:
@@ -83,6 +89,24 @@ class TfdsSource:
   def describe(self, index: int) -> str:
     """See `sources.Source`."""
     return f"tfds:{self._name} {self._split} #{index}"
+
+
+def _of_objects(features: Mapping[str, Any], metadata: Any) -> dict[str, Any]:
+  """What `info` says of a feature "objects" with labels, as TFDS's coco has it."""
+  one = getattr(features["objects"], "feature", None) if "objects" in features else None
+  if one is None or "label" not in one or not hasattr(one["label"], "names"):
+    return {}
+  names = tuple(one["label"].names)
+  ids = (metadata or {}).get("category_ids")
+  if ids is None and len(names) == len(COCO_IDS) and names[::79] == ("person", "toothbrush"):
+    ids = COCO_IDS
+  return {
+    "object_class_names": names,
+    "category_ids": tuple(range(len(names)) if ids is None else ids),
+    "palette": spread_palette(len(names)),
+    "object_palette": spread_palette(len(names)),
+    "has_masks": "segmentation" in one,
+  }
 
 
 def _captions(example: Mapping[str, Any]) -> dict[str, list[str]] | None:

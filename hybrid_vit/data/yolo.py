@@ -5,8 +5,9 @@
     a line in classes.txt (or obj.names)
 
 A line is "class cx cy w h", or "class x1 y1 x2 y2 x3 y3 …" of a polygon, all but the class as
-fractions of the sides. A photo without a text, or with an empty one, has no objects. Where some
-objects are polygons there are masks, and the box of the others stands for theirs.
+fractions of the sides; keypoints, of which `kpt_shape` in the .yaml tells, are passed over. A photo
+without a text, or with an empty one, has no objects. Where some objects are polygons there are
+masks, and the box of the others stands for theirs.
 
 Options follow a question mark, with commas between: `labels`, the name of the directory of texts
 where it is another one than labels; `empty` and `min_size`, see `coco_instances`.
@@ -61,7 +62,7 @@ def open_yolo(path: str, split: str) -> InstanceSource:
   options = read_options("yolo", text, _OPTIONS)
   reader = open_reader(Path(place), "yolo", _LAYOUT)
   names = reader.names()
-  classes = _classes(reader, names)
+  classes, keypoints = _classes(reader, names)
   notes = Notes()
   pairs = _pairs(reader, names, options.get("labels", "labels"), notes)
   parts: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
@@ -70,7 +71,7 @@ def open_yolo(path: str, split: str) -> InstanceSource:
   chosen = choose_part(reader.root, parts, split, "photo")
   with ThreadPoolExecutor(_THREADS) as pool:
     texts = list(pool.map(lambda pair: reader.read(pair[1]) if pair[1] else b"", chosen))
-  return _read(reader, chosen, texts, classes, options, notes)
+  return _read(reader, chosen, texts, classes, keypoints, options, notes)
 
 
 def _read(
@@ -78,6 +79,7 @@ def _read(
   pairs: Sequence[tuple[str, str]],
   texts: Sequence[bytes],
   classes: Mapping[int, str],
+  keypoints: bool,
   options: Mapping[str, Any],
   notes: Notes,
 ) -> InstanceSource:
@@ -96,10 +98,11 @@ def _read(
       if not line.strip():
         continue
       name = f"{path}, line {number}"
-      words = _numbers(line)
+      words = _numbers(line, keypoints)
       if words is None:
         notes.add(NO_LINE, f"{line[:40]!r} of {name}")
         continue
+      words = words[:5] if keypoints else words
       if words[0] not in labels:
         notes.add(instances.NO_CATEGORY, f"{words[0]:g} of {name}")
         continue
@@ -140,13 +143,16 @@ def _polygon_masks(
   return instances.segmentation_masks(picture, pixels, size, boxes, name)
 
 
-def _numbers(line: str) -> list[float] | None:
-  """A class and 4 numbers of a box, or 6 or more of a polygon; None for anything else."""
+def _numbers(line: str, keypoints: bool) -> list[float] | None:
+  """A class and 4 numbers of a box, or 6 or more of a polygon; None for anything else.
+
+  With keypoints so many more may follow the box.
+  """
   try:
     words = [float(word) for word in line.split()]
   except ValueError:
     return None
-  right = len(words) == 5 or (len(words) >= 7 and len(words) % 2 == 1)
+  right = len(words) == 5 or (len(words) >= 7 and (keypoints or len(words) % 2 == 1))
   return words if right and instances.is_numbers(words) else None
 
 
@@ -201,27 +207,27 @@ def _part_of(path: str) -> str:
   return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "train")
 
 
-def _classes(reader: Reader, names: Sequence[str]) -> dict[int, str]:
-  """Number → name."""
+def _classes(reader: Reader, names: Sequence[str]) -> tuple[dict[int, str], bool]:
+  """Number → name, and whether keypoints follow each box."""
   by_depth = sorted(names, key=lambda name: (name.count("/"), name))
   for name in by_depth:
     if name.endswith((".yaml", ".yml")):
-      found = _of_yaml(reader.read(name), reader.full_name(name))
+      found, keypoints = _of_yaml(reader.read(name), reader.full_name(name))
       if found:
-        return found
+        return found, keypoints
   for name in by_depth:
     if name.rsplit("/", 1)[-1] in ("classes.txt", "obj.names"):
       lines = reader.read(name).decode("utf-8-sig").splitlines()
       found = {i: line.strip() for i, line in enumerate(line for line in lines if line.strip())}
       if found:
-        return found
+        return found, False
   raise MissingDataError(
     f"yolo: nothing tells the classes of {reader.root}: put data.yaml with their `names`, or their "
     "names, one a line, in classes.txt beside images/"
   )
 
 
-def _of_yaml(text: bytes, name: str) -> dict[int, str]:
+def _of_yaml(text: bytes, name: str) -> tuple[dict[int, str], bool]:
   import yaml
 
   try:
@@ -232,7 +238,7 @@ def _of_yaml(text: bytes, name: str) -> dict[int, str]:
   if isinstance(found, list):
     found = dict(enumerate(found))
   if not isinstance(found, dict):
-    return {}
+    return {}, False
   if not all(isinstance(number, int) for number in found):
     raise ValueError(f"{name}: names are {list(found)[:3]}…; numbers of classes were expected")
-  return {number: str(found[number]) for number in sorted(found)}
+  return {number: str(found[number]) for number in sorted(found)}, "kpt_shape" in read

@@ -125,7 +125,7 @@ def torchvision_anchors(
   grids: Sequence[tuple[int, int]],
   image: tuple[int, int],
   sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
-  ratios: Sequence[Sequence[float]] = ((0.5, 1.0, 2.0),) * 5,
+  ratios: Sequence[float] | Sequence[Sequence[float]] = (0.5, 1.0, 2.0),
 ) -> tuple[np.ndarray, ...]:
   """torchvision's anchors of each level: rounded, the stride floor(image / map).
 
@@ -133,7 +133,7 @@ def torchvision_anchors(
     grids: (rows, columns) of each map.
     image: (height, width) of the padded batch.
     sizes: sides of each level.
-    ratios: height over width, of each level.
+    ratios: height over width, of all levels or a row for each.
 
   Returns:
     For each level float32 `[rows * columns * sizes * ratios, 4]`.
@@ -141,10 +141,11 @@ def torchvision_anchors(
   Raises:
     ValueError: not as many rows of sizes, or of ratios, as maps.
   """
-  if not len(grids) == len(sizes) == len(ratios):
+  rows: list = [ratios] * len(grids) if np.ndim(ratios[0]) == 0 else list(ratios)
+  if not len(grids) == len(sizes) == len(rows):
     raise ValueError(
       f"torchvision_anchors: {len(grids)} maps, sizes of {len(sizes)} levels and ratios of "
-      f"{len(ratios)}; as many were expected"
+      f"{len(rows)}; as many were expected"
     )
   return tuple(
     grid_anchors(
@@ -152,7 +153,7 @@ def torchvision_anchors(
       grid,
       (image[0] // grid[0], image[1] // grid[1]),
     )
-    for grid, own_sizes, own_ratios in zip(grids, sizes, ratios)
+    for grid, own_sizes, own_ratios in zip(grids, sizes, rows)
   )
 
 

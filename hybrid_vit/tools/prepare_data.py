@@ -1,13 +1,15 @@
-r"""Makes a TFDS data set in ArrayRecord: from one in TFRecord, or from a folder or zip of pictures.
+r"""Makes a TFDS data set in ArrayRecord: from one in TFRecord, or from pictures in a folder or zip.
 
     python -m hybrid_vit.tools.prepare_data \
       --from=/old/imagenet2012/5.1.0 --to=/data/imagenet2012/5.1.0
     python -m hybrid_vit.tools.prepare_data \
       --from=folder:/path/flowers --to=/data/flowers/1.0.0
+    python -m hybrid_vit.tools.prepare_data --from=coco:/path/coco --to=/data/my_coco/1.0.0
 
 `--to` is the directory of one version, DATA_DIR/NAME/VERSION; with `config.data.data_dir` DATA_DIR
 its name is `tfds:NAME`. Nothing is decoded: records, and pictures, are copied byte for byte. The
-directory appears when all of it is there. No TensorFlow is needed.
+directory appears when all of it is there. No TensorFlow is needed. `coco:` and `yolo:` get TFDS's
+features of coco/2017, and masks as compressed run lengths beside them.
 """
 
 from __future__ import annotations
@@ -21,19 +23,23 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tqdm
 
 from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.mask_encoding import compress_counts
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.data.splits import PARTS
 from hybrid_vit.data.tfds_source import shard_format
 from hybrid_vit.data.tfrecord import check_count, read_records
 from hybrid_vit.paths import as_path, is_remote
+
+_OBJECTS = ("coco:", "yolo:")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "--from",
     dest="origin",
     required=True,
-    help="directory of a TFDS version in TFRecord, folder:/path or zip:/path.zip",
+    help="directory of a TFDS version in TFRecord, folder:/path, zip:/path.zip, coco:/path or "
+    "yolo:/path",
   )
   parser.add_argument("--to", required=True, help="DATA_DIR/NAME/VERSION, to be made")
   parser.add_argument(
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = parser.parse_args(arguments)
   try:
     to = _local(options.to)
-    if options.origin.startswith(("folder:", "zip:")):
+    if options.origin.startswith(("folder:", "zip:", *_OBJECTS)):
       counts = store_pictures(options.origin, to)
     else:
       counts = convert_tfrecord(_local(options.origin), to, options.processes)
@@ -168,11 +175,13 @@ def _describe_as_array_record(path: Path) -> None:
 def store_pictures(spec: str, to: Path) -> dict[str, int]:
   """Writes a folder or zip of pictures as a TFDS data set with image, label and file_name.
 
+  Of `coco:` and `yolo:` it has image, image/id, image/filename and objects.
+
   The parts are those of `hybrid_vit.data.sources`, so that training on it is training on the
   folder; a test part is written where it is another than the validation part.
 
   Args:
-    spec: "folder:/path" or "zip:/path.zip".
+    spec: "folder:/path", "zip:/path.zip", "coco:/path" or "yolo:/path".
     to: the new directory, DATA_DIR/NAME/VERSION.
 
   Returns:
@@ -208,22 +217,22 @@ def _names(source: Any) -> list[str]:
 def _builder(name: str, version: str, sources: dict[str, Any], data_dir: Path) -> Any:
   import tensorflow_datasets as tfds
 
-  classes = list(sources["train"].info["class_names"])
+  objects = "object_class_names" in sources["train"].info
 
   class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     VERSION = tfds.core.Version(version)
     code_path = None  # TFDS would look for checksums of downloads beside this file.
 
     def _info(self) -> Any:
-      features = tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(shape=(None, None, 3)),
-          "label": tfds.features.ClassLabel(names=classes),
-          "file_name": tfds.features.Text(),
-        }
-      )
+      info = sources["train"].info
+      described = _object_features(info) if objects else _class_features(info)
       return tfds.core.DatasetInfo(
-        builder=self, features=features, description="From a folder of pictures."
+        builder=self,
+        features=tfds.features.FeaturesDict(described),
+        description="From a folder of pictures.",
+        metadata=tfds.core.MetadataDict(category_ids=list(info["category_ids"]))
+        if objects
+        else None,
       )
 
     def _split_generators(self, dl_manager: Any) -> Any:
@@ -233,11 +242,81 @@ def _builder(name: str, version: str, sources: dict[str, Any], data_dir: Path) -
       source = sources[split]
       for index in range(len(source)):
         file_name = "/".join(Path(source.describe(index)).parts[-2:])
+        example = source[index]
+        stored = (
+          _stored_objects(example, index, file_name)
+          if objects
+          else {**example, "file_name": file_name}
+        )
         # TFDS orders examples by a hash of their key; the place of the folder must not count.
-        yield str(index), {**source[index], "file_name": file_name}
+        yield str(index), stored
 
   Pictures.name = name
   return Pictures(data_dir=str(data_dir), file_format="array_record")
+
+
+def _class_features(info: Mapping[str, Any]) -> dict[str, Any]:
+  from tensorflow_datasets import features
+
+  return {
+    "image": features.Image(shape=(None, None, 3)),
+    "label": features.ClassLabel(names=list(info["class_names"])),
+    "file_name": features.Text(),
+  }
+
+
+def _object_features(info: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of TFDS's coco/2017, and masks."""
+  from tensorflow_datasets import features
+
+  names = [str(name) for name in info["object_class_names"]]
+  # TFDS wants names that differ; exports of some tools have a class twice.
+  unique = [
+    name if names.count(name) == 1 else f"{name} ({number})"
+    for name, number in zip(names, info["category_ids"])
+  ]
+  one = {
+    "area": np.float32,
+    "bbox": features.BBoxFeature(),
+    "id": np.int64,
+    "is_crowd": np.bool_,
+    "label": features.ClassLabel(names=unique),
+  }
+  if info["has_masks"]:
+    one["segmentation"] = features.Text()
+  return {
+    "image": features.Image(shape=(None, None, 3)),
+    "image/filename": features.Text(),
+    "image/id": np.int64,
+    "objects": features.Sequence(one),
+  }
+
+
+def _stored_objects(example: Mapping[str, Any], index: int, file_name: str) -> dict[str, Any]:
+  from tensorflow_datasets import features
+
+  height, width = example["size"]
+  fractions = np.clip(example["boxes"] / [width, height, width, height], 0, 1)
+  image_id, masks = example["image_id"], example.get("masks")
+  objects = []
+  for row, (x0, y0, x1, y1) in enumerate(fractions.tolist()):
+    one = {
+      "area": example["areas"][row],
+      "bbox": features.BBox(ymin=y0, xmin=x0, ymax=y1, xmax=x1),
+      "id": row,
+      "is_crowd": bool(example["crowd"][row]),
+      "label": int(example["box_labels"][row]),
+    }
+    if masks is not None:
+      one["segmentation"] = compress_counts(masks.rle(row).counts)
+    objects.append(one)
+  return {
+    "image": example["image"],
+    "image/filename": file_name,
+    # Some tools' are no numbers.
+    "image/id": image_id if isinstance(image_id, int) else index,
+    "objects": objects,
+  }
 
 
 def _check_new(to: Path) -> None:

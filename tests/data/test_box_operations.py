@@ -1,6 +1,7 @@
 """Operations on photos with objects, against their definitions."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,3 +378,19 @@ def test_objects_of_real_photos_stay_on_what_they_show(text):
         assert outside.max() <= 4  # a pixel of the photo, enlarged
       found += rows.size > 0
   assert found > 15
+
+
+def test_the_documents_transforms_can_be_parsed():
+  text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+  code = text.partition("## Boxes and masks")[2].partition("```python\n")[2].partition("```")[0]
+  found = {}
+  exec(code, found)
+  strings = {k: v for k, v in found.items() if isinstance(v, str) and k != "batch" and k[0] != "_"}
+  assert len(strings) == 4
+  for name, string in strings.items():
+    given = {key: value for key, value in example(90, 120).items() if key != "crowd"}
+    out = run(string, given)
+    side = 1024 if name == "jitter" else 1344
+    assert out["image"].shape == (side, side, 3) and out["true_size"].shape == (2,)
+    if name != "test":
+      assert out["masks"].shape[1:] == (112, 112)

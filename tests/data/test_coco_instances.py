@@ -11,7 +11,9 @@ from hybrid_vit.data import instances
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.mask_encoding import encode_mask, write_segmentation
 from hybrid_vit.data.sources import create_source
+from hybrid_vit.data.tfds_source import COCO_IDS
 from hybrid_vit.data.transforms import decode_picture, parse_transform
+from hybrid_vit.tools import prepare_data
 from tests.data.pictures import encoded, photo, shared_data, write_zip
 
 COCO128 = shared_data("coco128.zip")
@@ -257,6 +259,20 @@ def test_a_mask_that_cannot_be_read_is_told_with_its_picture(tmp_path):
       np.asarray(source[0]["masks"])
 
 
+def test_odd_forms_of_masks(tmp_path):
+  odd = [
+    thing(1, 1, segmentation=[5, 6, 25, 6, 25, 16, 5, 16]),
+    thing(2, 1, segmentation=dict(counts=[2400])),
+    thing(3, 1, segmentation=dict(size=3, counts=[2400])),
+    thing(4, 1, segmentation=[["a", 1, 2, 3, 4, 5]]),
+    thing(5, 1, segmentation=[[[5, 6], [25, 6], [25, 16]]]),
+    thing(6, 1, segmentation="x"),
+  ]
+  source = opened(write(tmp_path, [image(1)], odd))
+  assert source.info["notes"] == {instances.BAD_MASK: 5}
+  np.testing.assert_array_equal(np.asarray(source[0]["masks"]), [rectangle(6, 5, 16, 25)] * 6)
+
+
 def test_a_photo_of_another_size(tmp_path):
   source = opened(write(tmp_path, [image(1, height=60, width=40)], [thing(1, 1)]))
   with pytest.raises(CorruptExampleError, match=r"1.jpg is 40 x 60 and its annotations .* 60 x 40"):
@@ -303,6 +319,7 @@ def test_pictures_are_left_out_on_request(tmp_path):
     ('{"images": [], "annotations": []}', "has no categories"),
     ('{"images": [], "annotations": [{"id": 1}], "categories": []}', r"\{'id': 1\} among its anno"),
     ('{"images": [{"name": 1}], "annotations": [], "categories": []}', "among its images"),
+    ('{"images": [{"id": 1}, {"id": 1}], "annotations": [], "categories": []}', "have the id 1"),
     ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', 'without "id" or "name"'),
     (
       '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"},'
@@ -348,3 +365,47 @@ def test_things_of_real_panoptic_annotations(kind):
     if kind == "coco_panoptic":
       for mask, label in zip(masks, example["box_labels"]):
         assert (example["map"][mask > 0] == source.info["thing_classes"][label]).all()
+
+
+def test_as_array_record(tmp_path):
+  """Stored and read back: the same objects, whatever their order in the data set."""
+  names = [dict(id=3, name="dog"), dict(id=5, name="cat"), dict(id=9, name="dog")]
+  crowd = encode_mask(rectangle(0, 0, 9, 8)).counts.tolist()
+  annotations = [
+    thing(1, 1, category=3),
+    thing(2, 1, box=(0, 0, 8, 9), category=9, iscrowd=1,
+          segmentation=dict(size=[40, 60], counts=crowd)),
+    thing(3, 3, box=(1.5, 2.25, 3.5, 4), category=5),
+  ]  # fmt: skip
+  root = write(tmp_path / "c", [image(1), image(2), image(3)], annotations)
+  described = json.loads((root / NAME).read_text()) | dict(categories=names)
+  (root / NAME).write_text(json.dumps(described))
+  write(root, [image(4)], [], "annotations/instances_val2017.json", "val2017")
+  (root / "annotations/instances_val2017.json").write_text(
+    json.dumps(dict(images=[image(4)], annotations=[], categories=names))
+  )
+  to = tmp_path / "data" / "mine" / "1.0.0"
+  assert prepare_data.main([f"--from=coco:{root}", f"--to={to}"]) == 0
+  assert len(create_source(f"tfds:{to}", "validation")) == 1
+  stored, source = create_source(f"tfds:{to}", "train"), opened(root, "train")
+  assert stored.info["object_class_names"] == ("dog (3)", "cat", "dog (9)")
+  assert stored.info["category_ids"] == (3, 5, 9) and stored.info["has_masks"]
+  kinds = {"image": "image", "boxes": "boxes", "masks": "masks"}
+  transform = parse_transform("decode|decode_objects", kinds=kinds)
+  read = [transform(stored[i], np.random.default_rng(0)) for i in range(len(stored))]
+  read.sort(key=lambda example: example["image_id"])
+  for i, found in enumerate(read):
+    want = source[i]
+    assert found["image_id"] == want["image_id"] and found["size"] == want["size"]
+    assert stored[0]["image"][:2] == b"\xff\xd8"
+    np.testing.assert_allclose(found["boxes"], want["boxes"], atol=1e-4)
+    np.testing.assert_allclose(found["given_boxes"], want["given_boxes"], atol=1e-4)
+    for key in ("box_labels", "crowd", "areas"):
+      np.testing.assert_array_equal(found[key], want[key])
+      assert found[key].dtype == want[key].dtype
+    np.testing.assert_array_equal(np.asarray(found["masks"]), np.asarray(want["masks"]))
+
+
+@pytest.mark.skipif(COCO128 is None, reason="real photos are not there")
+def test_cocos_numbers():
+  assert create_source(f"coco:{COCO128}", "train").info["category_ids"] == COCO_IDS

@@ -81,6 +81,14 @@ def test_polygons_give_masks(tmp_path):
   assert np.asarray(source[1]["masks"]).sum() == 300
 
 
+def test_keypoints_are_passed_over(tmp_path):
+  root = write(tmp_path, {"a": f"{LINE.strip()} 0.1 0.2 2 0.3 0.4 1\n{LINE.strip()} 0.1 0.2 2\n"})
+  (root / "data.yaml").write_text(YAML + "kpt_shape: [2, 3]\n")
+  source = opened(root)
+  np.testing.assert_allclose(source[0]["boxes"], [BOX, BOX], atol=1e-5)
+  assert not source.info["has_masks"] and not source.info["notes"]
+
+
 def test_a_tenth_is_held_out(tmp_path):
   root = write(tmp_path, {f"{i:02}": LINE for i in range(10)})
   assert (len(opened(root, "train")), len(opened(root, "validation"))) == (9, 1)

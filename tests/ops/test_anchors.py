@@ -22,13 +22,10 @@ _GRIDS = ((12, 16), (6, 8), (3, 4))
 def test_torchvisions_anchors():
   description, stored = golden.load("dense/anchors", "anchors_torchvision_96x64")
   given = description["arguments"]
-  levels = torchvision_anchors(
-    [tuple(grid) for grid in given["grids"]],
-    tuple(given["image"]),
-    given["sizes"],
-    given["aspect_ratios"],
-  )
-  np.testing.assert_array_equal(np.concatenate(levels), stored["anchors"])
+  grids = [tuple(grid) for grid in given["grids"]]
+  for ratios in (given["aspect_ratios"], given["aspect_ratios"][0]):
+    levels = torchvision_anchors(grids, tuple(given["image"]), given["sizes"], ratios)
+    np.testing.assert_array_equal(np.concatenate(levels), stored["anchors"])
 
 
 def test_mmdetections_anchors():
@@ -91,5 +88,5 @@ def test_allowed_border():
 def test_unequal_numbers_are_named():
   with pytest.raises(ValueError, match="3 maps and 2 strides"):
     pyramid_anchors(_GRIDS, (8, 16))
-  with pytest.raises(ValueError, match="3 maps, sizes of 5 levels and ratios of 5"):
+  with pytest.raises(ValueError, match="3 maps, sizes of 5 levels and ratios of 3"):
     torchvision_anchors(_GRIDS, (96, 128))
