@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_vit.heads.atss import create_atss
@@ -17,8 +18,9 @@ from hybrid_vit.models.dense import dense_arguments
 from hybrid_vit.models.registry import create_model
 from hybrid_vit.sharding import make_mesh
 from hybrid_vit.tools.summarize import count_parameters
+from hybrid_vit.weights import keymap_swin
 from hybrid_vit.weights.convert import export_weights, import_weights
-from hybrid_vit.weights.keymap_detectors import detector_key_map
+from hybrid_vit.weights.keymap_detectors import detector_key_map, detector_layouts
 from tests.heads.detectors import Blank, ellipses
 from tests.heads.pyramids import levels
 
@@ -178,6 +180,19 @@ def test_more_room_changes_nothing():
       np.testing.assert_allclose(again[name], value, rtol=1e-5, err_msg=name)
 
 
+def test_masks_may_be_given_in_frames():
+  model, variables = _variables("mask")
+  targets = _targets()
+  frames = dict(targets)
+  masks = jnp.asarray(frames.pop("masks"))
+  each = jnp.broadcast_to(jnp.arange(4), (2, 4))
+  frames["box_masks"] = mask_targets(targets["boxes"], each, masks, size=56, binary=False)
+  whole, found = (_losses(model, variables, _images(), t) for t in (targets, frames))
+  for name, value in whole.items():
+    tolerance = 0.02 if name == "mask0" else 1e-6
+    np.testing.assert_allclose(found[name], value, rtol=tolerance, err_msg=name)
+
+
 @pytest.mark.parametrize("room", [0, 2])
 def test_pictures_without_objects(room):
   model, variables = _variables("cascade")
@@ -240,6 +255,45 @@ def test_weights_go_out_and_come_back(layout):
   read, report = import_weights(weights, variables, key_map)
   assert not report.unused
   jax.tree.map(np.testing.assert_array_equal, read, variables)
+
+
+@pytest.mark.parametrize(
+  ("create", "expected"),
+  [
+    (create_mask_rcnn, {
+      "mmdetection": {"backbone.norm0.weight", "neck.lateral_convs.0.conv.weight",
+                      "rpn_head.rpn_reg.bias", "roi_head.bbox_head.shared_fcs.1.weight",
+                      "roi_head.mask_head.convs.3.conv.bias"},
+      "torchvision": {"backbone.body.norm0.weight", "backbone.fpn.layer_blocks.3.0.weight",
+                      "roi_heads.mask_predictor.conv5_mask.weight"},
+      "detectron2": {"backbone.bottom_up.norm3.bias", "backbone.fpn_lateral2.weight",
+                     "backbone.fpn_output5.weight", "proposal_generator.rpn_head.conv.weight",
+                     "roi_heads.mask_head.mask_fcn4.bias",
+                     "roi_heads.box_predictor.cls_score.bias"},
+    }),
+    (create_cascade_mask_rcnn, {
+      "mmdetection": {"roi_head.bbox_head.2.shared_convs.3.bn.running_var",
+                      "roi_head.mask_head.2.upsample.weight"},
+      "detectron2": {"roi_heads.box_head.1.conv4.norm.weight"},
+    }),
+    (create_atss, {
+      "mmdetection": {"neck.fpn_convs.4.conv.weight", "bbox_head.scales.4.scale",
+                      "bbox_head.reg_convs.3.gn.weight", "bbox_head.atss_centerness.weight"},
+    }),
+  ],
+)  # fmt: skip
+def test_names_of_whole_checkpoints(create, expected):
+  model = create(_swin(2 if create is create_atss else 1), 80)
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+  paths = traverse_util.flatten_dict(dict(variables), sep="/")
+  layouts = detector_layouts(model, keymap_swin.LAYOUTS)
+  assert set(layouts) == set(expected)
+  for name, some in expected.items():
+    key_map = layouts[name].key_map(model)
+    names = [one for path in paths for one in key_map(path).names]
+    assert len(set(names)) == len(names)
+    assert some <= set(names), some - set(names)
 
 
 def test_bad_input_is_told():
