@@ -12,7 +12,7 @@ import pytest
 from hybrid_vit import sharding
 from hybrid_vit.checkpoints import Checkpointer, abstract_like, load_weights
 from hybrid_vit.reporting import read_metrics
-from tests import command, distributed_worker
+from tests import command, dense, dense_worker, distributed_worker
 from tests.tasks import test_image_text_evaluation
 
 pytestmark = pytest.mark.slow
@@ -84,6 +84,20 @@ def test_two_towers_are_measured_alike_in_two_processes(compilation_cache, tmp_p
     count, found = json.loads((tmp_path / f"{process}.json").read_text())
     assert count == 2
     assert found == [pytest.approx(values) for values in alone]
+
+
+def test_maps_are_measured_alike_in_two_processes(compilation_cache, tmp_path):
+  """Eleven pictures of all sizes, which two processes do not share evenly, count once each."""
+  for task in ("segmentation", "depth"):
+    dense.write_folder(tmp_path / task, task, count=11)
+  run_two(compilation_cache, "tests.dense_worker", tmp_path)
+  alone = dense_worker.figures(tmp_path, None)
+  for process in range(2):
+    count, found = json.loads((tmp_path / f"{process}.json").read_text())
+    assert count == 2
+    for task, expected in alone.items():
+      assert found[task]["examples"] == 11
+      assert found[task] == pytest.approx(expected, rel=2e-3), task
 
 
 def test_the_command_in_two_processes(unbroken, tiny_config, compilation_cache, tmp_path):

@@ -1,5 +1,6 @@
 """Schedules and one or two steps of each optimizer, against arithmetic by hand."""
 
+import functools
 import math
 
 import jax
@@ -63,6 +64,40 @@ def test_linear_and_constant():
     "constant", peak=2.0, total_steps=10, warmup_steps=2, warmup_start=1.0
   )
   assert [float(constant(s)) for s in (0, 1, 2, 9)] == pytest.approx([1.5, 2.0, 2.0, 2.0])
+
+
+def test_polynomial_is_of_what_is_left_and_power_of_what_is_done():
+  make = functools.partial(
+    optimizers.make_schedule, peak=2.0, total_steps=12, warmup_steps=2, warmup_start=0.1, end=0.5
+  )
+  left, done = make("polynomial", power=0.9), make("power", power=0.9)
+  for step in (2, 5, 11, 12, 40):
+    part = min((step - 2) / 10, 1.0)
+    assert float(left(step)) == pytest.approx(0.5 + 1.5 * (1 - part) ** 0.9, abs=1e-6)
+    assert float(done(step)) == pytest.approx(2.0 - 1.5 * part**0.9, abs=1e-6)
+  # Of the power 1 both are the straight line.
+  line = make("linear")
+  for name in ("polynomial", "power"):
+    assert [float(make(name)(s)) for s in range(13)] == pytest.approx(
+      [float(line(s)) for s in range(13)]
+    )
+  assert [float(left(s)) for s in (0, 1)] == pytest.approx([1.05, 2.0])
+  risen = make("power", power=0.9, warmup_power=0.9)
+  assert float(risen(0)) == pytest.approx(0.1 + 1.9 * 0.5**0.9)
+
+
+def test_powers_are_read_where_there_is_one():
+  fields = {"name": "polynomial", "power": 0.9, "warmup_steps": 10, "warmup_power": 0.5}
+  rate = from_config(learning_rate=1.0, schedule=fields)
+  assert float(rate(55)) == pytest.approx(0.5**0.9, abs=1e-6)
+  assert float(rate(4)) == pytest.approx(0.5**0.5)
+  for wrong in ({"power": 0.0}, {"warmup_power": -1.0}):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}` is .*; more than 0"):
+      from_config(learning_rate=1.0, schedule={**fields, **wrong})
+  config = Config({"learning_rate": 1.0, "schedule": {"name": "cosine", "power": 2.0}})
+  optimizers.schedule_from_config(config, batch_size=8, total_steps=100, steps_per_epoch=10)
+  with pytest.raises(ConfigError, match="power"):
+    config.assert_all_read()
 
 
 def from_config(batch_size=1024, **fields):

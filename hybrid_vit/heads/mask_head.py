@@ -4,8 +4,10 @@ Kaiming He et al., "Mask R-CNN", ICCV 2017, arXiv:1703.06870, section 3 and figu
 mmdetection's `FCNMaskHead` and detectron2's `MaskRCNNConvUpsampleHead` have it.
 
 A true mask is given over the whole picture, or in the frame of its own box at a fixed size, which
-takes a small part of the memory: then it is resampled twice, and its target differs in single
-cells at its edge.
+takes a small part of the memory: then it is resampled twice, and its target differs in single cells
+at its edge. Of ellipses, 8 to 150 pixels large, 0.1 to 0.4 % of a target's cells differ where the
+frame has 56x56 numbers between 0 and 1, 0.5 to 1 % where these are bits, and 0.3 to 0.4 % with
+112x112 bits.
 """
 
 from __future__ import annotations

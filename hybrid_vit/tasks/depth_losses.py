@@ -108,9 +108,14 @@ def bins_chamfer(centers: jax.Array, truth: jax.Array, *, pixels: int = 2048) ->
   flat = truth.astype(jnp.float32).reshape(truth.shape[0], -1)
   flat = _some_measured(flat, min(pixels, flat.shape[1]))
   valid = flat > 0
-  apart = jnp.square(centers.astype(jnp.float32)[:, :, None] - flat[:, None, :])
-  to_bin = jnp.sum(jnp.where(valid, jnp.min(apart, axis=1), 0.0), axis=1)
-  to_depth = jnp.min(jnp.where(valid[:, None], apart, jnp.inf), axis=2)
+  centers = centers.astype(jnp.float32)
+  # By the places of the nearest: the gradient of a minimum compares it with what it is the minimum
+  # of, and where a compiler computes that twice, rounded otherwise, divides by no match at all.
+  apart = jax.lax.stop_gradient(jnp.abs(centers[:, :, None] - flat[:, None, :]))
+  nearest_bins = jnp.take_along_axis(centers, jnp.argmin(apart, axis=1), axis=1)
+  to_bin = jnp.sum(jnp.where(valid, jnp.square(nearest_bins - flat), 0.0), axis=1)
+  places = jnp.argmin(jnp.where(valid[:, None], apart, jnp.inf), axis=2)
+  to_depth = jnp.square(centers - jnp.take_along_axis(flat, places, axis=1))
   measured = jnp.any(valid, axis=1)
   to_depth = jnp.mean(jnp.where(measured[:, None], to_depth, 0.0), axis=1)
   return jnp.mean(to_bin / jnp.maximum(jnp.sum(valid, axis=1), 1) + to_depth)

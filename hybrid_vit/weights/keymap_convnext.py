@@ -1,4 +1,4 @@
-"""ConvNeXt: names of the authors' PyTorch tensors, of timm's and of transformers'."""
+"""ConvNeXt: names of the authors' PyTorch tensors, timm's, transformers' and OpenMMLab's."""
 
 import dataclasses
 import functools
@@ -72,6 +72,19 @@ _TRANSFORMERS = _Names(
   output_norm="hidden_states_norms.stage{s}",
 )
 
+# mmpretrain's, which mmsegmentation and mmdetection take.
+_OPENMMLAB = dataclasses.replace(
+  _OFFICIAL,
+  parts={
+    "depthwise_conv": "depthwise_conv",
+    "norm": "norm",
+    "expand": "pointwise_conv1",
+    "shrink": "pointwise_conv2",
+    "layer_scale": "gamma",
+  },
+  head="head.fc",
+)
+
 
 def _key(names: _Names, path: str) -> convert.OfficialKey:
   """The library's tensor for one of ours, such as "params/stage1_block0/expand/kernel".
@@ -115,4 +128,5 @@ LAYOUTS = {
   "official": _layout(_OFFICIAL),
   "timm": _layout(_TIMM),
   "transformers": _layout(_TRANSFORMERS),
+  "openmmlab": _layout(_OPENMMLAB),
 }

@@ -8,6 +8,7 @@ written as zeros.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -211,28 +212,28 @@ def detector_key_map(model: Any, layout: str, backbone: KeyMap | None = None) ->
 
 
 def detector_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-  """Layouts of checkpoints of a whole detector, by name.
+  """Layouts of checkpoints of a whole detector, by name; those that its parts have.
 
   Args:
     model: the detector.
-    backbone_layouts: of its backbone; the authors' own names stand in mmdetection's and
-      detectron2's files.
+    backbone_layouts: of its backbone; its "official" names stand in all files.
   """
+  official = backbone_layouts["official"]
   found = {}
-  official = backbone_layouts.get("official")
   for layout in LAYOUTS:
-    inner = backbone_layouts.get("torchvision") if layout == "torchvision" else official
-    if inner is None:
-      continue
     try:
-      key_map = detector_key_map(model, layout, inner.key_map(model.backbone))
+      detector_key_map(model, layout)
     except ValueError:
       continue
     found[layout] = Layout(
-      key_map=lambda _, key_map=key_map: key_map,  # type: ignore[misc]
-      not_weights=rf"(?:{inner.not_weights})|{torch_keys.BATCH_NORM_COUNTER}|{_NO_WEIGHTS}",
+      key_map=functools.partial(_whole_of, layout, official),
+      not_weights=rf"(?:{official.not_weights})|{torch_keys.BATCH_NORM_COUNTER}|{_NO_WEIGHTS}",
     )
   return found
+
+
+def _whole_of(layout: str, backbone: Layout, model: Any) -> KeyMap:
+  return detector_key_map(model, layout, backbone.key_map(model.backbone))
 
 
 # detectron2's buffers of anchors and of the pictures' mean.

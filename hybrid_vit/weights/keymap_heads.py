@@ -172,11 +172,16 @@ HEAD_RULES: Mapping[str, Mapping[str, list[_Rule]]] = {
 }
 
 # Where the parts of a model lie in a checkpoint; deeplab2 names its decoder within.
+_USUAL = {"neck": "neck.", "head": "decode_head.", "auxiliary_head": "auxiliary_head."}
 _PLACES: Mapping[str, Mapping[str, str]] = {
-  "mmseg": {"neck": "neck.", "head": "decode_head.", "auxiliary_head": "auxiliary_head."},
-  "transformers": {"neck": "neck.", "head": "decode_head.", "auxiliary_head": "auxiliary_head."},
+  "mmseg": _USUAL,
+  "openmmlab": _USUAL,
+  "transformers": _USUAL,
   "deeplab2": {"head": ""},
 }
+# Layouts of the decoder and of the backbone, where they have other names than the whole's.
+_OF_DECODER = {"openmmlab": "mmseg"}
+_OF_BACKBONE = {"mmseg": "official", "deeplab2": "official"}
 
 
 def part_key_map(part: Any, layout: str, prefix: str = "") -> Callable[[str], OfficialKey]:
@@ -207,8 +212,9 @@ def dense_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[st
 
   Args:
     model: the model.
-    backbone_layouts: of its backbone; in mmseg's files the authors' own names stand below
-      "backbone.", in those of transformers theirs.
+    backbone_layouts: of its backbone; in files of training with mmseg ("mmseg") the authors' own
+      names stand below "backbone.", in those of networks that are OpenMMLab's own ("openmmlab")
+      and in those of transformers theirs.
   """
   if type(model.head).__name__ in DEPTH_HEAD_RULES:
     return depth_layouts(model, backbone_layouts)
@@ -219,12 +225,13 @@ def dense_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[st
   }
   found = {}
   for layout, places in _PLACES.items():
-    if any(layout not in HEAD_RULES.get(type(part).__name__, {}) for part in parts.values()):
+    decoder = _OF_DECODER.get(layout, layout)
+    if any(decoder not in HEAD_RULES.get(type(part).__name__, {}) for part in parts.values()):
       continue
-    of_backbone = backbone_layouts.get("official" if layout != "transformers" else layout)
+    of_backbone = backbone_layouts.get(_OF_BACKBONE.get(layout, layout))
     if of_backbone is None:
       continue
-    maps = {name: part_key_map(part, layout, places.get(name, "")) for name, part in parts.items()}
+    maps = {name: part_key_map(part, decoder, places.get(name, "")) for name, part in parts.items()}
     prefix = "" if layout == "deeplab2" else "backbone."
     spelled = _spelling(model.backbone, layout)
     found[layout] = Layout(

@@ -1,11 +1,14 @@
 """RetinaNet and ATSS against mmdetection's answers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hybrid_vit.heads.atss import ATSSSettings, create_atss
+from hybrid_vit.heads.dense_detection import SELECTIONS
 from hybrid_vit.heads.retinanet import RetinaNetSettings, create_retinanet
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.anchors import octave_scales
@@ -77,3 +80,72 @@ def test_as_mmdetection(folder, make, losses):
   assert_detections(expected, detections)
   for name, value in zip(losses, expected["losses"].sum(axis=-1)):
     assert_near(value, of_ours[name])
+
+
+def _loud(model, images):
+  """Variables of a head that does not begin quiet."""
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  head = dict(variables["params"]["head"])
+  head["classifier"] = jax.tree.map(lambda x: 20 * x * (x.ndim > 1), head["classifier"])
+  head["deltas"] = jax.tree.map(lambda x: 20 * x, head["deltas"])
+  return {"params": {**variables["params"], "head": head}}
+
+
+def _full_pyramid(make, **changes):
+  model = make()
+  given = Blank(tuple(FeatureSpec(f"c{i}", 2**i, 4 * i) for i in (3, 4, 5)))
+  neck = model.neck.clone(features=given.features)
+  settings = dataclasses.replace(model.settings, **changes)
+  return model.clone(backbone=given, neck=neck, settings=settings)
+
+
+@pytest.mark.parametrize("make", [_retinanet, _atss])
+@pytest.mark.parametrize("there", [True, False])
+def test_every_parameter_has_a_gradient(make, there):
+  model = _full_pyramid(make)
+  images = np.random.default_rng(0).standard_normal((2, 57, 75, 3)).astype(np.float32)
+  boxes = np.array([[[4, 6, 30, 40], [30, 5, 60, 50]], [[0, 0, 40, 41], [0, 0, 0, 0]]], np.float32)
+  targets = {
+    "boxes": boxes, "labels": np.array([[0, 2], [1, 0]]),
+    "valid": np.array([[True, True], [True, False]]) & there,
+  }  # fmt: skip
+  variables = _loud(model, images)
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      found = model.apply(
+        {"params": params}, images, True, targets, sizes=jnp.array([[57, 75]] * 2)
+      )
+      return sum(found.values()), found
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  gradient, losses = run(variables["params"])
+  for name, value in losses.items():
+    assert value.dtype == jnp.float32 and np.isfinite(value), name
+    assert (value > 0) == (there or name == "class"), name
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+    assert np.isfinite(leaf).all(), path
+    # A level may be without positives, and its number without a gradient.
+    assert np.abs(leaf).max() > 0 or not there or "scale" in jax.tree_util.keystr(path), path
+
+
+@pytest.mark.parametrize("make", [_retinanet, _atss])
+def test_both_selections_agree_where_nothing_is_left_out(make):
+  images = np.random.default_rng(0).standard_normal((2, 57, 75, 3)).astype(np.float32)
+  found = []
+  for selection in SELECTIONS:
+    model = _full_pyramid(make, before=10_000, candidates=10_000, selection=selection)
+    variables = _loud(model, images)
+    found.append(jax.jit(model.apply)(variables, images))
+  assert found[0]["valid"].all()
+  for name, value in found[0].items():
+    np.testing.assert_allclose(value, found[1][name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_bad_input_is_told():
+  with pytest.raises(ValueError, match="selection is 'all'; one of anchors, pairs was expected"):
+    RetinaNetSettings(selection="all")
+  with pytest.raises(ValueError, match="RetinaNet has no layout 'detectron2'"):
+    detector_key_map(_retinanet(), "detectron2")

@@ -129,6 +129,7 @@ def test_it_comes_back_by_the_names_of_both_libraries(imported, tmp_path):
   for layout, classifier, norm in (
     ("transformers", "decode_head.classifier.weight", "backbone.hidden_states_norms.stage1.weight"),
     ("mmseg", "decode_head.conv_seg.weight", "backbone.norm0.weight"),
+    ("openmmlab", "decode_head.conv_seg.weight", "backbone.norm0.weight"),
   ):
     file, again = tmp_path / f"{layout}.safetensors", tmp_path / layout
     arguments = [f"--from={directory}", f"--to={file}", f"--layout={layout}"]
@@ -175,7 +176,7 @@ def test_what_does_not_fit_is_told_in_three_lists(imported, tmp_path, capsys):
   fails("without --config it is read as a network alone", changed=backbone)
   fails("a backbone of", changed={k: v for k, v in weights.items() if k not in backbone})
   fails("either part of", changed={"something": np.zeros(3)})
-  fails("has no layout 'timm'; it has: mmseg, transformers", "--layout=timm")
+  fails("has no layout 'timm'; it has: mmseg, openmmlab, transformers", "--layout=timm")
   fails("leave --arch out", "--arch=smt_s")
   fails("recipe of the task 'classification'", config="configs/swin.py")
   fails("did you mean", config="configs/swin_ade20")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from hybrid_vit.config import Config
+from hybrid_vit.heads.dense_model import create_dense_model
+from hybrid_vit.models.dense import dense_arguments
 from hybrid_vit.models.depth import layer_depths
 from hybrid_vit.models.registry import create_model, list_models, model_entry
 from hybrid_vit.optimizers import learning_rate_factors
@@ -107,3 +109,29 @@ def test_a_network_of_other_names_is_told_so():
     ValueError, match=r"how deep parameter 'body/kernel' lies is not known.*layers"
   ):
     layer_depths(["stem/kernel", "stage1_block0/kernel", "body/kernel", "head/kernel"])
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "vit_b16", "revcol_tiny"])
+def test_a_decoder_lies_as_deep_as_the_head(name):
+  arguments = dense_arguments(name, 64)
+  backbone = create_model(name, num_classes=0, **arguments)
+  model = create_dense_model(
+    backbone, 5, head={"name": "upernet", "channels": 8}, auxiliary={"name": "fcn", "channels": 8}
+  )
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)["params"]
+  found = layer_depths(flax.traverse_util.flatten_dict(params, sep="/"))
+  own = {p.removeprefix("backbone/"): d for p, d in found.items() if p.startswith("backbone/")}
+  alone = layer_depths([*own, "head/kernel"])
+  last = alone.pop("head/kernel")
+  assert own == alone and last == max(found.values())
+  beside = {depth for path, depth in found.items() if not path.startswith("backbone/")}
+  assert beside == {last}
+  # The norms beside the trunk go with the last block of their stage.
+  if name == "swin_tiny":
+    assert found["backbone/stage1_norm/scale"] == 2 and found["backbone/stage4_norm/bias"] == 12
+  fields = {"name": "adamw", "layer_decay": {"rate": 0.5}}
+  factors = learning_rate_factors(Config(fields), params)
+  rates = flax.traverse_util.flatten_dict(factors, sep="/")
+  assert rates["head/classifier/kernel"] == 1.0
+  assert rates["auxiliary_head/classifier/bias"] == 1.0
