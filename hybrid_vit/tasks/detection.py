@@ -18,10 +18,10 @@ import numpy as np
 from hybrid_vit.box_inference import BoxInference, BoxInferenceSettings, Objects
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data.lazy_masks import as_lazy
-from hybrid_vit.data.mask_encoding import mask_area
+from hybrid_vit.data.mask_encoding import decode_mask, mask_area
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.spec import Field, Spec
-plot_detections: Any = None
+from hybrid_vit.detection_plots import Shown, plot_detections
 from hybrid_vit.heads.detectors import create_detector
 from hybrid_vit.metrics.coco_ap import Detected, Truth, coco_metrics, evaluate_coco
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
@@ -321,23 +321,23 @@ class DetectionEvaluator:
     pictures = [self._picture(own, i, example) for i, example in enumerate(examples)]
     plot_detections(
       [example["image"] for example in examples],
-      [sure(picture.found, _DRAWN_SCORE) for picture in pictures],
+      [as_shown(picture.found) for picture in pictures],
       names,
       spread_palette(len(names)),
       path,
-      truths=[
-        Objects(p.boxes, np.ones(len(p.boxes), np.float32), p.labels.astype(np.int32), p.masks)
-        for p in pictures
-      ],
+      truths=[Shown(p.boxes, p.labels, None, _bitmaps(p.masks), p.crowd) for p in pictures],
+      min_score=_DRAWN_SCORE,
     )
     return True
 
 
-def sure(found: Objects, least: float) -> Objects:
-  """Those of at least some score."""
-  kept = found.scores >= least
-  masks = None if found.masks is None else tuple(m for m, k in zip(found.masks, kept) if k)
-  return Objects(found.boxes[kept], found.scores[kept], found.labels[kept], masks)
+def as_shown(found: Objects) -> Shown:
+  """What `detection_plots` draws."""
+  return Shown(found.boxes, found.labels, found.scores, _bitmaps(found.masks))
+
+
+def _bitmaps(masks: tuple[Any, ...] | None) -> np.ndarray | None:
+  return np.stack([decode_mask(mask) for mask in masks]) if masks else None
 
 
 def as_rows(pictures: Sequence[_Picture]) -> tuple[Truth, Detected]:
