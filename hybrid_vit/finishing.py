@@ -75,16 +75,24 @@ def finish(
   )
 
 
+# Sources of one's own pictures, by the task.
+_SOURCES = {"segmentation": "maps", "depth": "depth"}
+
+
 def _fine_tuning(run: Run, workdir: epath.Path) -> str:
   """What to call; a network with arguments of its own is only in the configuration trained by."""
+  source = _SOURCES.get(run.metadata["task"], "folder")
   if run.metadata["arguments"]:
     return (
       f"add --config.init_from={workdir} --config.reinitialize_head=True "
-      "--config.data.source=folder:/path/to/pictures and a new --workdir to the command"
+      f"--config.data.source={source}:/path/to/pictures and a new --workdir to the command"
     )
+  recipe = f"finetune.py:{run.network}"
+  if source != "folder":
+    recipe = f"finetune_{run.metadata['task']}.py:arch={run.network}"
   return (
-    f"python -m hybrid_vit.main --config=configs/finetune.py:{run.network},init={workdir},"
-    "data=folder:/path/to/pictures"
+    f"python -m hybrid_vit.main --config=configs/{recipe},init={workdir},"
+    f"data={source}:/path/to/pictures"
   )
 
 
