@@ -17,7 +17,7 @@ from hybrid_vit.heads.retinanet import create_retinanet
 from hybrid_vit.models.dense import dense_arguments
 from hybrid_vit.models.registry import create_model
 from hybrid_vit.sharding import make_mesh
-from hybrid_vit.tools.summarize import count_parameters
+from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
 from hybrid_vit.weights import keymap_swin
 from hybrid_vit.weights.convert import export_weights, import_weights
 from hybrid_vit.weights.keymap_detectors import detector_key_map, detector_layouts
@@ -73,6 +73,19 @@ def test_vitdet_counts():
   found = _counts(create_mask_rcnn(Blank(levels((768,), strides=(16,))), 80, **VITDET))
   assert found["rpn"] == 1_184_015
   assert found["box_head0"] + found["mask_head0"] == 18_262_753
+
+
+@pytest.mark.parametrize(
+  ("create", "settings", "expected"),
+  [(create_mask_rcnn, RCNNSettings, 171.0), (create_cascade_mask_rcnn, cascade_settings, 649.2)],
+)
+def test_multiply_adds_of_the_heads(create, settings, expected):
+  """1,000 proposals and 100 masks of a picture of 800x1280; pooling multiplies no matrices."""
+  model = create(Blank(levels((96, 192, 384, 768))), 80, settings=settings(sampling_ratio=2))
+  images = jax.ShapeDtypeStruct((1, 800, 1280, 3), jnp.float32)
+  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+  found = count_multiply_adds(model.apply, variables, images)
+  assert round(found / 1e9, 1) == expected
 
 
 def _make(kind):
