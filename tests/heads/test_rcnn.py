@@ -1,6 +1,7 @@
 """What holds of R-CNN whatever its weights: counts, padding, gradients, sharding, bad input."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -283,15 +284,19 @@ def test_weights_go_out_and_come_back(layout):
                      "backbone.fpn_output5.weight", "proposal_generator.rpn_head.conv.weight",
                      "roi_heads.mask_head.mask_fcn4.bias",
                      "roi_heads.box_predictor.cls_score.bias"},
+      "openmmlab": {"backbone.stages.0.blocks.0.attn.w_msa.qkv.weight",
+                    "roi_head.bbox_head.fc_cls.weight"},
     }),
     (create_cascade_mask_rcnn, {
       "mmdetection": {"roi_head.bbox_head.2.shared_convs.3.bn.running_var",
                       "roi_head.mask_head.2.upsample.weight"},
       "detectron2": {"roi_heads.box_head.1.conv4.norm.weight"},
+      "openmmlab": {"backbone.norm0.weight", "roi_head.bbox_head.2.fc_reg.bias"},
     }),
     (create_atss, {
       "mmdetection": {"neck.fpn_convs.4.conv.weight", "bbox_head.scales.4.scale",
                       "bbox_head.reg_convs.3.gn.weight", "bbox_head.atss_centerness.weight"},
+      "openmmlab": {"bbox_head.atss_cls.weight"},
     }),
   ],
 )  # fmt: skip
@@ -303,10 +308,13 @@ def test_names_of_whole_checkpoints(create, expected):
   layouts = detector_layouts(model, keymap_swin.LAYOUTS)
   assert set(layouts) == set(expected)
   for name, some in expected.items():
-    key_map = layouts[name].key_map(model)
+    key_map, ignored = layouts[name].key_map(model), layouts[name].not_weights
     names = [one for path in paths for one in key_map(path).names]
     assert len(set(names)) == len(names)
     assert some <= set(names), some - set(names)
+    assert not [one for one in names if re.search(ignored, one)]
+    assert [layouts[name].rename(one) for one in names] == names
+    assert re.search(ignored, "roi_head.bbox_head.0.shared_convs.0.bn.num_batches_tracked")
 
 
 def test_bad_input_is_told():
