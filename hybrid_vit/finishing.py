@@ -14,12 +14,6 @@ from hybrid_vit.plots import plot_curves
 from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.train_state import TrainState
 
-# The recipe for one's own data and a source of such, by the task; others are classifiers.
-_OWN_DATA = {
-  "segmentation": ("finetune_segmentation.py", "maps:/path"),
-  "depth": ("finetune_depth.py", "depth:/path"),
-}
-
 
 def finish(
   run: Run,
@@ -81,19 +75,24 @@ def finish(
   )
 
 
+# Sources of one's own pictures, by the task.
+_SOURCES = {"segmentation": "maps", "depth": "depth"}
+
+
 def _fine_tuning(run: Run, workdir: epath.Path) -> str:
   """What to call; a network with arguments of its own is only in the configuration trained by."""
-  recipe, source = _OWN_DATA.get(
-    str(run.metadata.get("task")), ("finetune.py", "folder:/path/to/pictures")
-  )
+  source = _SOURCES.get(str(run.metadata.get("task")), "folder")
   if run.metadata["arguments"]:
     return (
       f"add --config.init_from={workdir} --config.reinitialize_head=True "
-      f"--config.data.source={source} and a new --workdir to the command"
+      f"--config.data.source={source}:/path/to/pictures and a new --workdir to the command"
     )
+  recipe = f"finetune.py:{run.network}"
+  if source != "folder":
+    recipe = f"finetune_{run.metadata['task']}.py:arch={run.network}"
   return (
-    f"python -m hybrid_vit.main --config=configs/{recipe}:arch={run.network},init={workdir},"
-    f"data={source}"
+    f"python -m hybrid_vit.main --config=configs/{recipe},init={workdir},"
+    f"data={source}:/path/to/pictures"
   )
 
 

@@ -153,6 +153,37 @@ def import_dense(
   return ImportedDense(variables, layout, report)
 
 
+def has_decoder(weights: Weights, model: DenseModel, network: str) -> bool:
+  """Whether a checkpoint is of such a backbone with such a decoder, by its names."""
+  try:
+    find_layout(weights, model, network)
+  except ValueError:
+    return False
+  return True
+
+
+def import_as_large(
+  weights: Weights, model: DenseModel, network: str, *, image_size: int
+) -> tuple[ImportedDense, int | None]:
+  """As `import_dense`, for as many classes as the checkpoint has, by the layout of its names.
+
+  Returns:
+    (the numbers, how many classes; None of depth).
+
+  Raises:
+    ValueError: see `find_layout` and `import_dense`.
+  """
+  layout = find_layout(weights, model, network)
+  classes = classes_in(weights, model, network, layout)
+  if classes is not None:
+    beside = model.auxiliary_head
+    model = model.clone(
+      head=model.head.clone(num_outputs=classes),
+      auxiliary_head=beside and beside.clone(num_outputs=classes),
+    )
+  return import_dense(weights, model, network, layout, image_size=image_size), classes
+
+
 def export_dense(
   variables: Mapping[str, Any], model: DenseModel, network: str, layout: str | None = None
 ) -> tuple[dict[str, np.ndarray], str]:

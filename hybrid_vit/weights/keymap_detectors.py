@@ -194,9 +194,7 @@ def detector_key_map(model: Any, layout: str, backbone: KeyMap | None = None) ->
     raise ValueError(f"{type(model).__name__} has no layout {layout!r}; it has: mmdetection")
   else:
     rules["head"] = _dense_head(model.head)
-  plain = type(neck).__name__ == "SimplePyramid"
-  inner = {"mmdetection": "backbone.", "torchvision": "backbone.body."}
-  prefix = inner.get(layout, "backbone.net." if plain else "backbone.bottom_up.")
+  prefix = backbone_prefix(model, layout)
 
   def key_map(path: str) -> OfficialKey:
     collection, part, rest = path.split("/", 2)
@@ -216,24 +214,49 @@ def detector_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict
 
   Args:
     model: the detector.
-    backbone_layouts: of its backbone; its "official" names stand in all files.
+    backbone_layouts: of its backbone; in files of training with mmdetection ("mmdetection"),
+      torchvision and detectron2 the authors' own names stand behind a prefix, in those of networks
+      that are OpenMMLab's own ("openmmlab") theirs.
   """
-  official = backbone_layouts["official"]
   found = {}
-  for layout in LAYOUTS:
+  for name in (*LAYOUTS, "openmmlab"):
+    layout = "mmdetection" if name == "openmmlab" else name
+    inner = backbone_layouts.get("openmmlab" if name == "openmmlab" else "official")
     try:
       detector_key_map(model, layout)
     except ValueError:
       continue
-    found[layout] = Layout(
-      key_map=functools.partial(_whole_of, layout, official),
-      not_weights=rf"(?:{official.not_weights})|{torch_keys.BATCH_NORM_COUNTER}|{_NO_WEIGHTS}",
+    if inner is None:
+      continue
+    prefix = backbone_prefix(model, layout)
+    not_weights = inner.not_weights.replace("^", "^" + re.escape(prefix))
+    found[name] = Layout(
+      key_map=functools.partial(_whole_of, layout, inner),
+      not_weights=rf"(?:{not_weights})|{torch_keys.BATCH_NORM_COUNTER}|{_NO_WEIGHTS}",
+      rename=functools.partial(_renamed, inner.rename, prefix),
+      constants=functools.partial(_constants, inner, prefix),
     )
   return found
 
 
+def backbone_prefix(model: Any, layout: str) -> str:
+  """What stands before the names of a detector's backbone."""
+  if layout == "detectron2":
+    plain = type(model.neck).__name__ == "SimplePyramid"
+    return "backbone.net." if plain else "backbone.bottom_up."
+  return "backbone.body." if layout == "torchvision" else "backbone."
+
+
 def _whole_of(layout: str, backbone: Layout, model: Any) -> KeyMap:
   return detector_key_map(model, layout, backbone.key_map(model.backbone))
+
+
+def _renamed(rename: Callable[[str], str], prefix: str, name: str) -> str:
+  return prefix + rename(name.removeprefix(prefix)) if name.startswith(prefix) else name
+
+
+def _constants(backbone: Layout, prefix: str, model: Any) -> dict[str, np.ndarray]:
+  return {prefix + name: value for name, value in backbone.constants(model.backbone).items()}
 
 
 # detectron2's buffers of anchors and of the pictures' mean.

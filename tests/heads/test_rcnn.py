@@ -1,6 +1,7 @@
 """What holds of R-CNN whatever its weights: counts, padding, gradients, sharding, bad input."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from hybrid_vit.heads.retinanet import create_retinanet
 from hybrid_vit.models.dense import dense_arguments
 from hybrid_vit.models.registry import create_model
 from hybrid_vit.sharding import make_mesh
-from hybrid_vit.tools.summarize import count_parameters
+from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
 from hybrid_vit.weights import keymap_swin
 from hybrid_vit.weights.convert import export_weights, import_weights
 from hybrid_vit.weights.keymap_detectors import detector_key_map, detector_layouts
@@ -73,6 +74,19 @@ def test_vitdet_counts():
   found = _counts(create_mask_rcnn(Blank(levels((768,), strides=(16,))), 80, **VITDET))
   assert found["rpn"] == 1_184_015
   assert found["box_head0"] + found["mask_head0"] == 18_262_753
+
+
+@pytest.mark.parametrize(
+  ("create", "settings", "expected"),
+  [(create_mask_rcnn, RCNNSettings, 171.0), (create_cascade_mask_rcnn, cascade_settings, 649.2)],
+)
+def test_multiply_adds_of_the_heads(create, settings, expected):
+  """1,000 proposals and 100 masks of a picture of 800x1280; pooling multiplies no matrices."""
+  model = create(Blank(levels((96, 192, 384, 768))), 80, settings=settings(sampling_ratio=2))
+  images = jax.ShapeDtypeStruct((1, 800, 1280, 3), jnp.float32)
+  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+  found = count_multiply_adds(model.apply, variables, images)
+  assert round(found / 1e9, 1) == expected
 
 
 def _make(kind):
@@ -270,15 +284,19 @@ def test_weights_go_out_and_come_back(layout):
                      "backbone.fpn_output5.weight", "proposal_generator.rpn_head.conv.weight",
                      "roi_heads.mask_head.mask_fcn4.bias",
                      "roi_heads.box_predictor.cls_score.bias"},
+      "openmmlab": {"backbone.stages.0.blocks.0.attn.w_msa.qkv.weight",
+                    "roi_head.bbox_head.fc_cls.weight"},
     }),
     (create_cascade_mask_rcnn, {
       "mmdetection": {"roi_head.bbox_head.2.shared_convs.3.bn.running_var",
                       "roi_head.mask_head.2.upsample.weight"},
       "detectron2": {"roi_heads.box_head.1.conv4.norm.weight"},
+      "openmmlab": {"backbone.norm0.weight", "roi_head.bbox_head.2.fc_reg.bias"},
     }),
     (create_atss, {
       "mmdetection": {"neck.fpn_convs.4.conv.weight", "bbox_head.scales.4.scale",
                       "bbox_head.reg_convs.3.gn.weight", "bbox_head.atss_centerness.weight"},
+      "openmmlab": {"bbox_head.atss_cls.weight"},
     }),
   ],
 )  # fmt: skip
@@ -290,10 +308,13 @@ def test_names_of_whole_checkpoints(create, expected):
   layouts = detector_layouts(model, keymap_swin.LAYOUTS)
   assert set(layouts) == set(expected)
   for name, some in expected.items():
-    key_map = layouts[name].key_map(model)
+    key_map, ignored = layouts[name].key_map(model), layouts[name].not_weights
     names = [one for path in paths for one in key_map(path).names]
     assert len(set(names)) == len(names)
     assert some <= set(names), some - set(names)
+    assert not [one for one in names if re.search(ignored, one)]
+    assert [layouts[name].rename(one) for one in names] == names
+    assert re.search(ignored, "roi_head.bbox_head.0.shared_convs.0.bn.num_batches_tracked")
 
 
 def test_bad_input_is_told():

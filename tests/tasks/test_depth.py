@@ -224,13 +224,14 @@ def test_bad_depths_stop_a_run_with_the_file_and_the_remedy(bad, message, tmp_pa
   assert re.search(message, caplog.text), caplog.text
 
 
-def test_a_run_learns_goes_on_bit_for_bit_and_is_read_back(tmp_path, shared_programs):
+def test_a_run_learns_goes_on_bit_for_bit_and_is_read_back(tmp_path, shared_programs, capsys):
   whole = tmp_path / "whole"
   results = main.train(dense.config("depth"), whole)
   lines = [x for x in read_metrics(whole / "metrics.jsonl") if x["kind"] == "train"]
   assert lines[-1]["loss"] < lines[0]["loss"] and "abs_rel" in lines[0]
   assert results["held_out/examples"] == 20 and 0 < results["held_out/rmse"] < 10
   assert (whole / "predictions.png").stat().st_size > 1000
+  assert "--config.data.source=depth:/path/to/pictures" in capsys.readouterr().out
   broken = shutil.copytree(whole, tmp_path / "broken")
   for step in (6, 9, 12):
     shutil.rmtree(broken / "checkpoints" / str(step))

@@ -299,13 +299,14 @@ def test_a_photo_without_its_map_stops_a_run_before_it_begins(tmp_path):
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_run_learns_goes_on_bit_for_bit_and_is_read_back(tmp_path, shared_programs):
+def test_a_run_learns_goes_on_bit_for_bit_and_is_read_back(tmp_path, shared_programs, capsys):
   whole = tmp_path / "whole"
   results = main.train(dense.config(), whole)
   lines = [x for x in read_metrics(whole / "metrics.jsonl") if x["kind"] == "train"]
   assert lines[-1]["loss"] < lines[0]["loss"] and "auxiliary_loss" in lines[0]
   assert results["held_out/examples"] == 20 and results["held_out/mean_iou"] > 0
   assert (whole / "predictions.png").stat().st_size > 1000
+  assert "--config.data.source=maps:/path/to/pictures" in capsys.readouterr().out
   broken = shutil.copytree(whole, tmp_path / "broken")
   for step in (6, 9, 12):
     shutil.rmtree(broken / "checkpoints" / str(step))

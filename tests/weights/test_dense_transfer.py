@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from hybrid_vit import build
+from hybrid_vit.build import DataFacts
+from hybrid_vit.config import Config
 from hybrid_vit.heads.dense_model import create_dense_model
 from hybrid_vit.models.registry import create_model
+from hybrid_vit.starting import _initial_weights
+from hybrid_vit.weights import families, readers
+from hybrid_vit.weights.dense_checkpoints import export_dense
 from hybrid_vit.weights.transfer import is_clip, is_dense, transfer
 from tests import dense
 
@@ -117,3 +124,38 @@ def test_a_network_alone_leaves_the_decoder():
 def test_a_decoder_of_another_kind_is_refused():
   with pytest.raises(ValueError, match="these weights are of another network"):
     transfer(segmenter(1), segmenter(2, 4, "dpt_segmentation", False), reinitialize_head=True)
+
+
+def start(tmp_path, weights, classes=4, arguments=dense.ARGUMENTS):
+  """(variables, report) of a training that begins with a file of these names."""
+  file = tmp_path / "authors.safetensors"
+  readers.write_safetensors(file, weights, {})
+  config = dense.config(init_from=str(file))
+  config.model = ConfigDict(dict(name=dense.NETWORK, arguments=arguments))
+  config.task.head, config.data.transform = UPERNET, "decode|random_crop(32)"
+  names = tuple(map(str, range(classes)))
+  run = build.build(Config(config), DataFacts({"map_class_names": names}, 64))
+  found, metadata = _initial_weights(run, run.settings.init_from)
+  target = jax.eval_shape(lambda key: run.task.init(key, run.batches[0]), jax.random.key(0))
+  return found, metadata, transfer(found, target, reinitialize_head=classes != 4)[1]
+
+
+def test_a_training_begins_with_an_authors_file_of_either_kind(tmp_path):
+  """A segmenter, of other classes too, and a classifier."""
+  source = segmenter(1)
+  backbone = create_model(dense.NETWORK, 0, **dense.ARGUMENTS)
+  model = create_dense_model(backbone, 4, head=UPERNET, auxiliary=dense.AUXILIARY)
+  exported, _ = export_dense(source, model, dense.NETWORK, "openmmlab")
+  found, metadata, report = start(tmp_path, exported)
+  jax.tree.map(np.testing.assert_array_equal, found, source)
+  assert metadata == {"num_classes": 4} and not report.initialised
+  _, _, report = start(tmp_path, exported, classes=6)
+  assert len(report.initialised) == 4 and all("classifier" in n for n in report.initialised)
+  # A classifier's file of the registry's size, under the same decoder.
+  classes = create_model(dense.NETWORK, 5)
+  shapes = jax.eval_shape(lambda: classes.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+  whole = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), dict(shapes))
+  weights = families.export_checkpoint(whole, dense.NETWORK, classes)
+  found, _, report = start(tmp_path, weights, arguments={"output_norms": (1, 2, 3, 4)})
+  assert "head" in found["params"] and "backbone" not in found["params"]
+  assert any("no decoder in the source" in name for name in report.initialised)
