@@ -87,7 +87,9 @@ def _locally(config: ConfigDict) -> None:
   config.data.source = "scenes:size=64"
   config.data.image_size = 64
   config.data.batch_size = 16
-  config.data.transform = "decode|flip_lr|keep_largest(8)|pad_to({image_size})|crop_masks(28)"
+  config.data.transform = (
+    "decode|random_crop({image_size})|flip_lr|keep_largest(8)|pad_to({image_size})|crop_masks(28)"
+  )
   config.model.arguments = dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3)
   config.task.detector = dict(
     name="mask_rcnn",

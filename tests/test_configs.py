@@ -66,7 +66,10 @@ def test_every_variant_builds_its_network_and_transforms(path, variant):
   # Of two towers the image network has a projection in the place of classes; of a backbone with a
   # decoder the decoder has them, and depth is one number.
   network = getattr(tasks[-1].model, "image", tasks[-1].model)
-  if metadata["task"] in ("segmentation", "depth"):
+  if metadata["task"] == "detection":
+    assert network.stages[0].num_classes == metadata["num_classes"]
+    assert network.backbone.num_classes == 0
+  elif metadata["task"] in ("segmentation", "depth"):
     assert network.head.num_outputs == metadata.get("num_classes", 1)
     assert network.backbone.num_classes == 0
   else:

@@ -248,7 +248,7 @@ class Detection:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
+class Picture:
   """What one picture holds and what was found in it."""
 
   index: int
@@ -283,7 +283,7 @@ class DetectionEvaluator:
       results |= {f"{name}_{measure.lower()}": value for measure, value in found.items()}
     return {**results, "examples": float(len(pictures))}
 
-  def pictures(self, variables: Variables) -> list[_Picture]:
+  def pictures(self, variables: Variables) -> list[Picture]:
     """All pictures of the set with what was found in them, the same on every process."""
     own, found = local_variables(variables), []
     for batch, host in self._data.batches():
@@ -294,14 +294,14 @@ class DetectionEvaluator:
     pictures = gathered_over_processes(found, self._data.part)
     return sorted(pictures, key=lambda picture: picture.index)
 
-  def _picture(self, own: Any, index: int, example: Mapping[str, Any]) -> _Picture:
+  def _picture(self, own: Any, index: int, example: Mapping[str, Any]) -> Picture:
     boxes = np.asarray(example["boxes"], np.float32).reshape(-1, 4)
     crowd = example.get("crowd")
     masks = None
     if self._task.mask_size:
       lazy = as_lazy(example["masks"])
       masks = tuple(lazy.rle(row) for row in range(len(lazy)))
-    return _Picture(
+    return Picture(
       index=index,
       found=self._inference.objects(own, example["image"]),
       boxes=boxes,
@@ -340,7 +340,7 @@ def _bitmaps(masks: tuple[Any, ...] | None) -> np.ndarray | None:
   return np.stack([decode_mask(mask) for mask in masks]) if masks else None
 
 
-def as_rows(pictures: Sequence[_Picture]) -> tuple[Truth, Detected]:
+def as_rows(pictures: Sequence[Picture]) -> tuple[Truth, Detected]:
   """What COCO's evaluation takes: true objects and detections, a row each."""
 
   def joined(arrays: Sequence[np.ndarray], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
