@@ -186,7 +186,7 @@ def dino_losses(
   logits = jnp.concatenate([found.logits[:, :, slots:], found.encoder_logits[None]])
   boxes = jnp.concatenate([found.boxes[:, :, slots:], found.encoder_boxes[None]])
   layers = found.logits.shape[0]
-  answer = {}
+  answer: dict[str, jax.Array] = {}
   for name, value in weighted_losses(
     set_losses(logits, boxes, targets, settings), settings
   ).items():
@@ -260,7 +260,7 @@ def create_dino(
   Raises:
     ValueError: a backbone with fewer maps.
   """
-  known: tuple[FeatureSpec, ...] = tuple(backbone.features)  # type: ignore[attr-defined]
+  known: tuple[FeatureSpec, ...] = tuple(backbone.features)
   if len(known) < num_levels - 1:
     raise ValueError(
       f"DINO of {num_levels} levels reads {num_levels - 1} maps; the backbone gives {len(known)}"

@@ -125,7 +125,10 @@ def match_queries(
 ) -> jax.Array:
   """The query of each object at the least cost, int32 `[..., B, G]`, -1 for none."""
   costs = matching_costs(logits, boxes, targets, settings)
-  return linear_assignment(costs, jnp.broadcast_to(targets.valid, costs.shape[:-1]))
+  valid = jnp.broadcast_to(targets.valid, costs.shape[:-1])
+  # All axes become one there; with the batch in front each device keeps its part.
+  found = linear_assignment(jnp.moveaxis(costs, -3, 0), jnp.moveaxis(valid, -2, 0))
+  return jnp.moveaxis(found, 0, -2)
 
 
 def matching_costs(
