@@ -139,7 +139,7 @@ class DINONetwork(nn.Module):
       denoising: further queries, or None.
 
     Raises:
-      ValueError: fewer levels than features, or fewer cells than queries.
+      ValueError: fewer levels than features, cells than queries, or rows of labels than classes.
     """
     pyramid = self._pyramid(endpoints, sizes, canvas)
     memory = self._encode(pyramid)
@@ -151,6 +151,8 @@ class DINONetwork(nn.Module):
     reference = jax.nn.sigmoid(lax.stop_gradient(chosen))
     bias = None
     rows = self.num_outputs + 1 if self.num_labels is None else self.num_labels
+    if rows < self.num_outputs:
+      raise ValueError(f"dino: {rows} rows of noised labels for {self.num_outputs} classes")
     table = self.param("label_embedding", _NORMAL, (rows, self.channels), jnp.float32)
     if denoising is not None:
       filled = denoising.filled[..., None]

@@ -72,6 +72,7 @@ def backbone_prefix(model: Any) -> str:
 
 
 def _renamed(rename: Callable[[str], str], prefix: str, name: str) -> str:
+  name = name.removeprefix("module.")  # of training on several devices
   return prefix + rename(name.removeprefix(prefix)) if name.startswith(prefix) else name
 
 

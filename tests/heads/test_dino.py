@@ -33,10 +33,6 @@ from tests import golden
 from tests.heads.detectors import Blank, maps_of, padded
 from tests.heads.pyramids import levels
 
-# Rows and columns of padding in the second picture of every golden file.
-_PADDING = (9, 14)
-_ROOM = 4
-
 
 @pytest.fixture(autouse=True)
 def _exact():
@@ -70,7 +66,9 @@ def _golden(name):
   settings = DINOSettings(a["dn_number"], a["label_noise_ratio"], a["box_noise_scale"])
   model = DINO(Blank(features), head, settings)
   maps = maps_of(description, features)
-  sizes = np.array([canvas, np.subtract(canvas, _PADDING)])
+  # "image 1: the last 9 rows and the last 14 columns are padding"
+  padding = [int(n) for n in re.findall(r"\d+", description["extra_inputs"]["mask"])[1:]]
+  sizes = np.array([canvas, np.subtract(canvas, padding)])
   template = jax.eval_shape(lambda: head.init(jax.random.key(0), maps, sizes, canvas))
   weights = golden.weights(description)
   key_map = head_key_map(head)
@@ -80,8 +78,9 @@ def _golden(name):
   assert set(exported) == set(weights) | set(description["aliases"])
   for key, value in exported.items():
     np.testing.assert_array_equal(value, weights[description["aliases"].get(key, key)])
-  boxes, valid = padded([expected[f"gt_boxes_{i}"] for i in range(2)], _ROOM)
-  labels, _ = padded([expected[f"gt_labels_{i}"].astype(np.int32) for i in range(2)], _ROOM)
+  room = 1 + max(len(expected[f"gt_labels_{i}"]) for i in range(2))
+  boxes, valid = padded([expected[f"gt_boxes_{i}"] for i in range(2)], room)
+  labels, _ = padded([expected[f"gt_labels_{i}"].astype(np.int32) for i in range(2)], room)
   pixels = centres_to_corners(boxes) * sizes[:, None, [1, 0, 1, 0]]
   targets = {"boxes": pixels, "labels": labels, "valid": valid}
   return model, variables, maps, sizes, canvas, targets
@@ -440,6 +439,7 @@ def test_names_of_whole_checkpoints():
     "transformer.tgt_embed.weight",
   } <= set(names)
   assert [layout.rename(name) for name in names] == names
+  assert layout.rename("module.label_enc.weight") == "label_enc.weight"
   assert not [name for name in names if re.search(layout.not_weights, name)]
   assert re.search(layout.not_weights, "backbone.0.layers.0.blocks.1.attn_mask")
   with pytest.raises(ValueError, match="DINO has no variable 'neck/fc/kernel'"):
@@ -454,6 +454,8 @@ def test_bad_input_is_told():
     ValueError, match=r"10 queries are chosen among 7 cells \(maps of 2 x 2, 1 x 1"
   ):
     model.apply(variables, _images(size=(16, 16)))
+  with pytest.raises(ValueError, match="2 rows of noised labels for 3 classes"):
+    _shapes(_small(num_labels=2))
   with pytest.raises(ValueError, match="6 levels reads 5 maps; the backbone gives 3"):
     create_dino(model.backbone, 3, num_levels=6)
   draws = draw_denoising(jax.random.key(0), 2, 200, 3)
