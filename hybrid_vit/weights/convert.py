@@ -30,12 +30,15 @@ class OfficialKey:
     to_theirs: the inverse of `to_ours`.
     further: names of tensors of the same shape that follow the first on axis 0, where one of our
       leaves holds what lies apart there (query, key and value of a fused projection).
+    aliases: names under which the checkpoint may repeat the first tensor; they are written, and
+      where they are there, have to hold the same numbers.
   """
 
   name: str
   to_ours: Callable[[np.ndarray], np.ndarray] = _same
   to_theirs: Callable[[np.ndarray], np.ndarray] = _same
   further: tuple[str, ...] = ()
+  aliases: tuple[str, ...] = ()
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -50,7 +53,7 @@ class OfficialKey:
   def write(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
     """The checkpoint's tensors from our leaf."""
     if not self.further:
-      return {self.name: self.to_theirs(leaf)}
+      return dict.fromkeys((self.name, *self.aliases), self.to_theirs(leaf))
     return dict(zip(self.names, np.split(self.to_theirs(leaf), len(self.names))))
 
 
@@ -138,7 +141,7 @@ def import_weights(
   wrong: list[str] = []
   for path, leaf in traverse_util.flatten_dict(dict(template), sep="/").items():
     key = key_map(path)
-    asked.update(key.names)
+    asked.update(key.names, key.aliases)
     value, reason = None, ""
     absent = [name for name in key.names if name not in weights]
     if absent:
@@ -151,6 +154,11 @@ def import_weights(
         reason = f"{key.name} has shape {shape}, which is none of {tuple(leaf.shape)} there"
       if value is not None and value.shape != tuple(leaf.shape):
         reason = f"{key.name} has shape {value.shape}, the model {tuple(leaf.shape)}"
+    wrong += [
+      f"{name} is another tensor than {key.name}, which it repeats"
+      for name in key.aliases
+      if not absent and name in weights and not np.array_equal(weights[name], weights[key.name])
+    ]
     if not reason and value is not None:
       strange = _not_finite(value.astype(leaf.dtype))
       if strange:
