@@ -6,8 +6,8 @@ arch=convnext_tiny,data=coco:/path/to/coco,detector=mask_rcnn,init=WEIGHTS
     --config=configs/finetune_detection.py:runlocal        drawn scenes, minutes
 
 `data` is any source of objects (docs/data.md): coco:, yolo: (boxes alone: masks=False), scenes.
-`detector` is mask_rcnn or cascade_mask_rcnn. Pictures are resized by mmdetection's 1x recipe onto a
-square canvas. Own figures, no paper's.
+`detector` is mask_rcnn or cascade_mask_rcnn; with masks=False retinanet, atss or dino, too.
+Pictures are resized by mmdetection's 1x recipe onto a square canvas. Own figures, no paper's.
 """
 
 from ml_collections import ConfigDict

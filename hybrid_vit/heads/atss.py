@@ -23,6 +23,7 @@ from hybrid_vit.heads.dense_detection import (
   towers,
 )
 from hybrid_vit.heads.detection_losses import binary_cross_entropy
+from hybrid_vit.heads.detectors import register_without_masks
 from hybrid_vit.heads.retinanet import class_loss
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.assignment import atss_assign
@@ -189,3 +190,6 @@ def create_atss(
   own = {"num_anchors": settings.num_anchors, "channels": made.outputs[0].channels, **shared}
   made_head = ATSSHead(made.outputs, num_classes, **{**own, **(head or {})})
   return ATSS(backbone, made, made_head, settings)
+
+
+register_without_masks("atss", create_atss, ATSSSettings)

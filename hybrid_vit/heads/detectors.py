@@ -13,7 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 # The modules that register detectors when imported.
-_MODULES = ("hybrid_vit.heads.rcnn",)
+_MODULES = (
+  "hybrid_vit.heads.rcnn",
+  "hybrid_vit.heads.retinanet",
+  "hybrid_vit.heads.atss",
+  "hybrid_vit.heads.dino",
+)
 
 _DETECTORS: dict[str, Callable[..., Any]] = {}
 _FactoryT = TypeVar("_FactoryT", bound=Callable[..., Any])
@@ -35,6 +40,37 @@ def register_detector(name: str) -> Callable[[_FactoryT], _FactoryT]:
     return factory
 
   return add
+
+
+def register_without_masks(
+  name: str, factory: Callable[..., Any], settings_class: Callable[..., Any]
+) -> None:
+  """Adds a detector of boxes alone.
+
+  Args:
+    name: as a configuration gives it.
+    factory: `(backbone, num_classes, *, settings, **) → module`.
+    settings_class: of its settings, made of the plain values that are given.
+  """
+  takes_groups = "batch_norm_groups" in inspect.signature(factory).parameters
+
+  def create(
+    backbone: Any,
+    num_classes: int,
+    *,
+    masks: bool = False,
+    batch_norm_groups: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **arguments: Any,
+  ) -> Any:
+    if masks:
+      raise ValueError(f"{name} finds boxes alone: config.task.mask_size=0 was expected")
+    groups = {"batch_norm_groups": batch_norm_groups} if takes_groups else {}
+    made = settings_class(**(settings or {}))
+    return factory(backbone, num_classes, settings=made, **groups, **arguments)
+
+  create.__module__ = factory.__module__
+  register_detector(name)(create)
 
 
 def detector_names() -> list[str]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.heads.detectors import register_without_masks
 from hybrid_vit.heads.dino_denoising import (
   DenoisingDraws,
   DenoisingQueries,
@@ -277,3 +278,6 @@ def _sides(sizes: jax.Array) -> jax.Array:
 
 def _numbered(name: str, layer: int) -> str:
   return f"{name}{'_' if name[-1].isdigit() else ''}{layer}"
+
+
+register_without_masks("dino", create_dino, DINOSettings)

@@ -23,6 +23,7 @@ from hybrid_vit.heads.dense_detection import (
   towers,
 )
 from hybrid_vit.heads.detection_losses import sigmoid_focal, smooth_l1
+from hybrid_vit.heads.detectors import register_without_masks
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.anchors import octave_scales
 from hybrid_vit.ops.assignment import max_iou_assign
@@ -179,3 +180,6 @@ def create_retinanet(
   own = {"num_anchors": settings.num_anchors, "channels": made.outputs[0].channels, **shared}
   made_head = RetinaHead(made.outputs, num_classes, **{**own, **(head or {})})
   return RetinaNet(backbone, made, made_head, settings)
+
+
+register_without_masks("retinanet", create_retinanet, RetinaNetSettings)

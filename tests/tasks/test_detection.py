@@ -149,3 +149,30 @@ def test_bad_settings_are_named(scenes, changes, message):
     config.task[name] = value
   with pytest.raises(ValueError, match=message):
     build.build(Config(config), facts(scenes))
+
+
+@pytest.mark.parametrize("name", ["retinanet", "atss", "dino", "cascade_mask_rcnn"])
+def test_every_detector_traces_a_step(scenes, name):
+  config = load_config(CONFIG, "runlocal")
+  config.task.detector = {"name": name}
+  if name == "dino":
+    config.task.detector.head = {"num_queries": 30}
+  if name != "cascade_mask_rcnn":
+    config.task.mask_size = 0
+    config.data.transform = config.data.transform.replace("|crop_masks(28)", "")
+  run = build.build(Config(config), facts(scenes))
+  task, key = run.task, jax.eval_shape(lambda: jax.random.key(0))
+  variables = jax.eval_shape(task.init, key, run.batches[0])
+  augmented = jax.eval_shape(task.augment, run.batches[0], key, 0)
+  loss, _ = jax.eval_shape(task.loss, variables, augmented, key)
+  assert loss.shape == ()
+  found = jax.eval_shape(task.predict, variables, {"image": run.batches[0]["image"]})
+  assert {"boxes", "scores", "labels", "valid"} <= set(found)
+  assert ("masks" in found) == (name == "cascade_mask_rcnn")
+
+
+def test_masks_of_a_detector_that_has_none_are_an_error(scenes):
+  config = load_config(CONFIG, "runlocal")
+  config.task.detector = {"name": "retinanet"}
+  with pytest.raises(ValueError, match=r"retinanet finds boxes alone: config.task.mask_size=0"):
+    build.build(Config(config), facts(scenes))
