@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 with open(HERE / "recipe_figures.csv", newline="") as file:
   ROWS = list(csv.DictReader(file))
+with open(HERE / "dense_recipe_figures.csv", newline="") as file:
+  DENSE_ROWS = list(csv.DictReader(file))
 STEPS_PER_EPOCH = 1000
 CLIP = "clip_quality_captions:"
 
@@ -123,8 +125,39 @@ def test_figures_are_those_of_the_paper_or_the_authors_code(row):
 
 def test_every_file_with_a_recipe_of_a_paper_has_its_figures():
   named = {row["recipe"].partition(":")[0] for row in ROWS}
-  own = {"cifar10", "finetune", "quickstart"}
+  named |= {row["recipe"].partition(":")[0] for row in DENSE_ROWS}
+  own = {"cifar10", "quickstart", "finetune"}
+  own |= {f"finetune_{task}" for task in ("segmentation", "depth", "detection")}
   assert named | own == {path.stem for path in CONFIGS.glob("*.py")}
+
+
+@pytest.mark.parametrize("row", DENSE_ROWS, ids=lambda row: row["recipe"])
+def test_dense_recipes_have_their_figures(row):
+  config = load(row["recipe"])
+  optimizer, task, schedule = config.optimizer, config.task, config.optimizer.schedule
+  inference, length = task.inference, config.get("total_steps")
+  decay = optimizer.get("layer_decay")
+  crop, stride = inference.get("crop"), inference.get("stride")
+  found = {
+    "batch": config.data.batch_size,
+    "crop": config.data.image_size,
+    "rate": optimizer.learning_rate,
+    "decay": optimizer.weight_decay,
+    "warmup": f"{schedule.warmup_steps} steps" if length else f"{schedule.warmup_epochs:g} epochs",
+    "length": f"{length} steps" if length else f"{config.total_epochs} epochs",
+    "power": schedule.get("power"),
+    "drop_path": config.model.arguments.get("drop_path_rate"),
+    "layer_decay": decay["rate"] if decay else None,
+    "head": f"{task.head.name} {task.head.get('channels', '')}".strip(),
+    "neck": (task.get("neck") or {}).get("name"),
+    "auxiliary": task.auxiliary_weight if task.get("auxiliary") else None,
+    "slide": f"{crop[0]}/{stride[-1]}" if inference.mode == "slide" else None,
+  }
+  for name, value in found.items():
+    wanted = row[name]
+    told = "" if value is None else value
+    same = str(told) == wanted if isinstance(told, str) else float(told) == float(wanted or "nan")
+    assert same, (name, value, wanted)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["recipe"])

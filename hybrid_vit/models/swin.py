@@ -240,8 +240,8 @@ class WindowAttention(nn.Module):
   window_size: int
   shifted: bool
   qkv_bias: bool
-  shrink_windows: bool
-  dtype: Any
+  shrink_windows: bool = True
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
