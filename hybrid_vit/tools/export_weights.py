@@ -28,7 +28,7 @@ def export_weights(
   architecture: str | None = None,
   *,
   merge: bool = False,
-) -> list[str]:
+) -> tuple[list[str], str]:
   """Writes the weights in `directory` to `file`, whole or not at all.
 
   Args:
@@ -42,7 +42,7 @@ def export_weights(
     merge: merge branches first, where the network has any (MCi, the convolutional text tower).
 
   Returns:
-    The names in the file.
+    (the names in the file, the layout).
 
   Raises:
     ValueError: another ending, an unknown architecture or layout, or weights that say nothing of
@@ -70,7 +70,7 @@ def export_weights(
     exported = families.export_checkpoint(variables, name, model, layout)
   about = {"format": "pt", "architecture": name, "layout": layout}
   readers.write_safetensors(file, exported, about)
-  return list(exported)
+  return list(exported), layout
 
 
 def _stored(
@@ -95,12 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--merge", action="store_true", help="merge the branches of MCi first")
   args = parser.parse_args(argv)
   try:
-    names = export_weights(args.source, args.to, args.layout, args.arch, merge=args.merge)
+    names, layout = export_weights(args.source, args.to, args.layout, args.arch, merge=args.merge)
   except (ValueError, OSError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  layout = f", layout {args.layout}" if args.layout else ""
-  print(f"{len(names)} tensors{layout}, written to {args.to}")
+  print(f"{len(names)} tensors, layout {layout}, written to {args.to}")
   return 0
 
 
