@@ -129,6 +129,7 @@ Where the two differ by more than rounding:
   here; its 50 million go with a smaller network than the released `smt_s`.
 * `revcol_base`: 122 million and 1169 G are ConvNeXt-B's; with RevCol-B's own backbone (138 million)
   it is what is counted here.
+* Millions of parameters are rounded down in some tables (FocalNet's deep ones, MOAT).
 * FocalNet: published multiply-adds are 2 to 3 G larger, which are element-wise products.
 * `revcol_huge`: here with the 7x7 kernels that it has on dense tasks.
 * The ViT is MobileCLIP's; MAE's published 163.9 million have relative positions and layer scales.
