@@ -4,6 +4,8 @@ A key map is a function from the path of one of our variables ("params/stem/conv
 `OfficialKey` that holds the same numbers in the authors' checkpoint.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +46,15 @@ class OfficialKey:
   def names(self) -> tuple[str, ...]:
     """All tensors that the leaf holds."""
     return (self.name, *self.further)
+
+  def renamed(self, rename: Callable[[str], str]) -> OfficialKey:
+    """The same tensor under another name, and so all that goes with it."""
+    further, aliases = (tuple(map(rename, names)) for names in (self.further, self.aliases))
+    return dataclasses.replace(self, name=rename(self.name), further=further, aliases=aliases)
+
+  def below(self, prefix: str) -> OfficialKey:
+    """The same tensor behind a prefix."""
+    return self.renamed(prefix.__add__)
 
   def read(self, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """Our leaf from a checkpoint that has all of `names`."""

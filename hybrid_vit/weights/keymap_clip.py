@@ -5,8 +5,6 @@ and OpenAI's own files, "timm" open_clip's copies of MobileCLIP, whose image tow
 "transformers" `CLIPModel`.
 """
 
-import dataclasses
-
 import numpy as np
 
 from hybrid_vit.models.clip import CLIP
@@ -34,19 +32,14 @@ def _key_map(model: CLIP, layout: str, image_prefix: str, text_prefix: str) -> K
     collection, tower, *rest = path.split("/")
     below = "/".join((collection, *rest))
     if tower == "image":
-      return _below(image_prefix, image(below))
+      return image(below).below(image_prefix)
     if tower == "text":
-      return _below(text_prefix, text(below))
+      return text(below).below(text_prefix)
     if path == "params/logit_scale":
       return torch_keys.same("logit_scale")
     raise torch_keys.no_such_variable("CLIP", path)
 
   return key_map
-
-
-def _below(prefix: str, key: OfficialKey) -> OfficialKey:
-  name, *further = (f"{prefix}{name}" for name in key.names)
-  return dataclasses.replace(key, name=name, further=tuple(further))
 
 
 def _official(model: CLIP) -> KeyMap:

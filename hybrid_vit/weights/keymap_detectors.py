@@ -199,9 +199,7 @@ def detector_key_map(model: Any, layout: str, backbone: KeyMap | None = None) ->
   def key_map(path: str) -> OfficialKey:
     collection, part, rest = path.split("/", 2)
     if part == "backbone" and backbone is not None:
-      key = backbone(f"{collection}/{rest}")
-      further = tuple(prefix + name for name in key.further)
-      return dataclasses.replace(key, name=prefix + key.name, further=further)
+      return backbone(f"{collection}/{rest}").below(prefix)
     if part not in rules:
       raise torch_keys.no_such_variable(type(model).__name__, path)
     return torch_keys.by_rules(rules[part], rest, part)

@@ -86,9 +86,7 @@ def _whole_of(backbone: Layout, model: Any) -> KeyMap:
       return head(f"{collection}/{rest}")
     if part != "backbone":
       raise torch_keys.no_such_variable("DINO", path)
-    key = inner(f"{collection}/{rest}")
-    further, aliases = (tuple(prefix + name for name in x) for x in (key.further, key.aliases))
-    return dataclasses.replace(key, name=prefix + key.name, further=further, aliases=aliases)
+    return inner(f"{collection}/{rest}").below(prefix)
 
   return key_map
 
@@ -109,7 +107,7 @@ def _rules(head: Any) -> list[_Rule]:
     ("proposal_norm", "transformer.enc_output_norm", norm),
     ("encoder_classifier", "transformer.enc_out_class_embed", dense),
     (r"encoder_boxes/fc(\d)", rf"{boxes}.layers.\1", dense),
-    (r"decoder(\d+)/self_attention/qkv", f"{decoder}.self_attn", _stacked),
+    (r"decoder(\d+)/self_attention/qkv", f"{decoder}.self_attn", torch_keys.stacked),
     (r"decoder(\d+)/self_attention/out", f"{decoder}.self_attn.out_proj", dense),
     # Numbered in the order of DETR's layers, which is not that of the computation.
     (r"decoder(\d+)/self_norm", f"{decoder}.norm2", norm),
@@ -129,12 +127,6 @@ def _table(name: str, leaf: str) -> OfficialKey:
   if leaf not in _TABLES:
     raise torch_keys.no_such_variable("DINO", leaf)
   return torch_keys.same(_TABLES[leaf])
-
-
-def _stacked(name: str, leaf: str) -> OfficialKey:
-  """Query, key and value in one matrix there, too."""
-  key = torch_keys.dense(name, leaf)
-  return dataclasses.replace(key, name=f"{name}.in_proj_{'bias' if leaf == 'bias' else 'weight'}")
 
 
 def _repeated(head: Any) -> Callable[[str, str], OfficialKey]:

@@ -1,6 +1,5 @@
 """FocalNet: names in the authors' checkpoints, in timm's and in those of `transformers`."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
@@ -85,11 +84,12 @@ _TRANSFORMERS: Substitutions = (
 
 def _renamed(linear: Linear, substitutions: Substitutions) -> KeyMap:
   def key_map(path: str) -> OfficialKey:
-    key = _official(path, linear)
-    name = key.name
-    for pattern, replacement in substitutions:
-      name = re.sub(pattern, replacement, name)
-    return dataclasses.replace(key, name=name)
+    def rename(name: str) -> str:
+      for pattern, replacement in substitutions:
+        name = re.sub(pattern, replacement, name)
+      return name
+
+    return _official(path, linear).renamed(rename)
 
   return key_map
 

@@ -7,7 +7,6 @@ together.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -201,8 +200,7 @@ def part_key_map(part: Any, layout: str, prefix: str = "") -> Callable[[str], Of
     raise ValueError(f"{kind} has no layout {layout!r}; it has: {', '.join(known) or 'none'}")
 
   def key_map(path: str) -> OfficialKey:
-    key = torch_keys.by_rules(known[layout], path.partition("/")[2], kind)
-    return dataclasses.replace(key, name=prefix + key.name)
+    return torch_keys.by_rules(known[layout], path.partition("/")[2], kind).below(prefix)
 
   return key_map
 
@@ -292,9 +290,7 @@ def _whole_of(
   def key_map(path: str) -> OfficialKey:
     collection, part, rest = path.split("/", 2)
     if part == "backbone":
-      key = backbone(f"{collection}/{rest}")
-      name, *further = map(placed, key.names)
-      return dataclasses.replace(key, name=name, further=tuple(further))
+      return backbone(f"{collection}/{rest}").renamed(placed)
     return maps[part](f"{collection}/{rest}")
 
   return key_map

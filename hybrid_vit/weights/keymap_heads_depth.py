@@ -154,8 +154,7 @@ def depth_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[st
     if part != "backbone":
       return of_head(f"{collection}/{rest}")
     key = of_backbone(f"{collection}/{rest}")
-    name, *further = ("dpt." + name.removeprefix("vit.") for name in key.names)
-    return dataclasses.replace(key, name=name, further=tuple(further))
+    return key.renamed(lambda name: "dpt." + name.removeprefix("vit."))
 
   def constants(_: Any) -> dict[str, np.ndarray]:
     made = layout.constants(head)

@@ -5,7 +5,6 @@ Paths below a whole model begin with "backbone" and "head"; a head alone has its
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -29,12 +28,6 @@ _TABLES = {
     "level_embedding": "level_embed.weight",
   },
 }
-
-
-def _stacked(name: str, leaf: str) -> OfficialKey:
-  """Query, key and value in one matrix there, too."""
-  key = torch_keys.dense(name, leaf)
-  return dataclasses.replace(key, name=f"{name}.in_proj_{'bias' if leaf == 'bias' else 'weight'}")
 
 
 def _apart(name: str, leaf: str) -> OfficialKey:
@@ -88,10 +81,10 @@ def _official() -> list[_Rule]:
     ("pixel_decoder/fusion", f"{pixels}.layer_1", torch_keys.conv),
     ("pixel_decoder/fusion_norm", f"{pixels}.layer_1.norm", torch_keys.norm),
     ("pixel_decoder/mask_features", f"{pixels}.mask_features", torch_keys.conv),
-    (r"decoder(\d+)/cross_attention/qkv", f"{cross}.multihead_attn", _stacked),
+    (r"decoder(\d+)/cross_attention/qkv", f"{cross}.multihead_attn", torch_keys.stacked),
     (r"decoder(\d+)/cross_attention/out", f"{cross}.multihead_attn.out_proj", torch_keys.dense),
     (r"decoder(\d+)/cross_norm", f"{cross}.norm", torch_keys.norm),
-    (r"decoder(\d+)/self_attention/qkv", f"{own}.self_attn", _stacked),
+    (r"decoder(\d+)/self_attention/qkv", f"{own}.self_attn", torch_keys.stacked),
     (r"decoder(\d+)/self_attention/out", f"{own}.self_attn.out_proj", torch_keys.dense),
     (r"decoder(\d+)/self_norm", f"{own}.norm", torch_keys.norm),
     (r"decoder(\d+)/fc([12])", rf"{forward}.linear\2", torch_keys.dense),
@@ -119,7 +112,7 @@ def _transformers() -> list[_Rule]:
     ("pixel_decoder/fusion", f"{pixels}.layer_1.0", torch_keys.conv),
     ("pixel_decoder/fusion_norm", f"{pixels}.layer_1.1", torch_keys.norm),
     ("pixel_decoder/mask_features", f"{pixels}.mask_projection", torch_keys.conv),
-    (r"decoder(\d+)/cross_attention/qkv", f"{decoder}.cross_attn", _stacked),
+    (r"decoder(\d+)/cross_attention/qkv", f"{decoder}.cross_attn", torch_keys.stacked),
     (r"decoder(\d+)/cross_attention/out", f"{decoder}.cross_attn.out_proj", torch_keys.dense),
     (r"decoder(\d+)/cross_norm", f"{decoder}.cross_attn_layer_norm", torch_keys.norm),
     (r"decoder(\d+)/self_attention/qkv", f"{decoder}.self_attn", _apart),
@@ -195,9 +188,7 @@ def _whole_of(head: KeyMap, backbone: KeyMap, prefix: str, model: Any) -> KeyMap
       return head(f"{collection}/{rest}")
     if part != "backbone":
       raise torch_keys.no_such_variable("Mask2Former", path)
-    key = backbone(f"{collection}/{rest}")
-    further = tuple(prefix + name for name in key.further)
-    return dataclasses.replace(key, name=prefix + key.name, further=further)
+    return backbone(f"{collection}/{rest}").below(prefix)
 
   return key_map
 

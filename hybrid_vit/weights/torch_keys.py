@@ -41,6 +41,13 @@ def conv(name: str, leaf: str) -> OfficialKey:
   return OfficialKey(f"{name}.{leaf}")
 
 
+def stacked(name: str, leaf: str) -> OfficialKey:
+  """Query, key and value in one matrix of PyTorch's MultiheadAttention, and so here."""
+  return dense(name, leaf).renamed(
+    lambda _: f"{name}.in_proj_{'bias' if leaf == 'bias' else 'weight'}"
+  )
+
+
 def deconv(name: str, leaf: str) -> OfficialKey:
   """Transposed convolution: (in, out, h, w) there, `[h, w, in, out]` here."""
   if leaf == "kernel":
