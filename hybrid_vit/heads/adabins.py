@@ -34,6 +34,7 @@ from hybrid_vit.models.layers import (
   layer_norm,
   torch_bias_init,
   torch_conv_init,
+  torch_dense,
 )
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.resize import resize_bilinear
@@ -115,7 +116,7 @@ class AdaBins(nn.Module):
     y = tokens[:, 0]
     for i, width in enumerate((_REGRESSOR_WIDTH, _REGRESSOR_WIDTH, self.num_bins)):
       y = _leaky(y) if i else y
-      y = _dense(width, f"regressor{i}", y, self.dtype)
+      y = torch_dense(width, y.shape[-1], self.dtype, f"regressor{i}")(y)
     widths = nn.relu(y.astype(jnp.float32)) + _LEAST_WIDTH
     widths = widths / widths.sum(-1, keepdims=True) * (self.max_depth - self.min_depth)
     centres = self.min_depth + jnp.cumsum(widths, -1) - widths / 2
@@ -124,7 +125,7 @@ class AdaBins(nn.Module):
     x = _conv(self.channels, 3, "attention_conv", x, self.dtype)
     maps = jnp.einsum("bhwc,bqc->bhwq", x, kernels, preferred_element_type=jnp.float32)
     self.sow("intermediates", "range_attention", maps)
-    scores = _dense(self.num_bins, "bins", maps, jnp.float32)
+    scores = torch_dense(self.num_bins, maps.shape[-1], jnp.float32, "bins")(maps)
     probabilities = jax.nn.softmax(scores, axis=-1)
     depth = jnp.einsum("bhwn,bn->bhw", probabilities, centres, precision=jax.lax.Precision.HIGHEST)
     # A mean of centres lies between them but for rounding.
@@ -135,7 +136,7 @@ class AdaBins(nn.Module):
     """Upsampling with skips to the finest map, on to `stride`, and to `channels`."""
     maps = [endpoints[f.name].astype(self.dtype) for f in reversed(self.features)]
     width = self.decoder_channels
-    x = _dense(width, "bottleneck", maps[0], self.dtype)
+    x = torch_dense(width, maps[0].shape[-1], self.dtype, "bottleneck")(maps[0])
     for i, skip in enumerate(maps[1:]):
       x = resize_bilinear(x, skip.shape[1:3], align_corners=True)
       width = max(width // 2, 1)
@@ -243,8 +244,8 @@ class TransformerLayer(nn.Module):
     y = dot_product_attention(query, key, value, scale=size**-0.5).reshape(x.shape)
     y = PointwiseConv(channels, kernel_init=torch_conv_init, dtype=self.dtype, name="proj")(y)
     x = layer_norm(_LAYER_NORM_EPSILON, self.dtype, "attention_norm")(x + self._dropped(y, train))
-    y = self._dropped(nn.relu(_dense(self.hidden, "fc1", x, self.dtype)), train)
-    y = self._dropped(_dense(channels, "fc2", y, self.dtype), train)
+    y = self._dropped(nn.relu(torch_dense(self.hidden, channels, self.dtype, "fc1")(x)), train)
+    y = self._dropped(torch_dense(channels, self.hidden, self.dtype, "fc2")(y), train)
     return layer_norm(_LAYER_NORM_EPSILON, self.dtype, "mlp_norm")(x + y)
 
   def _dropped(self, x: jax.Array, train: bool) -> jax.Array:
@@ -261,11 +262,3 @@ def _conv(features: int, size: int, name: str, x: jax.Array, dtype: Any) -> jax.
   return conv(features, size, name, kernel_init=torch_conv_init, bias_init=bias_init, dtype=dtype)(
     x
   )
-
-
-def _dense(features: int, name: str, x: jax.Array, dtype: Any) -> jax.Array:
-  """A linear layer of the last axis that begins as PyTorch's."""
-  bias_init = torch_bias_init(x.shape[-1])
-  return PointwiseConv(
-    features, kernel_init=torch_conv_init, bias_init=bias_init, dtype=dtype, name=name
-  )(x)

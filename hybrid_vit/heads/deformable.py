@@ -174,9 +174,15 @@ class DeformableEncoderLayer(nn.Module):
       name="attention",
     )(x + positions.astype(x.dtype), reference, x, spatial_shapes, padding_mask)
     x = layers.layer_norm(_NORM_EPSILON, self.dtype, "norm1")(x + y)
-    y = feed_forward_dense(self.hidden, x.shape[-1], self.dtype, "fc1")(x)
-    y = feed_forward_dense(x.shape[-1], self.hidden, self.dtype, "fc2")(nn.relu(y))
+    y = feed_forward(x, self.hidden, self.dtype)
     return layers.layer_norm(_NORM_EPSILON, self.dtype, "norm2")(x + y)
+
+
+def feed_forward(x: jax.Array, hidden: int, dtype: Any) -> jax.Array:
+  """`[B, N, C]` through `hidden` and ReLU to the same shape, in the module that calls it."""
+  features = x.shape[-1]
+  y = nn.relu(feed_forward_dense(hidden, features, dtype, "fc1")(x))
+  return feed_forward_dense(features, hidden, dtype, "fc2")(y)
 
 
 def feed_forward_dense(

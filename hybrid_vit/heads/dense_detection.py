@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.layers import check_levels
 from hybrid_vit.heads.registry import create_neck, neck_arguments
 from hybrid_vit.models.registry import FeatureSpec
@@ -122,6 +123,9 @@ def towers(
   return results
 
 
+_PARTS = ("backbone", "neck", "head")
+
+
 class DenseDetector(nn.Module):
   """A detector of one stage; what it is trained on is its subclasses'.
 
@@ -148,19 +152,12 @@ class DenseDetector(nn.Module):
 
   @property
   def batch_norm_groups(self) -> int:
-    """Groups of the batch with batch norm statistics of their own, alike in all parts."""
-    parts = (self.backbone, self.neck, self.head)
-    return max(getattr(part, "batch_norm_groups", 1) for part in parts)
+    """See `heads.batch_norm_groups`."""
+    return groups_of(self, *_PARTS)
 
   def with_batch_norm_groups(self, groups: int) -> DenseDetector:
-    """The same model with another number of groups in each part that has batch norm."""
-    parts: dict[str, Any] = {"backbone": self.backbone, "neck": self.neck, "head": self.head}
-    changes: dict[str, Any] = {
-      name: part.clone(batch_norm_groups=groups)
-      for name, part in parts.items()
-      if hasattr(part, "batch_norm_groups")
-    }
-    return self.clone(**changes)
+    """See `heads.batch_norm_groups`."""
+    return with_groups(self, groups, *_PARTS)
 
   def __call__(
     self,

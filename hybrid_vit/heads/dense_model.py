@@ -13,11 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.registry import create_head, create_neck, head_arguments, neck_arguments
 from hybrid_vit.models.registry import FeatureSpec
 
 # What heads and necks take from the run where they have it.
 _SHARED = ("batch_norm_groups", "dtype")
+_PARTS = ("backbone", "neck", "head", "auxiliary_head")
 
 
 class DenseModel(nn.Module):
@@ -39,22 +41,12 @@ class DenseModel(nn.Module):
 
   @property
   def batch_norm_groups(self) -> int:
-    """Groups of the batch with batch norm statistics of their own, alike in all parts."""
-    return max(getattr(part, "batch_norm_groups", 1) for part in self._parts().values())
+    """See `heads.batch_norm_groups`."""
+    return groups_of(self, *_PARTS)
 
   def with_batch_norm_groups(self, groups: int) -> DenseModel:
-    """The same model with another number of groups in each part that has batch norm."""
-    return self.clone(
-      **{
-        name: part.clone(batch_norm_groups=groups)
-        for name, part in self._parts().items()
-        if hasattr(part, "batch_norm_groups")
-      }
-    )
-
-  def _parts(self) -> dict[str, Any]:
-    names = ("backbone", "neck", "head", "auxiliary_head")
-    return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    """See `heads.batch_norm_groups`."""
+    return with_groups(self, groups, *_PARTS)
 
   def __call__(
     self, images: jax.Array, train: bool = False

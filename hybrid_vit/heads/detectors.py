@@ -6,11 +6,12 @@ dict of losses where there are targets, else detections.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+from hybrid_vit.heads.registry import as_attribute, check_arguments, find_in, register_in
 
 # The modules that register detectors when imported.
 _MODULES = (
@@ -30,16 +31,7 @@ def register_detector(name: str) -> Callable[[_FactoryT], _FactoryT]:
   Raises:
     ValueError: the name is taken.
   """
-
-  def add(factory: _FactoryT) -> _FactoryT:
-    taken = _DETECTORS.get(name)
-    # A notebook's cell, run again, defines its detector anew.
-    if taken is not None and taken.__module__ != factory.__module__:
-      raise ValueError(f"a detector named {name!r} is already registered")
-    _DETECTORS[name] = factory
-    return factory
-
-  return add
+  return register_in(_DETECTORS, name, "detector")
 
 
 def register_without_masks(
@@ -92,31 +84,13 @@ def create_detector(name: str, backbone: Any, num_classes: int, **arguments: Any
     ValueError: an unknown name or argument; the message gives the closest.
   """
   _load()
-  if name not in _DETECTORS:
-    close = difflib.get_close_matches(name, list(_DETECTORS), n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-      f"no detector is named {name!r}{hint}; there are: {', '.join(sorted(_DETECTORS))}"
-    )
-  factory = _DETECTORS[name]
+  factory = find_in(_DETECTORS, name, "detector")
   parameters = inspect.signature(factory).parameters
   known = [p for p in parameters if p not in ("backbone", "num_classes")]
   open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-  for argument in arguments:
-    if argument not in known and not open_ended:
-      close = difflib.get_close_matches(argument, known, n=1, cutoff=0.5)
-      hint = f"; did you mean {close[0]!r}?" if close else ""
-      raise ValueError(
-        f"detector {name!r} has no argument {argument!r}{hint}; it has: {', '.join(known)}"
-      )
-  plain: Mapping[str, Any] = {key: _as_tuple(value) for key, value in arguments.items()}
-  return factory(backbone, num_classes, **plain)
-
-
-def _as_tuple(value: Any) -> Any:
-  if isinstance(value, Mapping):
-    return {key: _as_tuple(part) for key, part in value.items()}
-  return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
+  if not open_ended:
+    check_arguments(arguments, known, name, "detector")
+  return factory(backbone, num_classes, **as_attribute(arguments))
 
 
 def _load() -> None:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.detectors import register_without_masks
 from hybrid_vit.heads.dino_denoising import (
   DenoisingDraws,
@@ -59,6 +60,9 @@ class DINOSettings:
   detections: int = 300
 
 
+_PARTS = ("backbone",)
+
+
 class DINO(nn.Module):
   """The detector. Its parameters lie under "backbone" and "head".
 
@@ -79,15 +83,12 @@ class DINO(nn.Module):
 
   @property
   def batch_norm_groups(self) -> int:
-    """Groups of the batch with batch norm statistics of their own."""
-    return getattr(self.backbone, "batch_norm_groups", 1)
+    """See `heads.batch_norm_groups`."""
+    return groups_of(self, *_PARTS)
 
   def with_batch_norm_groups(self, groups: int) -> DINO:
-    """The same model with another number of groups where there is batch norm."""
-    backbone: Any = self.backbone
-    if hasattr(backbone, "batch_norm_groups"):
-      backbone = backbone.clone(batch_norm_groups=groups)
-    return self.clone(backbone=backbone)
+    """See `heads.batch_norm_groups`."""
+    return with_groups(self, groups, *_PARTS)
 
   def __call__(
     self,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_vit.heads.deformable import DeformableAttention, feed_forward_dense
+from hybrid_vit.heads.deformable import DeformableAttention, feed_forward
 from hybrid_vit.heads.dense_detection import PRIOR_BIAS
 from hybrid_vit.heads.mask2former import Attention
 from hybrid_vit.models import layers
@@ -78,9 +78,7 @@ class DINODecoderLayer(nn.Module):
       name="cross_attention",
     )(x + positions, reference, memory, spatial_shapes, padding_mask)
     x = self._norm("cross_norm")(x + y)
-    y = nn.relu(feed_forward_dense(self.hidden, features, self.dtype, "fc1")(x))
-    y = feed_forward_dense(features, self.hidden, self.dtype, "fc2")(y)
-    return self._norm("ffn_norm")(x + y)
+    return self._norm("ffn_norm")(x + feed_forward(x, self.hidden, self.dtype))
 
   def _norm(self, name: str) -> nn.LayerNorm:
     return layers.layer_norm(NORM_EPSILON, self.dtype, name)
@@ -96,7 +94,7 @@ class BoxHead(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[..., C]` → float32 `[..., 4]`."""
     for i in range(2):
-      x = nn.relu(torch_dense(self.channels, x.shape[-1], self.dtype, f"fc{i}")(x))
+      x = nn.relu(layers.torch_dense(self.channels, x.shape[-1], self.dtype, f"fc{i}")(x))
     zeros = nn.initializers.zeros
     return layers.PointwiseConv(4, kernel_init=zeros, dtype=jnp.float32, name="fc2")(x)
 
@@ -108,17 +106,6 @@ def class_head(num_classes: int, name: str) -> layers.PointwiseConv:
     kernel_init=layers.torch_conv_init,
     bias_init=nn.initializers.constant(PRIOR_BIAS),
     dtype=jnp.float32,
-    name=name,
-  )
-
-
-def torch_dense(features: int, fan_in: int, dtype: Any, name: str) -> layers.PointwiseConv:
-  """A matrix that begins as PyTorch's Linear."""
-  return layers.PointwiseConv(
-    features,
-    kernel_init=layers.torch_conv_init,
-    bias_init=layers.torch_bias_init(fan_in),
-    dtype=dtype,
     name=name,
   )
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybrid_vit.heads.deformable import feed_forward_dense
+from hybrid_vit.heads.deformable import feed_forward
 from hybrid_vit.heads.mask2former_pixel_decoder import PixelDecoder, flat_positions
 from hybrid_vit.models import layers
 from hybrid_vit.models.registry import FeatureSpec
@@ -156,10 +156,10 @@ class MaskPredictor(nn.Module):
   def __call__(self, x: jax.Array, mask_features: jax.Array) -> dict[str, jax.Array]:
     """`[B, Q, C]` and `[B, h, w, mask_channels]` → the two kinds of logits."""
     x = layers.layer_norm(_NORM_EPSILON, self.dtype, "norm")(x)
-    classes = _torch_dense(self.num_outputs + 1, self.channels, jnp.float32, "classifier")(x)
+    classes = layers.torch_dense(self.num_outputs + 1, self.channels, jnp.float32, "classifier")(x)
     for i in range(2):
-      x = nn.relu(_torch_dense(self.channels, self.channels, self.dtype, f"embedding{i}")(x))
-    x = _torch_dense(self.mask_channels, self.channels, self.dtype, "embedding2")(x)
+      x = nn.relu(layers.torch_dense(self.channels, self.channels, self.dtype, f"embedding{i}")(x))
+    x = layers.torch_dense(self.mask_channels, self.channels, self.dtype, "embedding2")(x)
     masks = jnp.einsum("bqc,bhwc->bqhw", x, mask_features, preferred_element_type=jnp.float32)
     return {"class_logits": classes, "mask_logits": masks}
 
@@ -198,7 +198,6 @@ class DecoderLayer(nn.Module):
     Returns:
       `[B, Q, C]`.
     """
-    features = x.shape[-1]
     bias = jnp.where(blocked, _BLOCKED, 0.0)[:, None]
     y = Attention(self.num_heads, self.dtype, name="cross_attention")(
       x + positions, keys, values, bias
@@ -207,9 +206,7 @@ class DecoderLayer(nn.Module):
     asked = x + positions
     y = Attention(self.num_heads, self.dtype, name="self_attention")(asked, asked, x, None)
     x = self._norm("self_norm")(x + y)
-    y = nn.relu(feed_forward_dense(self.hidden, features, self.dtype, "fc1")(x))
-    y = feed_forward_dense(features, self.hidden, self.dtype, "fc2")(y)
-    return self._norm("ffn_norm")(x + y)
+    return self._norm("ffn_norm")(x + feed_forward(x, self.hidden, self.dtype))
 
   def _norm(self, name: str) -> nn.LayerNorm:
     return layers.layer_norm(_NORM_EPSILON, self.dtype, name)
@@ -260,14 +257,3 @@ class _Projections(nn.Module):
     kernels = jnp.split(kernel.astype(self.dtype), 3, axis=1)
     biases = jnp.split(bias.astype(self.dtype), 3)
     return [x.astype(self.dtype) @ k + b for x, k, b in zip(inputs, kernels, biases)]
-
-
-def _torch_dense(features: int, fan_in: int, dtype: Any, name: str) -> layers.PointwiseConv:
-  """A matrix that begins as PyTorch's Linear."""
-  return layers.PointwiseConv(
-    features,
-    kernel_init=layers.torch_conv_init,
-    bias_init=layers.torch_bias_init(fan_in),
-    dtype=dtype,
-    name=name,
-  )

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.box_head import BoxHead, box_losses, detect_boxes, refine_boxes
 from hybrid_vit.heads.detectors import register_detector
 from hybrid_vit.heads.mask_head import MaskHead, mask_loss, mask_targets, select_class
@@ -61,6 +62,9 @@ class Targets(TypedDict, total=False):
   valid: jax.Array
   masks: jax.Array
   box_masks: jax.Array
+
+
+_PARTS = ("backbone", "neck", "stages", "mask_heads")
 
 
 class RCNN(nn.Module):
@@ -111,22 +115,12 @@ class RCNN(nn.Module):
 
   @property
   def batch_norm_groups(self) -> int:
-    """Groups of the batch with batch norm statistics of their own, alike in all parts."""
-    parts = (self.backbone, self.neck, self.rpn, *self.stages, *self.mask_heads)
-    return max(getattr(part, "batch_norm_groups", 1) for part in parts)
+    """See `heads.batch_norm_groups`."""
+    return groups_of(self, *_PARTS)
 
   def with_batch_norm_groups(self, groups: int) -> RCNN:
-    """The same model with another number of groups in each part that has batch norm."""
-
-    def regrouped(part: Any) -> Any:
-      return part.clone(batch_norm_groups=groups) if hasattr(part, "batch_norm_groups") else part
-
-    return self.clone(
-      backbone=regrouped(self.backbone),
-      neck=regrouped(self.neck),
-      stages=tuple(map(regrouped, self.stages)),
-      mask_heads=tuple(map(regrouped, self.mask_heads)),
-    )
+    """See `heads.batch_norm_groups`."""
+    return with_groups(self, groups, *_PARTS)
 
   def __call__(
     self,

@@ -7,14 +7,13 @@ are given (`features`: name, stride and channels of each, the finest first) and 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
 
-from hybrid_vit.models.registry import FeatureSpec
+from hybrid_vit.models.registry import FeatureSpec, closest_hint
 
 # The modules that register heads and necks when imported.
 _MODULES = (
@@ -38,6 +37,7 @@ _MODULES = (
 _HEADS: dict[str, type[nn.Module]] = {}
 _NECKS: dict[str, type[nn.Module]] = {}
 _ModuleT = TypeVar("_ModuleT", bound=type[nn.Module])
+_MadeT = TypeVar("_MadeT", bound=Callable[..., Any])
 
 
 def register_head(name: str) -> Callable[[_ModuleT], _ModuleT]:
@@ -46,7 +46,7 @@ def register_head(name: str) -> Callable[[_ModuleT], _ModuleT]:
   Raises:
     ValueError: the name is taken.
   """
-  return _register(_HEADS, name, "head")
+  return register_in(_HEADS, name, "head")
 
 
 def register_neck(name: str) -> Callable[[_ModuleT], _ModuleT]:
@@ -55,7 +55,7 @@ def register_neck(name: str) -> Callable[[_ModuleT], _ModuleT]:
   Raises:
     ValueError: the name is taken.
   """
-  return _register(_NECKS, name, "neck")
+  return register_in(_NECKS, name, "neck")
 
 
 def head_names() -> list[str]:
@@ -101,27 +101,62 @@ def head_arguments(name: str) -> tuple[str, ...]:
     ValueError: an unknown name.
   """
   _load()
-  return _arguments(_class(_HEADS, "head", name))
+  return _arguments(find_in(_HEADS, name, "head"))
 
 
 def neck_arguments(name: str) -> tuple[str, ...]:
   """Names of a neck's attributes; see `head_arguments`."""
   _load()
-  return _arguments(_class(_NECKS, "neck", name))
+  return _arguments(find_in(_NECKS, name, "neck"))
 
 
-def _register(
-  table: dict[str, type[nn.Module]], name: str, kind: str
-) -> Callable[[_ModuleT], _ModuleT]:
-  def add(module_class: _ModuleT) -> _ModuleT:
+def register_in(table: dict[str, Any], name: str, kind: str) -> Callable[[_MadeT], _MadeT]:
+  """Adds what it decorates to a table.
+
+  Raises:
+    ValueError: the name is taken.
+  """
+
+  def add(made: _MadeT) -> _MadeT:
     taken = table.get(name)
     # A notebook's cell, run again, defines its head anew.
-    if taken is not None and taken.__module__ != module_class.__module__:
+    if taken is not None and taken.__module__ != made.__module__:
       raise ValueError(f"a {kind} named {name!r} is already registered")
-    table[name] = module_class
-    return module_class
+    table[name] = made
+    return made
 
   return add
+
+
+def find_in(table: Mapping[str, Any], name: str, kind: str) -> Any:
+  """What a table has by a name.
+
+  Raises:
+    ValueError: an unknown name; the message gives the closest.
+  """
+  if name not in table:
+    raise ValueError(
+      f"no {kind} is named {name!r}{closest_hint(name, table)}; there are: "
+      f"{', '.join(sorted(table))}"
+    )
+  return table[name]
+
+
+def check_arguments(given: Iterable[str], known: Sequence[str], name: str, kind: str) -> None:
+  """Raises ValueError for the first argument that is not known; the message gives the closest."""
+  for argument in given:
+    if argument not in known:
+      raise ValueError(
+        f"{kind} {name!r} has no argument {argument!r}{closest_hint(argument, known)}; it has: "
+        f"{', '.join(known)}"
+      )
+
+
+def as_attribute(value: Any) -> Any:
+  """A value of a configuration as an attribute of a module: lists become tuples, inside, too."""
+  if isinstance(value, Mapping):
+    return {key: as_attribute(part) for key, part in value.items()}
+  return tuple(map(as_attribute, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _create(
@@ -131,34 +166,15 @@ def _create(
   features: Sequence[FeatureSpec],
   arguments: Mapping[str, Any],
 ) -> Any:
-  made = _class(table, kind, name)
-  known = _arguments(made)
-  for argument in arguments:
-    if argument not in known:
-      close = difflib.get_close_matches(argument, known, n=1, cutoff=0.5)
-      hint = f"; did you mean {close[0]!r}?" if close else ""
-      raise ValueError(
-        f"{kind} {name!r} has no argument {argument!r}{hint}; it has: {', '.join(known)}"
-      )
+  made = find_in(table, name, kind)
+  check_arguments(arguments, _arguments(made), name, kind)
   levels = tuple(FeatureSpec(*level) for level in features)
-  return made(features=levels, **{k: _as_attribute(v) for k, v in arguments.items()})
-
-
-def _class(table: Mapping[str, type[nn.Module]], kind: str, name: str) -> type[nn.Module]:
-  if name not in table:
-    close = difflib.get_close_matches(name, list(table), n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"no {kind} is named {name!r}{hint}; there are: {', '.join(sorted(table))}")
-  return table[name]
+  return made(features=levels, **{k: as_attribute(v) for k, v in arguments.items()})
 
 
 def _arguments(module_class: type[nn.Module]) -> tuple[str, ...]:
   fields = dataclasses.fields(module_class)
   return tuple(f.name for f in fields if f.name not in ("parent", "name", "features"))
-
-
-def _as_attribute(value: Any) -> Any:
-  return tuple(map(_as_attribute, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _load() -> None:

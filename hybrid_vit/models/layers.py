@@ -223,6 +223,17 @@ def torch_bias_init(fan_in: int) -> Initializer:
   return init
 
 
+def torch_dense(features: int, fan_in: int, dtype: Any, name: str) -> PointwiseConv:
+  """A matrix that begins as PyTorch's Linear of `fan_in` inputs, the bias too."""
+  return PointwiseConv(
+    features,
+    kernel_init=torch_conv_init,
+    bias_init=torch_bias_init(fan_in),
+    dtype=dtype,
+    name=name,
+  )
+
+
 def check_stages(network: Any, *names: str) -> None:
   """Each attribute of `names` has one value for each stage that `network.depths` names.
 

@@ -172,7 +172,7 @@ def model_entry(name: str) -> ModelEntry:
   entries = _entries()
   if name not in entries:
     raise ValueError(
-      f"no model is named {name!r}{_closest(name, entries)}; list_models() gives all "
+      f"no model is named {name!r}{closest_hint(name, entries)}; list_models() gives all "
       f"{len(entries)} names"
     )
   return entries[name]
@@ -227,11 +227,12 @@ def _check_arguments(name, module_class, arguments) -> None:
     if argument not in known:
       raise ValueError(
         f"{name} ({module_class.__name__}) has no argument {argument!r}"
-        f"{_closest(argument, known)}; it has: {', '.join(known)}"
+        f"{closest_hint(argument, known)}; it has: {', '.join(known)}"
       )
 
 
-def _closest(name: str, known) -> str:
+def closest_hint(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+  """ "; did you mean …?" with the name that is spelt most like it, or nothing."""
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
   return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -23,8 +23,14 @@ from hybrid_vit.data.mixing import mix_batch, smooth_one_hot
 from hybrid_vit.data.spec import INDEX, MASK, Field, Spec
 from hybrid_vit.plots import plot_predictions
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
-from hybrid_vit.tasks.pictures import Shrinking, displayable, normalized, shrunk_and_normalized
-from hybrid_vit.tasks.registry import Context, register_task
+from hybrid_vit.tasks.pictures import (
+  Shrinking,
+  displayable,
+  initial_variables,
+  normalized,
+  shrunk_and_normalized,
+)
+from hybrid_vit.tasks.registry import Context, count_classes, register_task
 
 LOSSES = ("softmax", "sigmoid")
 BALANCED = "balanced"
@@ -102,17 +108,8 @@ def classification_arguments(settings: Any, context: Context) -> dict[str, Any]:
   Raises:
     ValueError: no number of classes, or one that is not the data's.
   """
-  names, said = tuple(context.info.get("class_names", ())), context.num_classes
-  if said is None and not names:
-    raise ValueError(
-      "`config.model.num_classes` is needed where the data is not at hand to count its classes"
-    )
-  if said is not None and names and said != len(names):
-    raise ValueError(
-      f"`config.model.num_classes` is {said} and the training data has {len(names)} classes: "
-      "leave it out, or correct it"
-    )
-  classes = said or len(names)
+  names = tuple(context.info.get("class_names", ()))
+  classes = count_classes(context, names, "the training data has")
   return {
     "model": context.make_network(classes),
     "num_classes": classes,
@@ -210,9 +207,7 @@ class Classification:
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """See `Task`; the parameters do not depend on the batch's values or its size."""
-    image = batch["image"]
-    variables = self.model.init(rng, jnp.zeros((1, *image.shape[1:]), jnp.float32), train=False)
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return initial_variables(self.model, rng, batch)
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""

@@ -6,13 +6,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.heads.dense_model import DenseModel, create_dense_model
 from hybrid_vit.map_inference import InferenceSettings
 from hybrid_vit.tasks.base import Batch, Variables
-from hybrid_vit.tasks.pictures import displayable, normalized
+from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
 
 # Examples in a drawing of predictions.
 DRAWN = 6
@@ -93,9 +92,7 @@ class DenseTask:
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """See `Task`; the parameters do not depend on the batch's values or its size."""
-    image = batch["image"]
-    variables = self.model.init(rng, jnp.zeros((1, *image.shape[1:]), jnp.float32), train=False)
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return initial_variables(self.model, rng, batch)
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrid_vit.box_inference import BoxInference, BoxInferenceSettings, Objects
 from hybrid_vit.data import arguments as check
+from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.data.lazy_masks import as_lazy
 from hybrid_vit.data.mask_encoding import decode_mask, mask_area
 from hybrid_vit.data.palettes import spread_palette
@@ -25,9 +26,9 @@ from hybrid_vit.detection_plots import Shown, plot_detections
 from hybrid_vit.heads.detectors import create_detector
 from hybrid_vit.metrics.coco_ap import Detected, Truth, coco_metrics, evaluate_coco
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
-from hybrid_vit.tasks.pictures import displayable, normalized
+from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
 from hybrid_vit.tasks.processes import gathered_over_processes, local_variables
-from hybrid_vit.tasks.registry import Context, register_task
+from hybrid_vit.tasks.registry import Context, count_classes, register_task
 
 # Pictures in a drawing, and the least score of what is drawn.
 _DRAWN, _DRAWN_SCORE = 6, 0.5
@@ -65,17 +66,8 @@ def build_detection(settings: DetectionSettings, context: Context) -> Detection:
   Raises:
     ValueError: no number of classes, or one that is not the data's, or an unknown detector.
   """
-  names, said = tuple(context.info.get("object_class_names", ())), context.num_classes
-  if said is None and not names:
-    raise ValueError(
-      "`config.model.num_classes` is needed where the data is not at hand to count its classes"
-    )
-  if said is not None and names and said != len(names):
-    raise ValueError(
-      f"`config.model.num_classes` is {said} and the objects of the training data have "
-      f"{len(names)} classes: leave it out, or correct it"
-    )
-  classes = said or len(names)
+  names = tuple(context.info.get("object_class_names", ()))
+  classes = count_classes(context, names, "the objects of the training data have")
   parts = dict(settings.detector)
   try:
     model = create_detector(
@@ -169,9 +161,7 @@ class Detection:
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """See `Task`; the parameters do not depend on the batch's values or its size."""
-    images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
-    variables = self.model.init(rng, images, train=False)
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return initial_variables(self.model, rng, batch)
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""
@@ -315,9 +305,7 @@ class DetectionEvaluator:
     own, examples = local_variables(variables), self._data.examples(_DRAWN)
     if jax.process_index() or not examples:
       return bool(examples)
-    names = self._task.object_class_names or tuple(
-      f"class {i}" for i in range(self._task.num_classes)
-    )
+    names = names_or_numbers(self._task.object_class_names, self._task.num_classes)
     pictures = [self._picture(own, i, example) for i, example in enumerate(examples)]
     plot_detections(
       [example["image"] for example in examples],

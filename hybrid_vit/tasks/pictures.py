@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from hybrid_vit.data import arguments as check
 from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
+from hybrid_vit.tasks.base import Batch
 
 SHRINKING = ("low_frequency", "lanczos")
 
@@ -33,6 +35,13 @@ class Shrinking:
     check.choice("config.task.shrink.method", self.method, SHRINKING)
     if self.method == "low_frequency" and self.size % 2:
       raise ValueError(f"config.task.shrink.size is {self.size}; an even number was expected")
+
+
+def initial_variables(model: Any, rng: jax.Array, batch: Batch) -> dict[str, Any]:
+  """{"params", "batch_stats"} of a model that takes pictures, by the size of a batch's "image"."""
+  images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
+  variables = model.init(rng, images, train=False)
+  return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
 def normalized(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -26,24 +26,14 @@ def local_variables(variables: Any) -> Any:
 
 
 def summed_over_processes(counts: Mapping[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
-  """Sums over processes, exact for whole numbers below 2^53; processes of one part count once.
+  """Sums over processes in the type of the counts; processes of one part count once.
 
   Args:
     counts: float64 or whole-number arrays, of the same shapes on every process.
     part: which part of the data this process has read.
   """
-  if jax.process_count() == 1:
-    return {name: np.asarray(value) for name, value in counts.items()}
-  parts = multihost_utils.process_allgather(np.asarray(part, np.int32))
-  first = [list(parts).index(p) for p in sorted(set(parts.tolist()))]
-  found = {}
-  for name, value in counts.items():
-    # Devices have no 64 bits: the bytes travel.
-    packed = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-    rows = multihost_utils.process_allgather(packed)
-    whole = [np.frombuffer(rows[i].tobytes(), value.dtype).reshape(value.shape) for i in first]
-    found[name] = np.sum(whole, axis=0)
-  return found
+  rows = gathered_over_processes([counts], part)
+  return {name: np.sum([row[name] for row in rows], axis=0) for name in counts}
 
 
 def gathered_over_processes(items: list[Any], part: int) -> list[Any]:

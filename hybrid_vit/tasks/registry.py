@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hybrid_vit.models.registry import Preprocessing
@@ -49,6 +49,30 @@ class Context:
   make_network: Callable[[int], Any]
   load_network: Callable[[str], Any] | None = None
   batch_norm_groups: int = 1
+
+
+def count_classes(context: Context, names: Sequence[str], whose: str) -> int:
+  """How many classes a task has: as the configuration says, else as the data has names.
+
+  Args:
+    context: of the task.
+    names: of the data's classes; none where they are not known.
+    whose: for the error, e.g. "the training data has".
+
+  Raises:
+    ValueError: neither says it, or both and not the same.
+  """
+  said = context.num_classes
+  if said is None and not names:
+    raise ValueError(
+      "`config.model.num_classes` is needed where the data is not at hand to count its classes"
+    )
+  if said is not None and names and said != len(names):
+    raise ValueError(
+      f"`config.model.num_classes` is {said} and {whose} {len(names)} classes: leave it out, or "
+      "correct it"
+    )
+  return said or len(names)
 
 
 @dataclasses.dataclass(frozen=True)

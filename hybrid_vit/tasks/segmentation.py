@@ -8,7 +8,7 @@ class included (`average="all"`; PyTorch and transformers divide by the others: 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.data import arguments as check
+from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.spec import Field, Spec
 from hybrid_vit.dense_plots import plot_segmentations
 from hybrid_vit.map_inference import MapInference
-from hybrid_vit.metrics.segmentation import class_ious, confusion, segmentation_metrics
+from hybrid_vit.metrics.segmentation import confusion, segmentation_metrics
 from hybrid_vit.ops.resize import resize_bilinear
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
 from hybrid_vit.tasks.dense import DRAWN, DecoderSettings, DenseTask, build_model
 from hybrid_vit.tasks.map_losses import cross_entropy, dice_loss, ohem_cross_entropy
 from hybrid_vit.tasks.processes import local_variables, summed_over_processes
-from hybrid_vit.tasks.registry import Context, register_task
+from hybrid_vit.tasks.registry import Context, count_classes, register_task
 
 IGNORE = 255
 AVERAGES = ("all", "valid")
@@ -79,17 +80,8 @@ def build_segmentation(settings: SegmentationSettings, context: Context) -> Segm
   Raises:
     ValueError: no number of classes, or one that is not the data's.
   """
-  names, said = tuple(context.info.get("map_class_names", ())), context.num_classes
-  if said is None and not names:
-    raise ValueError(
-      "`config.model.num_classes` is needed where the data is not at hand to count its classes"
-    )
-  if said is not None and names and said != len(names):
-    raise ValueError(
-      f"`config.model.num_classes` is {said} and the maps of the training data have {len(names)} "
-      "classes: leave it out, or correct it"
-    )
-  classes = said or len(names)
+  names = tuple(context.info.get("map_class_names", ()))
+  classes = count_classes(context, names, "the maps of the training data have")
   if settings.class_weights is not None and len(settings.class_weights) != classes:
     raise ValueError(
       f"config.task.class_weights has {len(settings.class_weights)} numbers; {classes} were "
@@ -279,25 +271,16 @@ class SegmentationEvaluator:
     if jax.process_index() or not examples:
       return bool(examples)
     task = self._task
+    names = task.map_class_names or self._data.info.get("map_class_names", ())
     plot_segmentations(
       [example["image"] for example in examples],
       [self._inference.classes(own, example["image"]) for example in examples],
-      class_names(task.map_class_names or self._data.info.get("map_class_names"), task.num_classes),
+      names_or_numbers(names, task.num_classes),
       np.array(task.palette, np.uint8),
       path,
       truths=[example["map"] for example in examples],
     )
     return True
-
-
-def ious_by_class(matrix: np.ndarray, names: Sequence[str]) -> Mapping[str, float]:
-  """IoU of each class by its name; NaN for one that is nowhere."""
-  return dict(zip(names, map(float, class_ious(matrix))))
-
-
-def class_names(names: Any, classes: int) -> list[str]:
-  """Names of classes; numbers where they are not known."""
-  return list(names) if names else [f"class {i}" for i in range(classes)]
 
 
 def _as_colors(palette: Any, classes: int) -> tuple[tuple[int, int, int], ...]:
