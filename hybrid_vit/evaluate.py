@@ -18,6 +18,7 @@ from hybrid_vit.build import (
 )
 from hybrid_vit.checkpoints import CheckpointError, load_weights
 from hybrid_vit.config import Config, ConfigError
+from hybrid_vit.data.classes import CLASS_NAMES
 from hybrid_vit.data.evaluation import describe_preparation, open_evaluation
 from hybrid_vit.data.pipeline import open_source, readable_example
 from hybrid_vit.fingerprints import first_nonfinite
@@ -28,7 +29,7 @@ from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.weights.transfer import transfer
 
 # Of what weights know of their data, what tasks ask for.
-_SAID_OF_CLASSES = ("class_names", "map_class_names", "object_class_names", "palette")
+_SAID_OF_CLASSES = (*CLASS_NAMES, "palette")
 
 
 def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:

@@ -22,6 +22,7 @@ from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.map_inference import MapInference
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.tasks.registry import Context, create_task, task_settings
+from hybrid_vit.weights.stored import described_network, task_of, task_settings_of
 
 DENSE_TASKS = ("segmentation", "depth")
 
@@ -70,12 +71,6 @@ class StoredTask:
       raise ValueError(f"these weights are of the task {self.name!r}, not of {name!r}")
 
 
-def task_of(metadata: Mapping[str, Any]) -> str:
-  """The task that metadata names, of an export or a state; "classification" where it says none."""
-  configured = metadata.get("config", {}).get("task") or {}
-  return str(metadata.get("task") or configured.get("name") or "classification")
-
-
 def load_task(directory: str | Path, *, raw: bool = False) -> StoredTask:
   """Loads an export, a checkpoint or a work directory of a dense task.
 
@@ -103,13 +98,8 @@ def stored_task(
     )
   if (bad := first_nonfinite(weights)) is not None:
     raise ValueError(f"the weights in {directory} hold NaN or infinity, first in {bad!r}")
-  # An export says it at the top, a training's checkpoint in its configuration.
-  configured = metadata.get("config", {})
-  model = metadata if "name" in metadata else configured.get("model", {})
-  given = metadata.get("task_settings")
-  if given is None:
-    given = {k: v for k, v in (configured.get("task") or {}).items() if k != "name"}
-  settings: Any = Config(given, "task").as_dataclass(task_settings(name))
+  model = described_network(metadata)
+  settings: Any = Config(task_settings_of(metadata), "task").as_dataclass(task_settings(name))
   fields = metadata.get("preprocessing")
   preprocessing = as_preprocessing(fields) if fields else model_entry(model["name"]).preprocessing
   arguments = dict(model.get("arguments") or {})

@@ -33,9 +33,15 @@ from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.map_prediction import draw_maps, predict_maps, save_maps
 from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import one_line, plain_text, printable, save_figure
-from hybrid_vit.stored_tasks import DENSE_TASKS, StoredTask, stored_task, task_of
+from hybrid_vit.stored_tasks import DENSE_TASKS, StoredTask, stored_task
 from hybrid_vit.tasks.pictures import normalized
-from hybrid_vit.weights.stored import StoredNetwork, check_finite, class_names, network_of
+from hybrid_vit.weights.stored import (
+  StoredNetwork,
+  check_finite,
+  class_names,
+  network_of,
+  task_of,
+)
 from hybrid_vit.weights.stored_clip import StoredClip, load_clip
 from hybrid_vit.weights.transfer import without_text
 

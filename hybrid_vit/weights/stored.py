@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from hybrid_vit import checkpoints
+from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.table_resizing import resize_tables
@@ -72,8 +73,7 @@ def network_of(
   directory: str | Path, weights: dict[str, Any], metadata: dict[str, Any], name: str | None = None
 ) -> StoredNetwork:
   """The one network that weights are of; see `load_network`."""
-  # An export says it at the top, a training's checkpoint in its configuration.
-  said = metadata if "name" in metadata else metadata.get("config", {}).get("model", {})
+  said = described_network(metadata)
   if name is None and "name" not in said:
     raise ValueError(f"{directory} does not say which network its weights are of: give --arch")
   if name is not None and said.get("name", name) != name:
@@ -121,7 +121,7 @@ def class_names(network: StoredNetwork) -> tuple[str, ...]:
     return network.class_names
   if network.num_classes == 1000:
     return imagenet_class_names()
-  return tuple(f"class {i}" for i in range(network.num_classes))
+  return names_or_numbers((), network.num_classes)
 
 
 def imagenet_class_names() -> tuple[str, ...]:
@@ -135,19 +135,39 @@ def imagenet_class_names() -> tuple[str, ...]:
 
 def is_two_towers(metadata: Mapping[str, Any]) -> bool:
   """Whether metadata is of an image and a text tower."""
-  configured = metadata.get("config", {}).get("task") or {}
-  return bool(metadata.get("text_tower") or configured.get("text_tower"))
+  return bool(metadata.get("text_tower") or _configured_task(metadata).get("text_tower"))
+
+
+def task_of(metadata: Mapping[str, Any]) -> str:
+  """The task that metadata names, of an export or a state; "classification" where it says none."""
+  # A state without `info` has its task in the configuration alone.
+  return str(metadata.get("task") or _configured_task(metadata).get("name") or "classification")
+
+
+def task_settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings of the task that metadata names, as its configuration gives them."""
+  configured = {k: v for k, v in _configured_task(metadata).items() if k != "name"}
+  return dict(metadata.get("task_settings") or configured)
+
+
+def described_network(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+  """What metadata says of the network: "name" and "arguments", where it does."""
+  # An export says it at the top, a training's checkpoint in its configuration.
+  return metadata if "name" in metadata else metadata.get("config", {}).get("model", {})
+
+
+def _configured_task(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+  return metadata.get("config", {}).get("task") or {}
 
 
 def _loss(metadata: dict[str, Any]) -> str:
-  # A state without `info` has its task in the configuration alone.
-  configured = metadata.get("config", {}).get("task") or {}
-  task = metadata.get("task") or configured.get("name") or "classification"
-  settings = metadata.get("task_settings") or configured
+  task = task_of(metadata)
   if is_two_towers(metadata):
     # The loss is between the towers; what the image tower answers are no classes.
     return task
-  return str(settings.get("loss") or ("softmax" if task == "classification" else ""))
+  return str(
+    task_settings_of(metadata).get("loss") or ("softmax" if task == "classification" else "")
+  )
 
 
 def _at_full_size(
