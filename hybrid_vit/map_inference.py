@@ -157,15 +157,15 @@ class MapInference:
 
   def classes(self, variables: Any, image: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, 3]` → the likeliest class of each pixel, int32 `[H, W]`."""
-    return np.concatenate([
-      np.asarray(strip)[:rows] for strip, rows in self._strips(variables, image, best=True)
-    ])[:, : image.shape[1]]  # fmt: skip
+    return self._joined(variables, image, best=True)
 
   def values(self, variables: Any, image: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, 3]` → averaged probabilities, or answers, float32 `[H, W, K]`."""
-    return np.concatenate([
-      np.asarray(strip)[:rows] for strip, rows in self._strips(variables, image, best=False)
-    ])[:, : image.shape[1]]  # fmt: skip
+    return self._joined(variables, image, best=False)
+
+  def _joined(self, variables: Any, image: np.ndarray, *, best: bool) -> np.ndarray:
+    strips = self._strips(variables, image, best)
+    return np.concatenate([np.asarray(strip)[:rows] for strip, rows in strips])[:, : image.shape[1]]
 
   def _strips(
     self, variables: Any, image: np.ndarray, best: bool

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.dense_plots import plot_depths, plot_segmentations, save_depth, save_map
 from hybrid_vit.stored_tasks import StoredTask
-from hybrid_vit.tasks.segmentation import class_names
 
 # Photos on one sheet.
 _MOST = 12
@@ -75,7 +75,7 @@ def draw_maps(stored: StoredTask, predictions: Sequence[PredictedMap], png: str 
   shown = [predictions[i] for i in sample_indices(len(predictions), _MOST)]
   photos, values = [p.image for p in shown], [p.values for p in shown]
   if stored.name == "segmentation":
-    names = class_names(stored.task.map_class_names, stored.task.num_classes)
+    names = names_or_numbers(stored.task.map_class_names, stored.task.num_classes)
     plot_segmentations(photos, values, names, np.array(stored.task.palette, np.uint8), png)
   else:
     plot_depths(photos, values, png)
@@ -103,7 +103,7 @@ def save_maps(
 
 
 def _areas(stored: StoredTask, classes: np.ndarray, top: int) -> tuple[str, ...]:
-  names = class_names(stored.task.map_class_names, stored.task.num_classes)
+  names = names_or_numbers(stored.task.map_class_names, stored.task.num_classes)
   counts = np.bincount(classes.ravel(), minlength=len(names))
   order = np.argsort(-counts, kind="stable")[:top]
   return tuple(f"{counts[i] / classes.size:6.1%}  {names[i]}" for i in order if counts[i])

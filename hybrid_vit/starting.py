@@ -23,7 +23,7 @@ from hybrid_vit.checkpoints import (
   restore_from,
 )
 from hybrid_vit.config import differences
-from hybrid_vit.data.classes import check_same_classes
+from hybrid_vit.data.classes import CLASS_NAMES, check_same_classes
 from hybrid_vit.data.evaluation import EvaluationSet
 from hybrid_vit.heads.dense_model import DenseModel
 from hybrid_vit.paths import as_path
@@ -34,9 +34,6 @@ from hybrid_vit.weights.families import import_checkpoint
 from hybrid_vit.weights.head_rows import carry_head, head_rows
 from hybrid_vit.weights.readers import read_checkpoint
 from hybrid_vit.weights.transfer import transfer
-
-# What data and weights say of their classes: of pictures, of maps and of objects.
-_CLASS_NAMES = ("class_names", "map_class_names", "object_class_names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +99,9 @@ def check_classes(run: Run, sets: Sequence[EvaluationSet]) -> None:
     ValueError: they have not; the message shows both.
   """
   for item in sets:
-    for names in _CLASS_NAMES:
-      _compare(
-        run.metadata.get(names),
-        item.info.get(names),
-        f"the training data and evaluation set {item.name!r}",
-      )
+    _compare(run.metadata, item.info, f"the training data and evaluation set {item.name!r}")
     # A source may say several of them; the weights are of one kind.
-    own = next((names for names in reversed(_CLASS_NAMES) if names in run.metadata), "class_names")
+    own = next((names for names in reversed(CLASS_NAMES) if names in run.metadata), "class_names")
     width, found = run.metadata.get("num_classes"), item.info.get(own)
     if width and found and width != len(found):
       raise ValueError(
@@ -117,18 +109,15 @@ def check_classes(run: Run, sets: Sequence[EvaluationSet]) -> None:
       )
 
 
-def _compare(expected: Any, found: Any, what: str) -> None:
-  if expected and found:
-    check_same_classes(tuple(expected), tuple(found), what)
+def _compare(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
+  """Classes of whichever kind both speak of."""
+  for names in CLASS_NAMES:
+    if expected.get(names) and found.get(names):
+      check_same_classes(tuple(expected[names]), tuple(found[names]), what)
 
 
 def _check_restored(run: Run, restored: Restored, place: str) -> None:
-  for names in _CLASS_NAMES:
-    _compare(
-      restored.info.get(names),
-      run.metadata.get(names),
-      f"the checkpoint in {place} and the training data",
-    )
+  _compare(restored.info, run.metadata, f"the checkpoint in {place} and the training data")
 
 
 def _other_teacher(run: Run, restored: Restored) -> tuple[str, ...]:
@@ -152,13 +141,12 @@ def _start_from(run: Run, state: TrainState, directory: str, layout: Any) -> tup
     weights, new_head = carry_head(weights, rows, fresh), False
     carried = f"\n  head: {(rows >= 0).sum()} of {len(rows)} classes carried over by {mapping}"
   elif not new_head:
-    for names in _CLASS_NAMES:
-      _compare(
-        metadata.get(names),
-        run.metadata.get(names),
-        f"the weights in {directory} (their head is kept; --config.reinitialize_head=True begins "
-        "it anew) and the training data",
-      )
+    _compare(
+      metadata,
+      run.metadata,
+      f"the weights in {directory} (their head is kept; --config.reinitialize_head=True begins it "
+      "anew) and the training data",
+    )
   variables, report = transfer(
     weights, jax.eval_shape(lambda s: s.variables, state), reinitialize_head=new_head
   )

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+# What data and weights say of their classes: of pictures, of maps and of objects.
+CLASS_NAMES = ("class_names", "map_class_names", "object_class_names")
+
 _AROUND = 3  # names shown on either side of a difference
 
 
@@ -21,6 +24,11 @@ def sort_classes(names: Iterable[str]) -> list[str]:
   if all(name.isascii() and name.isdecimal() for name in names):
     return sorted(names, key=lambda name: (int(name), name))
   return sorted(names)
+
+
+def names_or_numbers(names: Sequence[str], count: int) -> tuple[str, ...]:
+  """The names, or where there are none "class 0" and so on."""
+  return tuple(names) or tuple(f"class {i}" for i in range(count))
 
 
 def check_same_classes(expected: Sequence[str], found: Sequence[str], what: str) -> None:
