@@ -18,7 +18,7 @@ from hybrid_vit.build import (
 )
 from hybrid_vit.checkpoints import CheckpointError, load_weights
 from hybrid_vit.config import Config, ConfigError
-from hybrid_vit.data.classes import CLASS_NAMES
+from hybrid_vit.data.classes import CLASS_FACTS
 from hybrid_vit.data.evaluation import describe_preparation, open_evaluation
 from hybrid_vit.data.pipeline import open_source, readable_example
 from hybrid_vit.fingerprints import first_nonfinite
@@ -28,8 +28,6 @@ from hybrid_vit.starting import check_classes
 from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.weights.transfer import transfer
 
-# Of what weights know of their data, what tasks ask for.
-_SAID_OF_CLASSES = (*CLASS_NAMES, "palette")
 
 
 def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
@@ -87,7 +85,7 @@ def _facts(
   preprocessing: Preprocessing,
 ) -> DataFacts:
   """What the weights know of the data that they were trained on: its classes, or their number."""
-  info = {name: metadata[name] for name in _SAID_OF_CLASSES if metadata.get(name)}
+  info = {name: metadata[name] for name in CLASS_FACTS if metadata.get(name)}
   bias = weights["params"].get("head", {}).get("bias")
 
   def example() -> Mapping[str, Any]:

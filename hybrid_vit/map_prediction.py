@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from hybrid_vit.data.classes import names_or_numbers
-from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.splits import sample_indices
-from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.dense_plots import plot_depths, plot_segmentations, save_depth, save_map
+from hybrid_vit.photos import for_each_photo
 from hybrid_vit.stored_tasks import StoredTask
 
 # Photos on one sheet.
@@ -50,24 +48,16 @@ def predict_maps(
   Returns:
     (predictions in the order of the photos, the reason for each photo that could not be read).
   """
-  found, skipped = [], {}
-  decode = parse_transform("decode", "pil")
-  for photo in map(Path, photos):
-    try:
-      image = decode({"image": photo.read_bytes()}, np.random.default_rng(0))["image"]
-    except (CorruptExampleError, OSError) as error:
-      skipped[photo] = re.sub(r" <_io\.BytesIO .*>", "", str(error))
-      continue
+
+  def predicted(photo: Path, image: np.ndarray) -> PredictedMap:
     if stored.name == "segmentation":
       values = stored.classes(image)
-      summary = _areas(stored, values, top)
-    else:
-      values = stored.depth(image)
-      summary = (
-        f"{values.min():.2f} to {values.max():.2f} m, in the middle {np.median(values):.2f} m",
-      )
-    found.append(PredictedMap(photo, image, values, summary))
-  return found, skipped
+      return PredictedMap(photo, image, values, _areas(stored, values, top))
+    values = stored.depth(image)
+    said = f"{values.min():.2f} to {values.max():.2f} m, in the middle {np.median(values):.2f} m"
+    return PredictedMap(photo, image, values, (said,))
+
+  return for_each_photo(photos, None, predicted)
 
 
 def draw_maps(stored: StoredTask, predictions: Sequence[PredictedMap], png: str | Path) -> None:

@@ -3,13 +3,14 @@
 stored = load_task("runs/segmenter")
 classes = stored.classes(photo)               uint8 [H, W, 3] → int32 [H, W]
 metres = load_task("runs/depth").depth(photo)   → float32 [H, W]
+found = load_task("runs/detector").objects(photo)   → `box_inference.Objects`
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,22 @@ import jax
 import numpy as np
 
 from hybrid_vit import checkpoints
+from hybrid_vit.box_inference import BoxInference, Objects
 from hybrid_vit.config import Config
+from hybrid_vit.data.classes import CLASS_FACTS
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.map_inference import MapInference
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.tasks.registry import Context, create_task, task_settings
 from hybrid_vit.weights.stored import described_network, task_of, task_settings_of
 
-DENSE_TASKS = ("segmentation", "depth")
+# By the name of a task: what answers of its network become of a picture of any size.
+_INFERENCES: Mapping[str, Callable[[Any], Any]] = {
+  "segmentation": lambda task: MapInference(task.answers, task.inference, softmax=True),
+  "depth": lambda task: MapInference(task.answers, task.inference, softmax=False),
+  "detection": lambda task: BoxInference(task.detect, task.inference, task.fill()),
+}
+DENSE_TASKS = tuple(_INFERENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +41,9 @@ class StoredTask:
   """A task with its weights.
 
   Attributes:
-    name: "segmentation" or "depth".
+    name: one of `DENSE_TASKS`.
     network: name of the backbone in the registry.
-    task: as it was trained; see `tasks.segmentation` and `tasks.depth`.
+    task: as it was trained; see `tasks.segmentation` and the others.
     variables: NumPy arrays.
     preprocessing: what the weights expect of a picture.
     metadata: everything that lies beside the weights.
@@ -48,9 +57,9 @@ class StoredTask:
   metadata: dict[str, Any]
 
   @functools.cached_property
-  def inference(self) -> MapInference:
-    """How pictures become maps, with the programs compiled so far."""
-    return MapInference(self.task.answers, self.task.inference, softmax=self.name == "segmentation")
+  def inference(self) -> Any:
+    """How pictures become maps or objects, with the programs compiled so far."""
+    return _INFERENCES[self.name](self.task)
 
   @functools.cached_property
   def _on_device(self) -> Any:
@@ -65,6 +74,11 @@ class StoredTask:
     """uint8 `[H, W, 3]` → metres, float32 `[H, W]`."""
     self._check("depth")
     return self.inference.values(self._on_device, photo)[..., 0]
+
+  def objects(self, photo: np.ndarray) -> Objects:
+    """uint8 `[H, W, 3]` → what was found in it, in its own pixels, the surest first."""
+    self._check("detection")
+    return self.inference.objects(self._on_device, photo)
 
   def _check(self, name: str) -> None:
     if self.name != name:
@@ -104,7 +118,7 @@ def stored_task(
   preprocessing = as_preprocessing(fields) if fields else model_entry(model["name"]).preprocessing
   arguments = dict(model.get("arguments") or {})
   context = Context(
-    info={key: metadata[key] for key in ("map_class_names", "palette") if metadata.get(key)},
+    info={key: metadata[key] for key in CLASS_FACTS if metadata.get(key)},
     num_classes=metadata.get("num_classes"),
     preprocessing=preprocessing,
     make_network=lambda classes: create_model(model["name"], num_classes=classes, **arguments),

@@ -23,7 +23,13 @@ from hybrid_vit.data.geometry import Crop, Pad, Plane, Resize, Size, move, plane
 from hybrid_vit.data.instances import text_masks
 from hybrid_vit.data.lazy_masks import as_lazy
 from hybrid_vit.data.resizing import FILTERS
-from hybrid_vit.data.transform_registry import Example, OnPlane, Transform, register_transform
+from hybrid_vit.data.transform_registry import (
+  Example,
+  OnPlane,
+  Transform,
+  only_key,
+  register_transform,
+)  # fmt: skip
 
 # What else is known of each object, besides keys of kind "boxes" and "masks".
 ROWS = ("box_labels", "crowd", "areas", "given_boxes")
@@ -155,7 +161,7 @@ def pad_to(
 def filter_boxes(min_side: float = 1.0, *, kinds: Mapping[str, str]) -> Transform:
   """Drops objects whose box is narrower or lower than `min_side` pixels, or has no area."""
   check.number("min_side", min_side, 0)
-  name = _boxes_of(kinds)
+  name = only_key(kinds, "boxes")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -185,7 +191,7 @@ def keep_largest(count: int = 100, *, kinds: Mapping[str, str]) -> Transform:
   How many were dropped is there as "objects_left_out", int32, and told once.
   """
   check.whole("count", count)
-  name = _boxes_of(kinds)
+  name = only_key(kinds, "boxes")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -211,7 +217,7 @@ def boxes_from_masks(*, kinds: Mapping[str, str]) -> Transform:
 
   Of an empty mask it has no area: `filter_boxes` behind it.
   """
-  name, masks_name = _boxes_of(kinds), _masks_of(kinds, "boxes_from_masks")
+  name, masks_name = only_key(kinds, "boxes"), _masks_of(kinds, "boxes_from_masks")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -240,7 +246,7 @@ def crop_masks(size: int = 112, *, kinds: Mapping[str, str]) -> Transform:
   a batch, where their bitmaps at 800 x 1344 are 107 MB. Nothing on the plane may follow it.
   """
   check.whole("size", size)
-  name, masks_name = _boxes_of(kinds), _masks_of(kinds, "crop_masks")
+  name, masks_name = only_key(kinds, "boxes"), _masks_of(kinds, "crop_masks")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -292,7 +298,7 @@ def decode_objects(source: str = "objects", *, kinds: Mapping[str, str]) -> Tran
   "area", "id" and "segmentation": run lengths as text, which `tools.prepare_data` writes. Behind
   `decode`.
   """
-  name = _boxes_of(kinds)
+  name = only_key(kinds, "boxes")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -342,16 +348,6 @@ def take_rows(example: Example, rows: np.ndarray, kinds: Mapping[str, str]) -> E
   if len(set(lengths.values())) > 1:
     raise ValueError(f"the objects have other numbers of rows each: {lengths}")
   return {**example, **{name: example[name][rows] for name in there}}
-
-
-def _boxes_of(kinds: Mapping[str, str]) -> str:
-  names = [name for name, kind in kinds.items() if kind == "boxes"]
-  if len(names) != 1:
-    raise ValueError(
-      f"the task has {len(names)} keys of kind 'boxes' ({', '.join(names) or 'none'}); one was "
-      "expected"
-    )
-  return names[0]
 
 
 def _masks_of(kinds: Mapping[str, str], operation: str) -> str:

@@ -22,6 +22,7 @@ from hybrid_vit.data.transform_registry import (
   OnImages,
   OnPlane,
   Transform,
+  only_key,
   register_transform,
 )  # fmt: skip
 
@@ -32,7 +33,7 @@ _TRIES = 10
 @register_transform("decode_map")
 def decode_map(source: str, *, kinds: Mapping[str, str]) -> Transform:
   """The encoded map under the key `source` becomes the task's map: of TFDS, whose names differ."""
-  target = _only(kinds, "map")
+  target = only_key(kinds, "map")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -49,7 +50,7 @@ def decode_map(source: str, *, kinds: Mapping[str, str]) -> Transform:
 def decode_depth(source: str, scale: float = 1.0, *, kinds: Mapping[str, str]) -> Transform:
   """What is under the key `source`, `scale` units a metre, becomes the task's depth: of TFDS."""
   check.positive("scale", scale)
-  target = _only(kinds, "depth")
+  target = only_key(kinds, "depth")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -59,16 +60,6 @@ def decode_depth(source: str, scale: float = 1.0, *, kinds: Mapping[str, str]) -
     return {**example, target: read_depth(bytes(value), f"its {source!r}", scale)}
 
   return transform
-
-
-def _only(kinds: Mapping[str, str], kind: str) -> str:
-  found = [name for name, its in kinds.items() if its == kind]
-  if len(found) != 1:
-    raise ValueError(
-      f"the task has {len(found)} keys of kind {kind!r} ({', '.join(found) or 'none'}); one was "
-      "expected"
-    )
-  return found[0]
 
 
 def _at(example: Example, name: str) -> Any:

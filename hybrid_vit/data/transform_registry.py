@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,3 +67,18 @@ def register_transform(name: str) -> Callable[[Callable[..., Any]], Callable[...
     return factory
 
   return add
+
+
+def only_key(kinds: Mapping[str, str], kind: str) -> str:
+  """The one key of a task's examples that is of a kind.
+
+  Raises:
+    ValueError: none, or several.
+  """
+  found = [name for name, its in kinds.items() if its == kind]
+  if len(found) != 1:
+    raise ValueError(
+      f"the task has {len(found)} keys of kind {kind!r} ({', '.join(found) or 'none'}); one was "
+      "expected"
+    )
+  return found[0]

@@ -20,7 +20,7 @@ from hybrid_vit.data.spec import Field, Spec
 from hybrid_vit.dense_plots import plot_depths
 from hybrid_vit.heads.registry import head_arguments
 from hybrid_vit.map_inference import MapInference
-from hybrid_vit.metrics.depth import DepthProtocol, depth_metrics, depth_sums
+from hybrid_vit.metrics.depth import DEPTH_METRICS, DepthProtocol, depth_metrics, depth_sums
 from hybrid_vit.ops.resize import resize_bilinear
 from hybrid_vit.tasks import depth_losses
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
@@ -211,14 +211,14 @@ class DepthEvaluator:
       ValueError: nothing was measured in any picture.
     """
     own, protocol = local_variables(variables), self._task.protocol
-    sums: Any = 0.0
+    sums = np.zeros(len(DEPTH_METRICS) + 1)
     for _, host in self._data.batches():
       for image, truth in zip(host["image"], host["depth"]):
         if image is not None:
           predicted = self._inference.values(own, image)[..., 0]
           sums = sums + depth_sums(predicted[None], np.asarray(truth)[None], protocol)
-    sums = summed_over_processes({"sums": np.asarray(sums, np.float64)}, self._data.part)["sums"]
-    if not np.ndim(sums) or not sums[-1]:
+    sums = summed_over_processes({"sums": sums}, self._data.part)["sums"]
+    if not sums[-1]:
       raise ValueError(
         f"in no picture of evaluation set {self.name!r} is a depth between {protocol.min_depth:g} "
         f"and {protocol.max_depth:g} m (config.task.protocol)"

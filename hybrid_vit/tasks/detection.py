@@ -84,6 +84,7 @@ def build_detection(settings: DetectionSettings, context: Context) -> Detection:
     model=model,
     num_classes=classes,
     object_class_names=names,
+    category_ids=tuple(context.info.get("category_ids", ())),
     mean=tuple(context.preprocessing.mean),
     std=tuple(context.preprocessing.std),
     max_objects=settings.max_objects,
@@ -105,6 +106,7 @@ class Detection:
     max_objects: G.
     mask_size: side of the masks, each in the frame of its box; 0 for none.
     inference: how pictures of any size are seen.
+    category_ids: of the classes, as their data numbers them; () where they have none.
     separable: a batch's losses are divided by its own numbers of samples.
   """
 
@@ -116,6 +118,7 @@ class Detection:
   max_objects: int
   mask_size: int
   inference: BoxInferenceSettings
+  category_ids: tuple[int, ...] = ()
   separable: bool = False
 
   # Pictures keep their size: `inference` says what is done to them.
@@ -157,6 +160,7 @@ class Detection:
     return {
       "num_classes": self.num_classes,
       "object_class_names": list(self.object_class_names),
+      "category_ids": list(self.category_ids),
     }
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
