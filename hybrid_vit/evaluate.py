@@ -29,7 +29,6 @@ from hybrid_vit.tasks.base import Evaluator
 from hybrid_vit.weights.transfer import transfer
 
 
-
 def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
   """Evaluates the weights of `workdir`, else of `config.init_from`, by their own preprocessing.
 

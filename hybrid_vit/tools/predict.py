@@ -1,16 +1,19 @@
-"""What a network sees in photos: the likeliest classes, or a map of classes or depth, drawn.
+"""What a network sees in photos: the likeliest classes, a map of classes or depth, or objects.
 
 python -m hybrid_vit.tools.predict --weights=DIR photo.jpg another.png
 python -m hybrid_vit.tools.predict --weights=DIR --zero_shot="a cat,a dog" photo.jpg
 python -m hybrid_vit.tools.predict --weights=DIR --task=segmentation --maps=MAPS photo.jpg
+python -m hybrid_vit.tools.predict --weights=DIR --task=detection --objects=FILE.json photo.jpg
 
 DIR is a work directory, a checkpoint, an export, or what `hybrid_vit.tools.import_weights` wrote.
 Of a work directory the export is taken, unless the run went on after it. Photos are prepared as the
 weights expect. One that cannot be read is named and skipped, and the command then returns 2. With
 --zero_shot the weights are of an image and a text tower, and the texts, as they stand, the classes.
 Weights of segmentation or depth give a map of each photo, at its own size, over it; --maps writes
-these as PNG, too: classes in their palette, depth in millimetres (KITTI's: 1/256 m). --task is what
-the weights say where it is left out.
+these as PNG, too: classes in their palette, depth in millimetres (KITTI's: 1/256 m). Weights of
+detection give boxes, masks, names and scores of what they find with a score of at least
+--min_score; --objects writes these as COCO's results, too, in which "image_id" is the photo's place
+in the command, from 0. --task is what the weights say where it is left out.
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ from matplotlib.figure import Figure
 
 from hybrid_vit import checkpoints, recipes
 from hybrid_vit.data.splits import sample_indices
-from hybrid_vit.map_prediction import draw_maps, predict_maps, save_maps
+from hybrid_vit.object_prediction import MIN_SCORE
 from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import one_line, plain_text, printable, save_figure
-from hybrid_vit.stored_tasks import DENSE_TASKS, StoredTask, stored_task
+from hybrid_vit.stored_predictions import ASKED, OUTPUTS
+from hybrid_vit.stored_tasks import StoredTask, stored_task
 from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import (
   StoredNetwork,
@@ -45,7 +49,7 @@ from hybrid_vit.weights.stored import (
 from hybrid_vit.weights.stored_clip import StoredClip, load_clip
 from hybrid_vit.weights.transfer import without_text
 
-TASKS = ("classification", *DENSE_TASKS)
+TASKS = ("classification", *ASKED)
 _BATCH_SIZE = 8
 _MAX_IN_A_PICTURE = 24
 # By the loss of the training: what makes probabilities of the logits.
@@ -198,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--zero_shot", help='texts instead of classes, e.g. "a cat,a dog"')
   parser.add_argument("--task", choices=TASKS, help="default: as the weights say")
   parser.add_argument("--maps", help="directory to write maps of classes or depth into")
+  parser.add_argument("--objects", help="file to write COCO's results (.json) into")
+  parser.add_argument(
+    "--min_score", type=float, help=f"least score of detected objects (default: {MIN_SCORE})"
+  )
   args = parser.parse_args(argv)
   network: StoredNetwork | StoredClip
   try:
@@ -207,8 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       predictions, skipped = predict_zero_shot(network, args.photos, texts, args.top)
     else:
       weights, metadata = checkpoints.load_weights(args.weights)
-      if _task(args, metadata) in DENSE_TASKS:
-        return _predict_maps(args, stored_task(args.weights, weights, metadata))
+      if _task(args, metadata) in ASKED:
+        return _predict_dense(args, stored_task(args.weights, weights, metadata))
       network = network_of(args.weights, without_text(weights), metadata, args.arch)
       predictions, skipped = predict(network, args.photos, args.top)
   except (ValueError, ImportError, OSError, checkpoints.CheckpointError) as error:
@@ -243,19 +251,29 @@ def _task(args: argparse.Namespace, metadata: Mapping[str, Any]) -> str:
   """What the weights are of.
 
   Raises:
-    ValueError: another task was asked for, or maps of what makes none.
+    ValueError: another task was asked for, or maps or objects of what makes none.
   """
   said = task_of(metadata)
   if args.task is not None and args.task != said:
     raise ValueError(f"the weights in {args.weights} are of the task {said!r}, not {args.task!r}")
-  if args.maps is not None and said not in DENSE_TASKS:
-    raise ValueError(f"--maps: the weights in {args.weights}, of the task {said!r}, give no maps")
+  asked = ASKED.get(said)
+  for output in OUTPUTS:
+    if getattr(args, output) is not None and (asked is None or asked.output != output):
+      raise ValueError(
+        f"--{output}: the weights in {args.weights}, of the task {said!r}, give no {output}"
+      )
+  if args.min_score is not None and (asked is None or not asked.has_scores):
+    raise ValueError(
+      f"--min_score: the weights in {args.weights}, of the task {said!r}, detect no objects"
+    )
   return said
 
 
-def _predict_maps(args: argparse.Namespace, stored: StoredTask) -> int:
+def _predict_dense(args: argparse.Namespace, stored: StoredTask) -> int:
   """The command for weights of a dense task."""
-  predictions, skipped = predict_maps(stored, args.photos, args.top)
+  asked = ASKED[stored.name]
+  min_score = MIN_SCORE if args.min_score is None else args.min_score
+  predictions, skipped = asked.predict(stored, args.photos, args.top, min_score)
   print(f"{stored.network}, {stored.name}, weights from {args.weights}")
   print(f"pictures seen by {stored.task.inference}")
   for prediction in predictions:
@@ -265,10 +283,11 @@ def _predict_maps(args: argparse.Namespace, stored: StoredTask) -> int:
   for photo, reason in skipped.items():
     print(f"skipped {printable(photo)}: {printable(reason)}", file=sys.stderr)
   if predictions:
-    draw_maps(stored, predictions, args.output)
+    asked.draw(stored, predictions, args.output)
     print(f"drawn in {args.output}")
-  if args.maps is not None:
-    for path in save_maps(stored, predictions, args.maps):
+  place = getattr(args, asked.output)
+  if place is not None:
+    for path in asked.save(stored, args.photos, predictions, place):
       print(f"written: {path}")
   return 2 if skipped else 0
 
