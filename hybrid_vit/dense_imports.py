@@ -1,7 +1,7 @@
-"""An authors' checkpoint of segmentation or depth → the task of a recipe, with its weights.
+"""An authors' checkpoint of a dense task → the task of a recipe, with its weights.
 
 The recipe says the network, the decoder and how pictures are seen; the checkpoint says how many
-classes there are and, in mmsegmentation's files, what they are called.
+classes there are and, in OpenMMLab's files, what they are called.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from hybrid_vit.weights import dense_checkpoints
 from hybrid_vit.weights.readers import CheckpointFile
 from hybrid_vit.weights.torch_file import is_tensor, to_array
 
-# mmsegmentation 0.x and 1.x.
+# How a task's classes are called; one that is not here has none.
+_NAMES = {"segmentation": "map_class_names", "detection": "object_class_names"}
+# OpenMMLab's, before and since MMEngine.
 _CLASSES, _PALETTE = ("CLASSES", "classes"), ("PALETTE", "palette")
 
 
@@ -46,7 +48,7 @@ def import_dense_task(
 
   Args:
     file: the checkpoint.
-    recipe: of segmentation or depth.
+    recipe: of one of `DENSE_TASKS`.
     num_classes: None for those of the checkpoint; another number begins the classifiers anew.
     layout: None for the one whose names fit best.
 
@@ -68,15 +70,16 @@ def import_dense_task(
   model = _task(recipe, num_classes or recipe.model.get("num_classes") or 2, {})[0].model
   layout = dense_checkpoints.find_layout(file.weights, model, network, layout)
   in_file = classes = None
-  if name == "segmentation":
+  if name in _NAMES:
     in_file = dense_checkpoints.classes_in(file.weights, model, network, layout)
     classes = num_classes or in_file
     if classes is None:
       raise ValueError("the checkpoint has no classifier: give --num_classes to begin one")
   elif num_classes:
-    raise ValueError(f"--num_classes={num_classes}: depth has no classes")
+    raise ValueError(f"--num_classes={num_classes}: {name} has no classes")
   kept = classes == in_file
-  task, metadata = _task(recipe, classes, _said_by(file.meta, classes) if kept and classes else {})
+  info = _said_by(file.meta, classes, _NAMES[name]) if kept and classes else {}
+  task, metadata = _task(recipe, classes, info)
   imported = dense_checkpoints.import_dense(
     file.weights,
     task.model,
@@ -102,14 +105,14 @@ def _task(recipe: ConfigDict, classes: int | None, info: Mapping[str, Any]) -> t
   return tasks[0], metadata
 
 
-def _said_by(meta: Mapping[str, Any], classes: int) -> dict[str, Any]:
-  """Names and colours of the classes; nothing that is not one for each of them."""
+def _said_by(meta: Mapping[str, Any], classes: int, called: str) -> dict[str, Any]:
+  """Names of the classes as `called`, and colours; nothing that is not one for each of them."""
   found: dict[str, Any] = {}
   inner = meta.get("dataset_meta")
   said = {**meta, **(inner if isinstance(inner, Mapping) else {})}
   names = _first(said, _CLASSES, classes)
   if names is not None:
-    found["map_class_names"] = tuple(map(str, names))
+    found[called] = tuple(map(str, names))
   colors = _first(said, _PALETTE, classes)
   if colors is not None and np.shape(colors) == (classes, 3):
     found["palette"] = [[int(c) for c in color] for color in colors]

@@ -25,14 +25,15 @@ from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing
 from hybrid_vit.reporting import figures
 from hybrid_vit.starting import check_classes
-from hybrid_vit.tasks.base import Evaluator
+from hybrid_vit.tasks.base import Evaluator, WritingEvaluator
 from hybrid_vit.weights.transfer import transfer
 
 
 def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
   """Evaluates the weights of `workdir`, else of `config.init_from`, by their own preprocessing.
 
-  Every field of the configuration is read, as in a training, so that none can be misspelt.
+  Every field of the configuration is read, as in a training, so that none can be misspelt. What
+  evaluators write beside their measures goes into `workdir`.
 
   Returns:
     Measures, "<set>/<measure>".
@@ -63,7 +64,10 @@ def evaluate(config: Config, workdir: Any = None) -> dict[str, float]:
   show(f"weights from {directory}" + (f", step {step}" if step is not None else ""))
   show(report)
   show(describe_preparation(preprocessing, said_by, run.evaluation))
-  return evaluate_all(run.task.evaluators(sets), variables, show)
+  evaluators = run.task.evaluators(sets)
+  if workdir is None and any(isinstance(one, WritingEvaluator) for one in evaluators):
+    show("no --workdir: figures alone, no files (--workdir may be any directory of weights)")
+  return evaluate_all(evaluators, variables, show, workdir)
 
 
 def weights_preprocessing(config: Config, metadata: Mapping[str, Any]) -> tuple[Preprocessing, str]:
@@ -108,12 +112,40 @@ def place(run: Run, weights: Mapping[str, Any], mesh: Any) -> tuple[Any, Any]:
 
 
 def evaluate_all(
-  evaluators: Sequence[Evaluator], variables: Any, show: Callable[[str], None]
+  evaluators: Sequence[Evaluator],
+  variables: Any,
+  show: Callable[[str], None],
+  directory: Any = None,
 ) -> dict[str, float]:
-  """Measures of variables on every set, "<set>/<measure>"."""
+  """Measures of variables on every set, "<set>/<measure>"; see `run_and_write`."""
   results: dict[str, float] = {}
   for evaluator in evaluators:
-    values = evaluator.run(variables)
+    values = run_and_write(evaluator, variables, show, directory)
     results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
     show(f"{evaluator.name}: {figures(values)}")
   return results
+
+
+def run_and_write(
+  evaluator: Evaluator, variables: Any, show: Callable[[str], None], directory: Any = None
+) -> dict[str, float]:
+  """An evaluator's measures; what else it can tell of its answers is written into `directory`.
+
+  Files that cannot be written cost no figures: it is said.
+
+  Args:
+    evaluator: of one set.
+    variables: of the network.
+    show: tells people.
+    directory: where to; None to write nothing.
+  """
+  if directory is None or not isinstance(evaluator, WritingEvaluator):
+    return evaluator.run(variables)
+  answers = evaluator.answers(variables)
+  if jax.process_index() == 0:
+    try:
+      names = evaluator.write(answers, directory)
+      show(f"{evaluator.name}: written to {directory}: {', '.join(names)}")
+    except (OSError, ValueError) as error:
+      show(f"{evaluator.name}: what was found could not be written to {directory}: {error}")
+  return evaluator.measure(answers)

@@ -76,13 +76,15 @@ def finish(
 
 
 # Sources of one's own pictures, by the task.
-_SOURCES = {"segmentation": "maps", "depth": "depth"}
+_SOURCES = {"segmentation": "maps", "depth": "depth", "detection": "coco"}
 
 
 def _fine_tuning(run: Run, workdir: epath.Path) -> str:
-  """What to call; a network with arguments of its own is only in the configuration trained by."""
+  """What to call; what only the configuration trained by can build again keeps it."""
   source = _SOURCES.get(str(run.metadata.get("task")), "folder")
-  if run.metadata["arguments"]:
+  detector = run.metadata.get("task_settings", {}).get("detector") or {}
+  # A detector with settings of its own is only in the configuration, as is a network with such.
+  if run.metadata["arguments"] or set(detector) > {"name"}:
     return (
       f"add --config.init_from={workdir} --config.reinitialize_head=True "
       f"--config.data.source={source}:/path/to/pictures and a new --workdir to the command"
@@ -90,6 +92,9 @@ def _fine_tuning(run: Run, workdir: epath.Path) -> str:
   recipe = f"finetune.py:{run.network}"
   if source != "folder":
     recipe = f"finetune_{run.metadata['task']}.py:arch={run.network}"
+  if detector:
+    masks = "" if run.metadata["task_settings"].get("mask_size", 1) else ",masks=False"
+    recipe += f",detector={detector['name']}{masks}"
   return (
     f"python -m hybrid_vit.main --config=configs/{recipe},init={workdir},"
     f"data={source}:/path/to/pictures"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybrid_vit.box_inference import Objects
+from hybrid_vit.coco_results import coco_results, write_results
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data.classes import names_or_numbers
-from hybrid_vit.data.mask_encoding import write_segmentation
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.detection_plots import plot_detections
@@ -107,7 +106,7 @@ def save_objects(
     predictions: of those that could be read, in the same order.
     file: a `.json`; its directory is made.
   """
-  names, written = class_names(stored), Path(file)
+  names, written = class_names(stored), Path(file).expanduser()
   rows: list[dict[str, Any]] = []
   places = iter(enumerate(map(Path, photos)))
   for prediction in predictions:
@@ -118,39 +117,6 @@ def save_objects(
       rows.append({"file_name": prediction.photo.name, **row, "category_name": names[label]})
   write_results(rows, written)
   return written
-
-
-def coco_results(
-  found: Objects, image_id: Any, category_ids: Sequence[int] = ()
-) -> Iterator[dict[str, Any]]:
-  """A picture's objects in COCO's format of results, as pycocotools' `loadRes` takes them.
-
-  Each has "image_id", "category_id" (the class's number where `category_ids` is empty), "bbox"
-  (x, y, width, height), "score" and, where there are masks, "segmentation" as compressed runs.
-  """
-  for i, (box, label, score) in enumerate(zip(found.boxes, found.labels, found.scores)):
-    sized = (*box[:2], *(box[2:] - box[:2]))
-    row: dict[str, Any] = {
-      "image_id": image_id,
-      "category_id": category_ids[label] if len(category_ids) else int(label),
-      "bbox": [_shortest(value) for value in sized],
-      "score": _shortest(score),
-    }
-    if found.masks is not None:
-      row["segmentation"] = write_segmentation(found.masks[i])
-    yield row
-
-
-def _shortest(value: np.float32) -> float:
-  """The number with the fewest digits that is this one in float32."""
-  return float(str(np.float32(value)))
-
-
-def write_results(rows: Sequence[dict[str, Any]], file: Path) -> None:
-  """A list of results as JSON, one a line."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-  file.write_text(f"[\n{lines}\n]\n" if rows else "[]\n", encoding="utf-8")
 
 
 def _from_score(found: Objects, least: float) -> Objects:

@@ -10,6 +10,7 @@ import dataclasses
 import html
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,23 @@ figure { margin: 0; } figure img { width: 100%; image-rendering: auto; }
 figcaption { font-size: .85em; overflow-wrap: anywhere; } .file { color: #666; }
 .wrong { color: #c01c1c; } .wide { max-width: 100%; } .scroll { overflow: auto; max-height: 40em; }
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """A picture with what is said of it.
+
+  Attributes:
+    image: uint8 `[H, W, 3]`.
+    title: in red.
+    text: below it.
+    name: of its file.
+  """
+
+  image: np.ndarray
+  title: str
+  text: str
+  name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +92,6 @@ def page(
     notes: sentences below the head.
   """
   text = html.escape
-  head = "".join(f"<tr><td>{text(k)}</td><td>{text(v)}</td></tr>" for k, v in facts.items())
-  said = "".join(f"<p>{text(note)}</p>" for note in notes)
   classes = "".join(
     f"<tr><td>{text(name)}</td><td>{count}</td>"
     + "".join(f"<td>{_percent(value)}</td>" for value in figures)
@@ -86,29 +102,95 @@ def page(
     f"<tr><td>{text(true)}</td><td>{text(predicted)}</td><td>{count}</td></tr>"
     for true, predicted, count in confused
   )
-  shown = "".join(map(_figure, mistakes)) or "<p>None.</p>"
-  return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
-    f"<style>{_STYLE}</style></head><body><h1>{text(title)}</h1><table>{head}</table>{said}"
-    f'<h2>Worst mistakes</h2><div class="mistakes">{shown}</div>'
-    f'<h2>Confusion</h2><img class="wide" alt="confusion matrix" src="{_embedded(confusion_png)}">'
-    "<h2>Most often confused</h2><table><tr><th>true</th><th>predicted</th><th>pictures</th></tr>"
-    f"{pairs}</table>"
-    f'<h2>Calibration</h2><img class="wide" alt="reliability" src="{_embedded(reliability_png)}">'
-    '<h2>Classes</h2><div class="scroll"><table><tr><th>class</th><th>pictures</th>'
-    f"<th>precision</th><th>recall</th><th>F1</th></tr>{classes}</table></div></body></html>\n"
+  shown = [
+    Shown(
+      mistake.image,
+      f"{mistake.predicted} ({mistake.confidence:.1%})",
+      f"is {mistake.true} ({mistake.own:.1%})",
+      mistake.name,
+    )
+    for mistake in mistakes
+  ]
+  return document(
+    title,
+    facts,
+    notes,
+    [
+      ("Worst mistakes", figures_of(shown)),
+      (
+        "Confusion",
+        f'<img class="wide" alt="confusion matrix" src="{_embedded(confusion_png)}">',
+      ),
+      (
+        "Most often confused",
+        f"<table><tr><th>true</th><th>predicted</th><th>pictures</th></tr>{pairs}</table>",
+      ),
+      (
+        "Calibration",
+        f'<img class="wide" alt="reliability" src="{_embedded(reliability_png)}">',
+      ),
+      (
+        "Classes",
+        '<div class="scroll"><table><tr><th>class</th><th>pictures</th>'
+        f"<th>precision</th><th>recall</th><th>F1</th></tr>{classes}</table></div>",
+      ),
+    ],
   )
 
 
-def _figure(mistake: Mistake) -> str:
+def document(
+  title: str,
+  facts: Mapping[str, str],
+  notes: Sequence[str],
+  sections: Sequence[tuple[str, str]],
+) -> str:
+  """A page of sections.
+
+  Args:
+    title: of it.
+    facts: name → value, the table at its head.
+    notes: sentences below the head.
+    sections: (title, HTML).
+  """
+  text = html.escape
+  head = "".join(f"<tr><td>{text(k)}</td><td>{text(v)}</td></tr>" for k, v in facts.items())
+  said = "".join(f"<p>{text(note)}</p>" for note in notes)
+  body = "".join(f"<h2>{text(name)}</h2>{content}" for name, content in sections)
+  return (
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
+    f"<style>{_STYLE}</style></head><body><h1>{text(title)}</h1><table>{head}</table>{said}"
+    f"{body}</body></html>\n"
+  )
+
+
+def figures_of(shown: Sequence[Shown]) -> str:
+  """HTML of pictures side by side, or "None."."""
+  return f'<div class="mistakes">{"".join(map(_figure, shown)) or "<p>None.</p>"}</div>'
+
+
+def table_of(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """HTML of a table: names, whole numbers, and parts in percent, "-" for None."""
+
+  def cell(value: Any) -> str:
+    if value is None:
+      return "-"
+    return f"{value:.1%}" if isinstance(value, float) else html.escape(str(value))
+
+  lines = "".join(
+    "<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for row in rows
+  )
+  head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+  return f'<div class="scroll"><table><tr>{head}</tr>{lines}</table></div>'
+
+
+def _figure(shown: Shown) -> str:
   content = io.BytesIO()
-  Image.fromarray(mistake.image).save(content, format="PNG")
+  Image.fromarray(shown.image).save(content, format="PNG")
   text = html.escape
   return (
     f'<figure><img alt="" src="{_embedded(content.getvalue())}"><figcaption>'
-    f'<span class="wrong">{text(mistake.predicted)} ({mistake.confidence:.1%})</span><br>is '
-    f"{text(mistake.true)} ({mistake.own:.1%})<br>"
-    f'<span class="file">{text(mistake.name)}</span></figcaption></figure>'
+    f'<span class="wrong">{text(shown.title)}</span><br>{text(shown.text)}<br>'
+    f'<span class="file">{text(shown.name)}</span></figcaption></figure>'
   )
 
 

@@ -25,11 +25,10 @@ from hybrid_vit.checkpoints import (
 from hybrid_vit.config import differences
 from hybrid_vit.data.classes import CLASS_NAMES, check_same_classes
 from hybrid_vit.data.evaluation import EvaluationSet
-from hybrid_vit.heads.dense_model import DenseModel
 from hybrid_vit.paths import as_path
 from hybrid_vit.train_state import TrainState
 from hybrid_vit.weights.architectures import clip_with
-from hybrid_vit.weights.dense_checkpoints import has_decoder, import_as_large
+from hybrid_vit.weights.dense_checkpoints import WHOLE_MODELS, has_decoder, import_as_large
 from hybrid_vit.weights.families import import_checkpoint
 from hybrid_vit.weights.head_rows import carry_head, head_rows
 from hybrid_vit.weights.readers import read_checkpoint
@@ -182,7 +181,7 @@ def _initial_weights(run: Run, place: str) -> tuple[dict[str, Any], dict[str, An
   if text := run.metadata.get("text_tower"):
     network = clip_with(network, text) or network
   weights, model = read_checkpoint(str(path)).weights, getattr(run.task, "model", None)
-  if isinstance(model, DenseModel) and has_decoder(weights, model, network):
+  if isinstance(model, WHOLE_MODELS) and has_decoder(weights, model, network):
     size = run.preprocessing.image_size
     whole, classes = import_as_large(weights, model, network, image_size=size)
     return whole.variables, {"num_classes": classes}

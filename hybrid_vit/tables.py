@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from hybrid_vit.paths import as_path
 
 # Shown in percent, as are recalls ("image_to_text_r5").
 _PARTS = ("top1", "top5")
 
 
 def write_table(
-  path: str | Path, rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()
-) -> tuple[Path, Path]:
+  path: Any, rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()
+) -> tuple[Any, Any]:
   """PATH.csv and PATH.md of rows.
 
   Args:
@@ -22,17 +24,18 @@ def write_table(
     rows: each a mapping of columns; one that lacks a column leaves it empty.
     first: columns that come first, in this order; those that no row has are left out.
   """
-  path = Path(path)
+  path = as_path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # A name may have dots, which are no endings.
   base = path.with_suffix("") if path.suffix in (".csv", ".md") else path
   csv_path, md_path = (base.with_name(base.name + ending) for ending in (".csv", ".md"))
   known = dict.fromkeys((*first, *(key for row in rows for key in row)))
   columns = [key for key in known if any(key in row for row in rows)]
-  with csv_path.open("w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, columns, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
+  text = io.StringIO(newline="")
+  writer = csv.DictWriter(text, columns, restval="")
+  writer.writeheader()
+  writer.writerows(rows)
+  csv_path.write_bytes(text.getvalue().encode())
   lines = [_line(columns), "|" + " --- |" * len(columns)]
   lines += [_line([_shown(key, row.get(key)) for key in columns]) for row in rows]
   md_path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from hybrid_vit.data.pipeline import training_batches
 from hybrid_vit.data.sources import Source
 from hybrid_vit.early_stop import KEY as EARLY_STOP
 from hybrid_vit.early_stop import Patience
-from hybrid_vit.evaluate import evaluate_all
+from hybrid_vit.evaluate import evaluate_all, run_and_write
 from hybrid_vit.finishing import finish
 from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
 from hybrid_vit.paths import as_path
@@ -274,9 +274,11 @@ class _Loop:
     """Measures every set; keeps the weights where they are the best so far."""
     results: dict[str, float] = {}
     variables = programs.evaluation_variables(self.run, self.mesh, state)
+    # Files of what was found are the last evaluation's.
+    place = self.workdir if step >= self.run.curriculum.total_steps else None
     try:
       for evaluator in self.evaluators:
-        values = evaluator.run(variables)
+        values = run_and_write(evaluator, variables, self.reporter.message, place)
         self.reporter.scalars(step, values, kind=f"eval/{evaluator.name}")
         self.reporter.message(f"step {step}, {evaluator.name}: {figures(values)}")
         results.update({f"{evaluator.name}/{key}": value for key, value in values.items()})
@@ -331,6 +333,7 @@ class _Loop:
         self.evaluators,
         put,
         lambda text: self.reporter.message(f"the best weights, of step {step}: {text}"),
+        self.workdir,
       )
     averaged = ", averaged over steps" if state.ema is not None else ""
     return state, results, f"trained here{averaged}, the best by {metric}: of step {step}"

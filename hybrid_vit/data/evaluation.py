@@ -77,10 +77,22 @@ class EvaluationSet:
     found = []
     for index in sample_indices(len(self), count):
       try:
-        found.append(self._transform(dict(self.source[index]), np.random.default_rng(index)))
+        found.append(self.example(index))
       except CorruptExampleError:
         continue
     return found
+
+  def example(self, index: int) -> dict[str, Any]:
+    """The example of that number in the source, transformed.
+
+    Raises:
+      CorruptExampleError: it cannot be read.
+    """
+    return self._transform(dict(self.source[index]), np.random.default_rng(index))
+
+  def describe(self, index: int) -> str:
+    """The name of an example, for people."""
+    return self.source.describe(index)
 
 
 def open_evaluation(

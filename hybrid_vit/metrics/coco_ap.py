@@ -182,9 +182,16 @@ def coco_metrics(result: CocoResult) -> dict[str, float]:
   return metrics
 
 
-def category_ap(result: CocoResult) -> np.ndarray:
-  """AP over thresholds of each category, `[K]`; -1 for one without objects."""
-  return np.array([_mean(rows) for rows in np.moveaxis(result.precision[:, :, :, 0, -1], 2, 0)])
+def category_ap(result: CocoResult, threshold: int | None = None) -> np.ndarray:
+  """AP of each category, `[K]`; -1 for one without objects.
+
+  Args:
+    result: of the evaluation.
+    threshold: place of the IoU in `IOUS`, 0 for AP50; None for the mean over all of them.
+  """
+  chosen = slice(None) if threshold is None else slice(threshold, threshold + 1)
+  rows = np.moveaxis(result.precision[chosen, :, :, 0, -1], 2, 0)
+  return np.array([_mean(row) for row in rows])
 
 
 class _Matching:
@@ -287,7 +294,7 @@ def _overlaps(truth, detected, order, gt_order, kind):
   if kind == "boxes":
     boxes = np.asarray(detected.boxes, np.float64)[order]
     gt_boxes = np.asarray(truth.boxes, np.float64)[gt_order]
-    return lambda d, g: _box_iou(boxes[d], gt_boxes[g], crowd[g])
+    return lambda d, g: box_iou(boxes[d], gt_boxes[g], crowd[g])
 
   def of_masks(d, g):
     masks = [_rle(detected.masks[i]) for i in order[d]]
@@ -297,7 +304,17 @@ def _overlaps(truth, detected, order, gt_order, kind):
   return of_masks
 
 
-def _box_iou(boxes, gt_boxes, crowd) -> np.ndarray:
+def box_iou(boxes: np.ndarray, gt_boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+  """IoU of each box with each true one; over the box's area where that is a crowd.
+
+  Args:
+    boxes: float64 `[D, 4]`, (x, y, width, height).
+    gt_boxes: float64 `[G, 4]`.
+    crowd: bool `[G]`.
+
+  Returns:
+    float64 `[D, G]`.
+  """
   x, y, w, h = (boxes[:, i, None] for i in range(4))
   gx, gy, gw, gh = gt_boxes.T
   across = np.minimum(w + x, gw + gx) - np.maximum(x, gx)

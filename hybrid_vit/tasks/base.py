@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,7 +24,10 @@ CONSTANTS = "constants"
 
 
 class Evaluator(Protocol):
-  """Measures variables on one data set."""
+  """Measures variables on one data set.
+
+  One that can write what it found, beside its measures, is a `WritingEvaluator`.
+  """
 
   name: str
 
@@ -36,6 +39,27 @@ class Evaluator(Protocol):
     """Writes a picture of some results, for people, as a PNG; False where there is none to draw.
 
     Every process calls it; the first one writes.
+    """
+    ...
+
+
+@runtime_checkable
+class WritingEvaluator(Evaluator, Protocol):
+  """An evaluator whose answers to a whole set are worth files."""
+
+  def answers(self, variables: Variables) -> Any:
+    """One pass over the whole data set, the same on every process."""
+    ...
+
+  def measure(self, answers: Any) -> dict[str, float]:
+    """What `run` gives, of these answers."""
+    ...
+
+  def write(self, answers: Any, directory: Any) -> list[str]:
+    """Writes files, whose names it gives; the first process alone calls it.
+
+    Raises:
+      OSError: they cannot be written.
     """
     ...
 
@@ -65,6 +89,14 @@ class EvaluationData(Protocol):
 
   def examples(self, count: int) -> list[dict[str, Any]]:
     """As `sample`, but as the transform leaves them, with what stays on the host."""
+    ...
+
+  def example(self, index: int) -> dict[str, Any]:
+    """The one of that number ("index" of a batch), as the transform leaves it."""
+    ...
+
+  def describe(self, index: int) -> str:
+    """Its name, for people."""
     ...
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.box_inference import BoxInference, BoxInferenceSettings, Objects
+from hybrid_vit.coco_results import coco_results
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.data.lazy_masks import as_lazy
@@ -23,8 +24,9 @@ from hybrid_vit.data.mask_encoding import decode_mask, mask_area
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.spec import Field, Spec
 from hybrid_vit.detection_plots import Shown, plot_detections
+from hybrid_vit.detection_report import write_report
 from hybrid_vit.heads.detectors import create_detector
-from hybrid_vit.metrics.coco_ap import Detected, Truth, coco_metrics, evaluate_coco
+from hybrid_vit.metrics.coco_ap import CocoResult, Detected, Truth, coco_metrics, evaluate_coco
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
 from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
 from hybrid_vit.tasks.processes import gathered_over_processes, local_variables
@@ -141,6 +143,7 @@ class Detection:
       "boxes": Field("boxes", "float32", (None, 4), ragged=True, on_host=True),
       "box_labels": Field("host"),
       "crowd": Field("host"),
+      "image_id": Field("host"),
     }
     if size:
       train["masks"] = Field("masks", "uint8", (count, size, size), ragged=True)
@@ -243,7 +246,7 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """What one picture holds and what was found in it."""
+  """What one picture holds and what was found in it; `image_id` as its data numbers it, or None."""
 
   index: int
   found: Objects
@@ -251,6 +254,15 @@ class Picture:
   labels: np.ndarray
   crowd: np.ndarray
   masks: tuple[Any, ...] | None
+  image_id: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """A whole set: its pictures, and COCO's evaluation of "box" and perhaps "mask"."""
+
+  pictures: list[Picture]
+  measures: dict[str, CocoResult]
 
 
 class DetectionEvaluator:
@@ -268,14 +280,48 @@ class DetectionEvaluator:
 
   def run(self, variables: Variables) -> dict[str, float]:
     """See `Evaluator`; "examples" is the number of pictures."""
+    return self.measure(self.answers(variables))
+
+  def answers(self, variables: Variables) -> Answers:
+    """See `WritingEvaluator`."""
     pictures = self.pictures(variables)
-    results: dict[str, float] = {}
-    kinds = {"boxes": "box", **({"masks": "mask"} if self._task.mask_size else {})}
+    kinds = {"box": "boxes", **({"mask": "masks"} if self._task.mask_size else {})}
     truth, detected = as_rows(pictures)
-    for kind, name in kinds.items():
-      found = coco_metrics(evaluate_coco(truth, detected, range(self._task.num_classes), kind=kind))
-      results |= {f"{name}_{measure.lower()}": value for measure, value in found.items()}
-    return {**results, "examples": float(len(pictures))}
+    classes = range(self._task.num_classes)
+    return Answers(
+      pictures,
+      {name: evaluate_coco(truth, detected, classes, kind=kind) for name, kind in kinds.items()},
+    )
+
+  def measure(self, answers: Answers) -> dict[str, float]:
+    """See `WritingEvaluator`."""
+    results: dict[str, float] = {}
+    for name, found in answers.measures.items():
+      results |= {f"{name}_{key.lower()}": value for key, value in coco_metrics(found).items()}
+    return {**results, "examples": float(len(answers.pictures))}
+
+  def write(self, answers: Answers, directory: Any) -> list[str]:
+    """See `WritingEvaluator`; the files are those of `detection_report`."""
+    task, data = self._task, self._data
+    ids = data.info.get("category_ids") or task.category_ids
+    truth, detected = as_rows(answers.pictures)
+    return write_report(
+      directory,
+      self.name,
+      results=[
+        row
+        for picture in answers.pictures
+        for row in coco_results(
+          picture.found, picture.index if picture.image_id is None else picture.image_id, ids
+        )
+      ],
+      measures=answers.measures,
+      truth=truth,
+      detected=detected,
+      names=names_or_numbers(task.object_class_names, task.num_classes),
+      figures=self.measure(answers),
+      picture=lambda index: (data.example(index)["image"], data.describe(index)),
+    )
 
   def pictures(self, variables: Variables) -> list[Picture]:
     """All pictures of the set with what was found in them, the same on every process."""
@@ -302,6 +348,7 @@ class DetectionEvaluator:
       labels=np.asarray(example["box_labels"], np.int64),
       crowd=np.zeros(len(boxes), bool) if crowd is None else np.asarray(crowd, bool),
       masks=masks,
+      image_id=example.get("image_id"),
     )
 
   def draw(self, variables: Variables, path: Path) -> bool:

@@ -35,8 +35,9 @@ def export_weights(
     directory: an export, a checkpoint or a work directory; see `checkpoints.load_weights`.
     file: where to; ends in ".safetensors".
     layout: one of the architecture's: "official", "timm", "transformers", "open_clip"; of a
-      backbone with its decoder "mmseg", "transformers", "deeplab2". None for "official"; with a
-      decoder for the one that an import was read by, else the first of these.
+      backbone with its decoder "mmseg", "transformers", "deeplab2"; of detectors "mmdetection",
+      "openmmlab", "torchvision", "detectron2"; of DINO "official", "detrex". None for "official";
+      with a decoder for the one that an import was read by, else the first of these.
     architecture: name in the registry, or of a CLIP; None for what the weights' metadata says.
       Weights of two towers give both, unless this is the image tower's name.
     merge: merge branches first, where the network has any (MCi, the convolutional text tower).
@@ -90,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="export_weights", description=__doc__.splitlines()[0])
   parser.add_argument("--from", dest="source", required=True, help="directory of the weights")
   parser.add_argument("--to", required=True, help="FILE.safetensors to write")
-  parser.add_argument("--layout", help="official (the default), timm, open_clip, mmseg, …")
+  parser.add_argument(
+    "--layout", help="official (the default), timm, open_clip, mmseg, mmdetection, …"
+  )
   parser.add_argument("--arch", help="network; default: as the weights say")
   parser.add_argument("--merge", action="store_true", help="merge the branches of MCi first")
   args = parser.parse_args(argv)

@@ -3,10 +3,10 @@
 python -m hybrid_vit.tools.import_weights --arch=tiny_moat_0 --from=FILE --to=DIR
 python -m hybrid_vit.tools.import_weights --config=configs/swin_ade20k.py --from=FILE --to=DIR
 
-With --config, a recipe of segmentation or depth (FILE or FILE:variant), a backbone with its
-decoder is read. Strict: every tensor of the file and every variable of the network is used exactly
-once, or the difference is an error. What was loaded, what begins anew and why, and what was not
-used is printed.
+With --config, a recipe of segmentation, depth or detection (FILE or FILE:variant), a backbone with
+its decoder or detector is read. Strict: every tensor of the file and every variable of the network
+is used exactly once, or the difference is an error. What was loaded, what begins anew and why, and
+what was not used is printed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def import_dense_weights(
   Args:
     source: see `readers.read_checkpoint`.
     directory: where to; one that holds weights already is replaced.
-    recipe: a configuration of segmentation or depth, whose model it is.
+    recipe: a configuration of a dense task, whose model it is.
     num_classes: see `dense_imports.import_dense_task`.
     layout: see there.
     average: see `readers.read_checkpoint`.
@@ -187,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="import_weights", description=__doc__.splitlines()[0])
   parser.add_argument("--arch", help="network; default: the one whose names and shapes fit")
   parser.add_argument(
-    "--config", help="recipe of segmentation or depth, FILE or FILE:variant: a decoder is read, too"
+    "--config",
+    help="recipe of a dense task, FILE or FILE:variant: its decoder or detector is read, too",
   )
   parser.add_argument("--from", dest="source", required=True, help="the authors' file")
   parser.add_argument("--to", required=True, help="directory to write")
@@ -231,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   else:
     network = metadata["name"]
     if args.config is not None:
-      network = f"{network} under {metadata['task_settings']['head']['name']}"
+      settings = metadata["task_settings"]
+      network = f"{network} under {(settings.get('detector') or settings['head'])['name']}"
     classes = metadata.get("num_classes")
     width = metadata["task"] if classes is None else f"{classes} classes"
   print(f"{network}, {width}, layout {imported.layout}{branch}")

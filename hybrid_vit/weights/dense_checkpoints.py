@@ -1,13 +1,14 @@
-"""Checkpoints of a backbone with its decoder: read strictly, and written back.
+"""Checkpoints of a backbone with its decoder or detector: read strictly, and written back.
 
-Layouts are those of `keymap_heads.dense_layouts`; which one a checkpoint has is told by its names.
+Layouts are those of the key maps of decoders and detectors; which one a checkpoint has is told by
+its names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from hybrid_vit.heads.dense_detection import DenseDetector
 from hybrid_vit.heads.dense_model import DenseModel
+from hybrid_vit.heads.dino import DINO
+from hybrid_vit.heads.rcnn import RCNN
 from hybrid_vit.weights import convert, families
-from hybrid_vit.weights.convert import ImportReport, Layout
+from hybrid_vit.weights.convert import ImportReport, Layout, OfficialKey
+from hybrid_vit.weights.keymap_detectors import detector_layouts
+from hybrid_vit.weights.keymap_dino import dino_layouts
 from hybrid_vit.weights.keymap_heads import dense_layouts
-from hybrid_vit.weights.transfer import is_head
+from hybrid_vit.weights.transfer import begins_anew, is_head
 
 Weights = Mapping[str, np.ndarray]
+
+# By the class of a whole model: `(model, layouts of its backbone) → layouts of its checkpoints`.
+_LAYOUTS: Mapping[type, Callable[[Any, Mapping[str, Layout]], dict[str, Layout]]] = {
+  DenseModel: dense_layouts,
+  RCNN: detector_layouts,
+  DenseDetector: detector_layouts,
+  DINO: dino_layouts,
+}
+WHOLE_MODELS = tuple(_LAYOUTS)
+# Side of a picture of which every network has cells enough; the names do not depend on it.
+_ANY_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +56,7 @@ class ImportedDense:
   report: ImportReport
 
 
-def layouts_of(model: DenseModel, network: str) -> dict[str, Layout]:
+def layouts_of(model: Any, network: str) -> dict[str, Layout]:
   """Layouts of checkpoints of a whole model.
 
   Args:
@@ -49,17 +66,18 @@ def layouts_of(model: DenseModel, network: str) -> dict[str, Layout]:
   Raises:
     ValueError: none is known of this backbone with this decoder.
   """
-  found = dense_layouts(model, families.layouts(network))
+  layouts = next((own for kind, own in _LAYOUTS.items() if isinstance(model, kind)), None)
+  found = layouts(model, families.layouts(network)) if layouts is not None else {}
   if not found:
-    parts = (model.neck, model.head, model.auxiliary_head)
+    parts = [getattr(model, name, None) for name in ("neck", "head", "auxiliary_head")]
     decoder = " and ".join(type(part).__name__ for part in parts if part is not None)
+    if not isinstance(model, DenseModel):
+      decoder = type(model).__name__ + (f" with {decoder}" if decoder else "")
     raise ValueError(f"no names of checkpoints are known of {network} under {decoder}")
   return found
 
 
-def find_layout(
-  weights: Weights, model: DenseModel, network: str, layout: str | None = None
-) -> str:
+def find_layout(weights: Weights, model: Any, network: str, layout: str | None = None) -> str:
   """The layout with the most names in common with a checkpoint, or the one asked for.
 
   Args:
@@ -75,7 +93,7 @@ def find_layout(
   known = layouts_of(model, network)
   if layout is not None and layout not in known:
     raise ValueError(f"{_title(model, network)} has no layout {layout!r}; it has: {_list(known)}")
-  paths = traverse_util.flatten_dict(_shapes(model, 64), sep="/")
+  paths = traverse_util.flatten_dict(_shapes(model, _ANY_SIZE), sep="/")
   counts = {}
   for name in [layout] if layout is not None else list(known):
     names, key_map = set(_named(weights, known[name])), known[name].key_map(model)
@@ -94,21 +112,43 @@ def find_layout(
   return best
 
 
-def classes_in(weights: Weights, model: DenseModel, network: str, layout: str) -> int | None:
-  """Width of a checkpoint's classifier; None where it has none by that layout."""
+def classes_in(weights: Weights, model: Any, network: str, layout: str) -> int | None:
+  """How many classes a checkpoint's classifier has; None where it has none by that layout."""
   chosen = layouts_of(model, network)[layout]
   named, key_map = _named(weights, chosen), chosen.key_map(model)
-  for path in traverse_util.flatten_dict(_shapes(model, 64), sep="/"):
-    if is_head(path, dense=True) and path.endswith("/bias"):
+  for path in traverse_util.flatten_dict(_shapes(model, _ANY_SIZE), sep="/"):
+    if is_head(path, dense=True) and re.search(r"classifier\d*/bias$", path):
       bias = named.get(key_map(path).name)
       if bias is not None and bias.ndim == 1:
-        return len(bias)
+        return _number_of_classes(model, len(bias))
   return None
+
+
+def _number_of_classes(model: Any, width: int) -> int:
+  """Of a classifier so wide."""
+  if isinstance(model, RCNN):
+    return width - 1  # the background
+  return width // model.head.num_anchors if isinstance(model, DenseDetector) else width
+
+
+def _with_classes(model: Any, classes: int) -> Any:
+  """The same model for another number of classes."""
+  if isinstance(model, RCNN):
+    stages, masks = (
+      tuple(head.clone(num_classes=classes) for head in heads)
+      for heads in (model.stages, model.mask_heads)
+    )
+    return model.clone(stages=stages, mask_heads=masks)
+  if isinstance(model, DenseDetector):
+    return model.clone(head=model.head.clone(num_classes=classes))
+  beside = getattr(model, "auxiliary_head", None)
+  more = {} if beside is None else {"auxiliary_head": beside.clone(num_outputs=classes)}
+  return model.clone(head=model.head.clone(num_outputs=classes), **more)
 
 
 def import_dense(
   weights: Weights,
-  model: DenseModel,
+  model: Any,
   network: str,
   layout: str,
   *,
@@ -139,9 +179,17 @@ def import_dense(
   template = _shapes(model, image_size)
   pattern = r"(?!)"
   if new_classifiers:
-    template, anew = _with_new_classifiers(template, model, image_size)
+    flat, key_map = traverse_util.flatten_dict(template, sep="/"), chosen.key_map(model)
+    anew = [
+      path
+      for path in flat
+      if is_head(path, dense=True)
+      and begins_anew(path, _shape_in(named, key_map(path)), flat[path])
+    ]
+    template = _with_new_classifiers(flat, anew, model, image_size)
     pattern = "|".join(f"^{re.escape(path)}$" for path in anew) or pattern
-    names = {name for path in anew for name in chosen.key_map(model)(path).names}
+    keys = [key_map(path) for path in anew]
+    names = {name for key in keys for name in (*key.names, *key.aliases)}
     named = {name: value for name, value in named.items() if name not in names}
   try:
     variables, report = convert.import_weights(
@@ -153,7 +201,7 @@ def import_dense(
   return ImportedDense(variables, layout, report)
 
 
-def has_decoder(weights: Weights, model: DenseModel, network: str) -> bool:
+def has_decoder(weights: Weights, model: Any, network: str) -> bool:
   """Whether a checkpoint is of such a backbone with such a decoder, by its names."""
   try:
     find_layout(weights, model, network)
@@ -163,7 +211,7 @@ def has_decoder(weights: Weights, model: DenseModel, network: str) -> bool:
 
 
 def import_as_large(
-  weights: Weights, model: DenseModel, network: str, *, image_size: int
+  weights: Weights, model: Any, network: str, *, image_size: int
 ) -> tuple[ImportedDense, int | None]:
   """As `import_dense`, for as many classes as the checkpoint has, by the layout of its names.
 
@@ -176,16 +224,12 @@ def import_as_large(
   layout = find_layout(weights, model, network)
   classes = classes_in(weights, model, network, layout)
   if classes is not None:
-    beside = model.auxiliary_head
-    model = model.clone(
-      head=model.head.clone(num_outputs=classes),
-      auxiliary_head=beside and beside.clone(num_outputs=classes),
-    )
+    model = _with_classes(model, classes)
   return import_dense(weights, model, network, layout, image_size=image_size), classes
 
 
 def export_dense(
-  variables: Mapping[str, Any], model: DenseModel, network: str, layout: str | None = None
+  variables: Mapping[str, Any], model: Any, network: str, layout: str | None = None
 ) -> tuple[dict[str, np.ndarray], str]:
   """The authors' names and layouts, with what their strict loaders ask for beside the weights.
 
@@ -210,8 +254,8 @@ def export_dense(
   return {**families.with_counters(exported), **known[layout].constants(model)}, layout
 
 
-def _title(model: DenseModel, network: str) -> str:
-  return f"{network} under {type(model.head).__name__}"
+def _title(model: Any, network: str) -> str:
+  return f"{network} under {type(model.head if isinstance(model, DenseModel) else model).__name__}"
 
 
 def _list(layouts: Mapping[str, Layout]) -> str:
@@ -224,17 +268,23 @@ def _named(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
   return {k: v for k, v in renamed.items() if not re.search(layout.not_weights, k)}
 
 
-def _shapes(model: DenseModel, size: int) -> dict[str, Any]:
+def _shapes(model: Any, size: int) -> dict[str, Any]:
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   return dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images))
 
 
+def _shape_in(named: Weights, key: OfficialKey) -> tuple[int, ...] | None:
+  """Shape that our leaf takes from a checkpoint; None where it has none, or of another rank."""
+  try:
+    return key.read(named).shape
+  except (KeyError, ValueError, IndexError):
+    return None
+
+
 def _with_new_classifiers(
-  template: dict[str, Any], model: DenseModel, size: int
-) -> tuple[dict[str, Any], list[str]]:
-  """The template with newly drawn numbers for the classifiers, and their paths."""
-  flat = traverse_util.flatten_dict(template, sep="/")
-  anew = [path for path in flat if is_head(path, dense=True)]
+  flat: Mapping[str, Any], anew: Sequence[str], model: Any, size: int
+) -> dict[str, Any]:
+  """The template with newly drawn numbers for these paths."""
 
   @jax.jit
   def draw(key: jax.Array) -> dict[str, jax.Array]:
@@ -244,4 +294,4 @@ def _with_new_classifiers(
     return {path: found[path] for path in anew}
 
   drawn = jax.device_get(draw(jax.random.key(0)))
-  return traverse_util.unflatten_dict({**flat, **drawn}, sep="/"), anew
+  return traverse_util.unflatten_dict({**flat, **drawn}, sep="/")

@@ -1,26 +1,39 @@
-"""DINO: names of the tensors of IDEA-Research/DINO ("official").
+"""DINO: names of the tensors of IDEA-Research/DINO ("official") and of IDEA-Research/detrex.
 
-Its files repeat the decoder's heads, which its layers share, under the names of all layers, once
-below the decoder and once at the top. FocalNet-DINO has the same names.
+The files repeat the decoder's heads, which in the authors' its layers share, under the names of all
+layers, once below the decoder and once at the top. FocalNet-DINO has the authors' names. detrex
+counts the encoder's heads as one more of the decoder's, and builds layers as mmcv does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from hybrid_vit.weights import torch_keys
 from hybrid_vit.weights.convert import KeyMap, Layout, OfficialKey
 
 _Rule = torch_keys.Rule
 
+LAYOUTS = ("official", "detrex")
+
 # Ours to theirs: parameters that belong to no layer.
 _TABLES = {
-  "level_embedding": "transformer.level_embed",
-  "query_features": "transformer.tgt_embed.weight",
-  "label_embedding": "label_enc.weight",
+  "official": {
+    "level_embedding": "transformer.level_embed",
+    "query_features": "transformer.tgt_embed.weight",
+    "label_embedding": "label_enc.weight",
+  },
+  "detrex": {
+    "level_embedding": "transformer.level_embeds",
+    "query_features": "transformer.tgt_embed.weight",
+    "label_embedding": "label_enc.weight",
+  },
 }
 _ATTENTION = {
   "offsets": "sampling_offsets",
@@ -30,13 +43,14 @@ _ATTENTION = {
 }
 
 
-def head_key_map(head: Any) -> KeyMap:
+def head_key_map(head: Any, layout: str = "official") -> KeyMap:
   """The key map of a head alone, from "params/query_features" on, with the checkpoint's names.
 
   Args:
     head: `DINONetwork`.
+    layout: one of `LAYOUTS`.
   """
-  rules = _rules(head)
+  rules = _rules(head) if layout == "official" else _detrex_rules(head)
 
   def key_map(path: str) -> OfficialKey:
     return torch_keys.by_rules(rules, path.partition("/")[2], "DINO")
@@ -50,25 +64,33 @@ def dino_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[str
   Args:
     model: `DINO`.
     backbone_layouts: of its backbone; in the files stand the names of its authors, in ResNet's case
-      torchvision's.
+      torchvision's, or in detrex's detectron2's.
   """
   inner = backbone_layouts.get("official")
   if inner is None:
     return {}
-  prefix = backbone_prefix(model)
-  return {
-    "official": Layout(
-      key_map=functools.partial(_whole_of, inner),
-      not_weights=rf"(?:{inner.not_weights.replace('^', '^' + prefix.replace('.', '[.]'))})|"
-      rf"{torch_keys.BATCH_NORM_COUNTER}",
+  found = {}
+  for layout in LAYOUTS:
+    prefix = backbone_prefix(model, layout)
+    within = inner.not_weights.replace("^", "^" + prefix.replace(".", "[.]"))
+    found[layout] = Layout(
+      key_map=functools.partial(_whole_of, inner, layout),
+      not_weights=rf"(?:{within})|{torch_keys.BATCH_NORM_COUNTER}",
       rename=functools.partial(_renamed, inner.rename, prefix),
+      constants=functools.partial(_constants, inner, prefix),
     )
-  }
+  return found
 
 
-def backbone_prefix(model: Any) -> str:
+def backbone_prefix(model: Any, layout: str = "official") -> str:
   """What stands before the names of a detector's backbone."""
-  return "backbone.0.body." if type(model.backbone).__name__ == "ResNet" else "backbone.0."
+  if layout == "detrex":
+    return "backbone."
+  return "backbone.0.body." if _is_resnet(model) else "backbone.0."
+
+
+def _is_resnet(model: Any) -> bool:
+  return type(model.backbone).__name__ == "ResNet"
 
 
 def _renamed(rename: Callable[[str], str], prefix: str, name: str) -> str:
@@ -76,9 +98,13 @@ def _renamed(rename: Callable[[str], str], prefix: str, name: str) -> str:
   return prefix + rename(name.removeprefix(prefix)) if name.startswith(prefix) else name
 
 
-def _whole_of(backbone: Layout, model: Any) -> KeyMap:
-  head, inner = head_key_map(model.head), backbone.key_map(model.backbone)
-  prefix = backbone_prefix(model)
+def _constants(backbone: Layout, prefix: str, model: Any) -> dict[str, np.ndarray]:
+  return {prefix + name: value for name, value in backbone.constants(model.backbone).items()}
+
+
+def _whole_of(backbone: Layout, layout: str, model: Any) -> KeyMap:
+  head, inner = head_key_map(model.head, layout), backbone.key_map(model.backbone)
+  prefix = backbone_prefix(model, layout)
 
   def key_map(path: str) -> OfficialKey:
     collection, part, rest = path.split("/", 2)
@@ -86,9 +112,22 @@ def _whole_of(backbone: Layout, model: Any) -> KeyMap:
       return head(f"{collection}/{rest}")
     if part != "backbone":
       raise torch_keys.no_such_variable("DINO", path)
-    return inner(f"{collection}/{rest}").below(prefix)
+    key = inner(f"{collection}/{rest}")
+    if layout == "detrex" and _is_resnet(model):
+      key = key.renamed(_of_detectron2)
+    return key.below(prefix)
 
   return key_map
+
+
+def _of_detectron2(name: str) -> str:
+  """torchvision's name of a ResNet's tensor → detectron2's."""
+  name = re.sub(
+    r"^(conv|bn)1\.", lambda m: f"stem.{'conv1' if m[1] == 'conv' else 'conv1.norm'}.", name
+  )
+  name = re.sub(r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}.", name)
+  name = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", name)
+  return name.replace(".downsample.0.", ".shortcut.").replace(".downsample.1.", ".shortcut.norm.")
 
 
 def _rules(head: Any) -> list[_Rule]:
@@ -97,7 +136,7 @@ def _rules(head: Any) -> list[_Rule]:
   decoder = r"transformer.decoder.layers.\1"
   boxes = "transformer.enc_out_bbox_embed"
   return [
-    ("", "", _table),
+    ("", "", _table("official")),
     (r"projection(\d+)", r"input_proj.\1.0", conv),
     (r"projection(\d+)_norm", r"input_proj.\1.1", norm),
     *_sampling(r"encoder(\d+)/attention", f"{encoder}.self_attn"),
@@ -122,11 +161,58 @@ def _rules(head: Any) -> list[_Rule]:
   ]
 
 
-def _table(name: str, leaf: str) -> OfficialKey:
-  del name
-  if leaf not in _TABLES:
-    raise torch_keys.no_such_variable("DINO", leaf)
-  return torch_keys.same(_TABLES[leaf])
+def _detrex_rules(head: Any) -> list[_Rule]:
+  conv, dense, norm = torch_keys.conv, torch_keys.dense, torch_keys.norm
+  encoder = r"transformer.encoder.layers.\1"
+  decoder = r"transformer.decoder.layers.\1"
+  # Levels that are maps of the backbone, and those made of the coarsest.
+  maps, last = len(head.features), head.decoder_layers
+  levels = [
+    (i, f"neck.convs.{i}" if i < maps else f"neck.extra_convs.{i - maps}")
+    for i in range(head.num_levels)
+  ]
+  return [
+    ("", "", _table("detrex")),
+    *((f"projection{i}", f"{name}.conv", conv) for i, name in levels),
+    *((f"projection{i}_norm", f"{name}.norm", norm) for i, name in levels),
+    *_sampling(r"encoder(\d+)/attention", f"{encoder}.attentions.0"),
+    (r"encoder(\d+)/norm1", f"{encoder}.norms.0", norm),
+    (r"encoder(\d+)/norm2", f"{encoder}.norms.1", norm),
+    (r"encoder(\d+)/fc1", f"{encoder}.ffns.0.layers.0.0", dense),
+    (r"encoder(\d+)/fc2", f"{encoder}.ffns.0.layers.1", dense),
+    ("proposal", "transformer.enc_output", dense),
+    ("proposal_norm", "transformer.enc_output_norm", norm),
+    ("encoder_classifier", f"class_embed.{last}", _twice),
+    (r"encoder_boxes/fc(\d)", rf"bbox_embed.{last}.layers.\1", _twice),
+    (r"decoder(\d+)/self_attention/qkv", f"{decoder}.attentions.0.attn", torch_keys.stacked),
+    (r"decoder(\d+)/self_attention/out", f"{decoder}.attentions.0.attn.out_proj", dense),
+    (r"decoder(\d+)/self_norm", f"{decoder}.norms.0", norm),
+    *_sampling(r"decoder(\d+)/cross_attention", f"{decoder}.attentions.1"),
+    (r"decoder(\d+)/cross_norm", f"{decoder}.norms.1", norm),
+    (r"decoder(\d+)/fc1", f"{decoder}.ffns.0.layers.0.0", dense),
+    (r"decoder(\d+)/fc2", f"{decoder}.ffns.0.layers.1", dense),
+    (r"decoder(\d+)/ffn_norm", f"{decoder}.norms.2", norm),
+    ("decoder_norm", "transformer.decoder.norm", norm),
+    (r"query_position(\d)", r"transformer.decoder.ref_point_head.layers.\1", dense),
+    (r"classifier(\d+)", r"class_embed.\1", _repeated(head)),
+    (r"boxes(\d+)/fc(\d)", r"bbox_embed.\1.layers.\2", _repeated(head)),
+  ]
+
+
+def _table(layout: str) -> Callable[[str, str], OfficialKey]:
+  def factory(name: str, leaf: str) -> OfficialKey:
+    del name
+    if leaf not in _TABLES[layout]:
+      raise torch_keys.no_such_variable("DINO", leaf)
+    return torch_keys.same(_TABLES[layout][leaf])
+
+  return factory
+
+
+def _twice(name: str, leaf: str) -> OfficialKey:
+  """A head's tensor, once below the decoder and once at the top."""
+  key = torch_keys.dense(name, leaf)
+  return dataclasses.replace(key, name=f"transformer.decoder.{key.name}", aliases=(key.name,))
 
 
 def _repeated(head: Any) -> Callable[[str, str], OfficialKey]:

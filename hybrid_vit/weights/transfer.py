@@ -23,8 +23,13 @@ _POSITION_GRID = "position_embedding"
 _POSITION_SEQUENCE = "position_sequence"
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
-# Of a backbone with a decoder only the last layers go by the classes.
-_CLASSIFIER = r"[^/]+/(?:auxiliary_)?head/(?:auxiliary_)?classifier/"
+# Of a backbone with a decoder or detector only the last layers go by the classes.
+_CLASSIFIER = (
+  r"[^/]+/(?:(?:auxiliary_)?head/(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding$|"
+  r"box_head\d+/(?:classifier|deltas)/|mask_head\d+/classifier/)"
+)
+# Boxes of each class, or of all of them alike, whose width alone tells.
+_CLASS_BOXES = re.compile(r"[^/]+/box_head\d+/deltas/")
 _BACKBONE = re.compile(r"([^/]+)/backbone/")
 
 
@@ -124,9 +129,9 @@ def transfer(
       result[name] = new
       initialised.append(f"{name} (no decoder in the source)")
       continue
-    if head(name) and reinitialize_head:
+    old_shape = tuple(found[name].shape) if name in found else None
+    if reinitialize_head and head(name) and begins_anew(name, old_shape, new):
       result[name] = new
-      old_shape = tuple(found[name].shape) if name in found else None
       reason = f"{old_shape} in the source, {tuple(new.shape)} here" if old_shape else "as asked"
       initialised.append(f"{name} ({reason})")
       continue
@@ -199,6 +204,17 @@ def is_head(name: str, *, dense: bool = False) -> bool:
     dense: whether it is of a backbone with a decoder, whose last layers alone are meant then.
   """
   return re.match(_CLASSIFIER if dense else _HEAD, name) is not None
+
+
+def begins_anew(name: str, old_shape: tuple[int, ...] | None, new: Any) -> bool:
+  """Whether a leaf that goes by the classes begins anew for others; boxes that fit are kept.
+
+  Args:
+    name: of the leaf.
+    old_shape: of the source's; None where it has none.
+    new: the leaf, or its shape.
+  """
+  return not (_CLASS_BOXES.match(name) and old_shape == tuple(new.shape))
 
 
 def _fitted(
