@@ -4,22 +4,29 @@ python -m hybrid_vit.tools.report --weights=DIR --data=folder:/path --output=rep
 
 Writes report.html (one file that holds everything), classes.csv, confusion.csv, confusion.png and
 reliability.png. A picture that cannot be read is named and left out, and the command returns 2.
+
+Of a detector (--data=coco:/path) it writes what `hybrid_vit.detection_report` lists: COCO's
+results, a table of the classes and a page of its failures.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from hybrid_vit import checkpoints, recipes
+from hybrid_vit import checkpoints, recipes, sharding
 from hybrid_vit.data.classes import check_same_classes
 from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.evaluation import EvaluationSet
+from hybrid_vit.data.pipeline import EvaluationSettings
 from hybrid_vit.data.sources import Source, create_source
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.inference import Answers, answer
@@ -33,7 +40,9 @@ from hybrid_vit.measuring import (
 from hybrid_vit.plots import one_line
 from hybrid_vit.report_page import Mistake, page
 from hybrid_vit.report_plots import draw_confusion, draw_reliability
-from hybrid_vit.weights.stored import StoredNetwork, class_names, load_network
+from hybrid_vit.stored_tasks import StoredTask, stored_task
+from hybrid_vit.weights.stored import StoredNetwork, class_names, network_of, task_of
+from hybrid_vit.weights.transfer import without_text
 
 # Letters of a name on the page; files' names are shown from their end.
 _LETTERS = 80
@@ -135,6 +144,46 @@ def write_report(
   return figures
 
 
+def report_detection(
+  stored: StoredTask, data: str, split: str, directory: Path, *, batch_size: int
+) -> tuple[dict[str, float], list[str]]:
+  """Evaluates a detector and writes everything; see `detection_report`.
+
+  Args:
+    stored: the weights and their task.
+    data: a source of objects, e.g. "coco:/path".
+    split: part of it.
+    directory: where to; it is made.
+    batch_size: pictures that are read at a time.
+
+  Returns:
+    (the measures, the names of the files).
+
+  Raises:
+    ValueError: data of other classes, or without objects.
+  """
+  task = stored.task
+  settings = EvaluationSettings(
+    # A part of a split has brackets.
+    name=re.sub(r"\W+", "_", split).strip("_"),
+    source=data,
+    split=split,
+    batch_size=batch_size,
+    transform=task.evaluation_transform,
+    own_transform=False,
+  )
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  examples = EvaluationSet(settings, task.spec.evaluation, mesh)
+  found = examples.info.get("object_class_names")
+  if found is None:
+    raise ValueError(f"{data} has no objects; a source such as coco:/path was expected")
+  if names := task.object_class_names:
+    check_same_classes(names, found, "the data (expected: those of the weights)")
+  (evaluator,) = task.evaluators([examples])
+  answers = evaluator.answers(jax.device_put(stored.variables))
+  return evaluator.measure(answers), evaluator.write(answers, directory)
+
+
 def _confused(confusion: np.ndarray, names: Sequence[str]) -> list[tuple[str, str, int]]:
   off = confusion - np.diag(np.diagonal(confusion))
   order = np.argsort(-off, axis=None, kind="stable")[:_PAIRS]
@@ -196,7 +245,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if min(args.bins, args.batch_size) < 1 or args.mistakes < 0:
       raise ValueError("--bins and --batch_size must be at least 1, --mistakes not negative")
-    network = load_network(args.weights, args.arch)
+    weights, metadata = checkpoints.load_weights(args.weights)
+    if task_of(metadata) == "detection":
+      stored = stored_task(args.weights, weights, metadata)
+      output = Path(args.output)
+      figures, files = report_detection(
+        stored, args.data, args.split, output, batch_size=args.batch_size
+      )
+      _tell(figures, args.output, ", ".join(files))
+      return 0
+    network = network_of(args.weights, without_text(weights), metadata, args.arch)
     source = create_source(args.data, args.split)
     answers = answer(network, source, batch_size=args.batch_size)
     expected = network.preprocessing
@@ -220,11 +278,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (ValueError, OSError, MissingDataError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
   for name in answers.unreadable:
     print(f"left out, not readable: {one_line(name, 400)}", file=sys.stderr)
-  print(f"written to {args.output}/: report.html, classes.csv, confusion.csv and two pictures")
+  _tell(figures, args.output, "report.html, classes.csv, confusion.csv and two pictures")
   return 2 if answers.unreadable else 0
+
+
+def _tell(figures: Mapping[str, float], output: str, files: str) -> None:
+  print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+  print(f"written to {output}/: {files}")
 
 
 if __name__ == "__main__":
