@@ -1,12 +1,13 @@
 """The task of detection: a step on scenes, COCO's figures of right and wrong, bad settings."""
 
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from hybrid_vit import build
+from hybrid_vit import build, evaluate
 from hybrid_vit.box_inference import BoxInferenceSettings, Objects
 from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, load_config
@@ -77,19 +78,26 @@ class Data:
   name, part = "validation", 0
 
   def __init__(self, source, count):
-    self.info, self._source, self._count = source.info, source, count
+    self.info = {**source.info, "category_ids": tuple(range(100, 108))}
+    self._source, self._count = source, count
 
   def batches(self):
     examples = self.examples(self._count)
     rows = [*examples, None]
     host = {
       name: [None if e is None else e.get(name) for e in rows]
-      for name in ("image", "boxes", "box_labels", "crowd", "masks")
+      for name in ("image", "boxes", "box_labels", "crowd", "masks", "image_id")
     }
     yield {"index": np.arange(len(rows))}, host
 
   def examples(self, count):
-    return [dict(self._source[i]) for i in range(count)]
+    return [self.example(i) for i in range(count)]
+
+  def example(self, index):
+    return {**self._source[index], "image_id": np.int64(10 * index + 10)}
+
+  def describe(self, index):
+    return f"scene {index}"
 
 
 def test_an_evaluation_runs_and_draws(run, scenes, variables, tmp_path):
@@ -101,6 +109,21 @@ def test_an_evaluation_runs_and_draws(run, scenes, variables, tmp_path):
   assert all(0 <= found[name] <= 1 for name in run.task.measures)
   assert evaluator.draw(variables, tmp_path / "drawn.png")
   assert (tmp_path / "drawn.png").stat().st_size > 1000
+  said = []
+  again = evaluate.run_and_write(evaluator, variables, said.append, tmp_path / "new")
+  assert again == found
+  rows = json.loads((tmp_path / "new" / "detections_validation.json").read_text())
+  # As the source numbers them.
+  assert rows and {row["image_id"] for row in rows} <= {10, 20, 30}
+  assert {row["category_id"] for row in rows} <= set(range(100, 108))
+  table = (tmp_path / "new" / "classes_validation.md").read_text()
+  assert all(name in table for name in scenes.info["object_class_names"]) and "mask_ap50" in table
+  assert "scene 0" in (tmp_path / "new" / "failures_validation.html").read_text()
+  assert "detections_validation.json" in said[0] and len(said) == 1
+  # Figures do not depend on what can be written.
+  (tmp_path / "file").write_text("")
+  assert evaluate.run_and_write(evaluator, variables, said.append, tmp_path / "file") == found
+  assert "could not be written" in said[1]
 
 
 def _picture(scenes, index, found=None):
