@@ -33,12 +33,14 @@ class PredictedObjects:
     photo: its path.
     image: uint8 `[H, W, 3]`.
     found: of at least the score asked for.
+    min_score: that score.
     summary: lines for people.
   """
 
   photo: Path
   image: np.ndarray
   found: Objects
+  min_score: float
   summary: tuple[str, ...]
 
 
@@ -65,7 +67,7 @@ def predict_objects(
   def predicted(photo: Path, image: np.ndarray) -> PredictedObjects:
     found = _from_score(stored.objects(image), min_score)
     said = _summary(found, names, top, min_score)
-    return PredictedObjects(photo, image, found, said)
+    return PredictedObjects(photo, image, found, min_score, said)
 
   return for_each_photo(photos, None, predicted)
 
@@ -87,7 +89,7 @@ def draw_objects(
     names,
     spread_palette(len(names)),
     png,
-    min_score=0.0,  # all that was kept
+    min_score=min((p.min_score for p in shown), default=MIN_SCORE),
   )
 
 
