@@ -53,7 +53,7 @@ def write_report(
     truth: true objects.
     detected: detections.
     names: of the classes.
-    figures: of the whole set.
+    figures: of the whole set, "examples" among them; -1 for what has no objects.
     picture: `(its number in truth.images) → (uint8 [H, W, 3], its name)`.
 
   Returns:
@@ -69,10 +69,10 @@ def write_report(
   tables = write_table(place / f"classes_{name}", rows, ("class", "objects"))
   missed = missed_objects(truth, detected, _MOST)
   alarms = false_alarms(truth, detected, _MOST)
+  facts = {key: f"{value:.4f}" if value >= 0 else "-" for key, value in figures.items()}
   page = document(
     f"Failures on {name}",
-    {key: f"{value:.4f}" if key != "examples" else f"{value:,.0f}" for key, value in
-     figures.items()},
+    {**facts, "examples": f"{figures['examples']:,.0f}"},
     [
       "Green boxes are what there is, red ones what was found; thick is what the picture is "
       f"about. Other detections are drawn from a score of {_DRAWN_SCORE:g}.",
@@ -88,7 +88,7 @@ def write_report(
       ),
       ("Classes", table_of(list(rows[0]) if rows else [], [list(row.values()) for row in rows])),
     ],
-  )  # fmt: skip
+  )
   (place / f"failures_{name}.html").write_text(page, encoding="utf-8")
   return [f"detections_{name}.json", *(path.name for path in tables), f"failures_{name}.html"]
 

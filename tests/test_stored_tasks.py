@@ -8,6 +8,7 @@ import pytest
 import hybrid_vit
 from hybrid_vit import checkpoints, stored_tasks
 from hybrid_vit.map_inference import MapInference
+from hybrid_vit.stored_predictions import ASKED
 from hybrid_vit.weights import stored
 from tests import dense
 
@@ -82,6 +83,10 @@ def test_a_network_alone_is_not_looked_for_under_a_decoder(tmp_path):
   directory = written(tmp_path / "w", "segmentation")
   with pytest.raises(ValueError, match=r"convnext_tiny under a decoder, .*hybrid_vit\.load_task"):
     stored.load_network(directory)
+
+
+def test_every_stored_task_can_be_asked_by_the_command():
+  assert set(ASKED) == set(stored_tasks.DENSE_TASKS)
 
 
 def test_which_task_metadata_names():

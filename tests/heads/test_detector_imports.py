@@ -163,3 +163,21 @@ def test_what_does_not_fit_is_told(tmp_path, capsys):
     assert import_weights.main([*arguments, f"--to={tmp_path / 'o'}"]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_detrexs_resnet_has_detectron2s_names():
+  model = create_detector("dino", create_model("resnet50", num_classes=0), 3, head=_DINO)
+  key_map = dense_checkpoints.layouts_of(model, "resnet50")["detrex"].key_map(model)
+  for path, name in {
+    "backbone/stem/conv/kernel": "stem.conv1.weight",
+    "backbone/stem/norm/scale": "stem.conv1.norm.weight",
+    "backbone/stage1_block0/conv1/kernel": "res2.0.conv1.weight",
+    "backbone/stage4_block2/norm3/bias": "res5.2.conv3.norm.bias",
+    "backbone/stage2_block0/shortcut_conv/kernel": "res3.0.shortcut.weight",
+    "backbone/stage2_block0/shortcut_norm/bias": "res3.0.shortcut.norm.bias",
+  }.items():
+    assert key_map(f"params/{path}").name == f"backbone.{name}"
+  assert key_map("params/head/projection3/kernel").name == "neck.extra_convs.0.conv.weight"
+  of_encoder = key_map("params/head/encoder_classifier/bias")
+  assert of_encoder.names == ("transformer.decoder.class_embed.2.bias",)
+  assert of_encoder.aliases == ("class_embed.2.bias",)

@@ -1,4 +1,4 @@
-"""`tools.predict` and `load_task` on a detector's weights: objects, COCO's results, a sheet."""
+"""A detector asked: `tools.predict`, `load_task` and `tools.report` on weights of noise."""
 
 import dataclasses
 import json
@@ -10,12 +10,14 @@ from PIL import Image
 from hybrid_vit import checkpoints, stored_tasks
 from hybrid_vit.data.mask_encoding import decode_mask, read_segmentation
 from hybrid_vit.object_prediction import predict_objects
-from hybrid_vit.tools import predict
+from hybrid_vit.tools import predict, report
 from tests import dense
-from tests.heads.test_detector_imports import DETECTORS, NAMES, made
+from tests.data.test_coco_instances import image, thing, write
+from tests.heads.test_detector_imports import DETECTORS, made
 from tests.tools.test_predict_maps import write_photos
 
-IDS = (3, 7, 90)
+# Of the set that `test_coco_instances` writes.
+NAMES, IDS = ("person", "dog", "toothbrush"), (1, 18, 90)
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,29 @@ def test_a_sheet_without_objects_is_drawn_too(weights, tmp_path):
   arguments = [f"--weights={weights}", "--min_score=1", f"--output={sheet}", f"--objects={file}"]
   assert predict.main([*arguments, str(photo)]) == 0
   assert sheet.stat().st_size > 1000 and json.loads(file.read_text()) == []
+
+
+def test_a_report_has_the_sets_own_ids(weights, tmp_path, capsys):
+  things = [thing(1, 7), thing(2, 9, category=1), thing(3, 9, box=(0, 0, 8, 9), iscrowd=1)]
+  root = write(tmp_path / "coco", [image(9), image(7)], things)
+  out = tmp_path / "report"
+  base = [f"--weights={weights}", f"--output={out}"]
+  assert report.main([*base, f"--data=coco:{root}", "--split=all"]) == 0
+  printed = capsys.readouterr().out
+  assert "box_ap " in printed and "examples 2" in printed and "failures_all.html" in printed
+  rows = json.loads((out / "detections_all.json").read_text())
+  assert {row["image_id"] for row in rows} == {7, 9}
+  assert {row["category_id"] for row in rows} <= set(IDS)
+  table = (out / "classes_all.csv").read_text().splitlines()
+  assert [line.split(",")[:2] for line in table[1:]] == [
+    ["person", "1"], ["dog", "1"], ["toothbrush", "0"],
+  ]  # fmt: skip
+  page = (out / "failures_all.html").read_text()
+  assert "000000000007.jpg" in page and "False alarms" in page
+  for data, message in (
+    ("scenes:size=64,count=20", "the classes of the data"),
+    (f"coco:{tmp_path}/none", "is not there"),
+    ("digits", "digits has no objects"),
+  ):
+    assert report.main([*base, f"--data={data}"]) == 1
+    assert message in capsys.readouterr().err
