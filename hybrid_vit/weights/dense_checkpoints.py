@@ -124,28 +124,6 @@ def classes_in(weights: Weights, model: Any, network: str, layout: str) -> int |
   return None
 
 
-def _number_of_classes(model: Any, width: int) -> int:
-  """Of a classifier so wide."""
-  if isinstance(model, RCNN):
-    return width - 1  # the background
-  return width // model.head.num_anchors if isinstance(model, DenseDetector) else width
-
-
-def _with_classes(model: Any, classes: int) -> Any:
-  """The same model for another number of classes."""
-  if isinstance(model, RCNN):
-    stages, masks = (
-      tuple(head.clone(num_classes=classes) for head in heads)
-      for heads in (model.stages, model.mask_heads)
-    )
-    return model.clone(stages=stages, mask_heads=masks)
-  if isinstance(model, DenseDetector):
-    return model.clone(head=model.head.clone(num_classes=classes))
-  beside = getattr(model, "auxiliary_head", None)
-  more = {} if beside is None else {"auxiliary_head": beside.clone(num_outputs=classes)}
-  return model.clone(head=model.head.clone(num_outputs=classes), **more)
-
-
 def import_dense(
   weights: Weights,
   model: Any,
@@ -256,6 +234,28 @@ def export_dense(
 
 def _title(model: Any, network: str) -> str:
   return f"{network} under {type(model.head if isinstance(model, DenseModel) else model).__name__}"
+
+
+def _number_of_classes(model: Any, width: int) -> int:
+  """Of a classifier so wide."""
+  if isinstance(model, RCNN):
+    return width - 1  # the background
+  return width // model.head.num_anchors if isinstance(model, DenseDetector) else width
+
+
+def _with_classes(model: Any, classes: int) -> Any:
+  """The same model for another number of classes."""
+  if isinstance(model, RCNN):
+    stages, masks = (
+      tuple(head.clone(num_classes=classes) for head in heads)
+      for heads in (model.stages, model.mask_heads)
+    )
+    return model.clone(stages=stages, mask_heads=masks)
+  if isinstance(model, DenseDetector):
+    return model.clone(head=model.head.clone(num_classes=classes))
+  beside = getattr(model, "auxiliary_head", None)
+  more = {} if beside is None else {"auxiliary_head": beside.clone(num_outputs=classes)}
+  return model.clone(head=model.head.clone(num_outputs=classes), **more)
 
 
 def _list(layouts: Mapping[str, Layout]) -> str:
