@@ -294,10 +294,15 @@ class DetectionEvaluator:
     )
 
   def measure(self, answers: Answers) -> dict[str, float]:
-    """See `WritingEvaluator`."""
+    """See `WritingEvaluator`.
+
+    What COCO gives as -1, sizes of which the set has no object, is left out.
+    """
     results: dict[str, float] = {}
     for name, found in answers.measures.items():
       results |= {f"{name}_{key.lower()}": value for key, value in coco_metrics(found).items()}
+    asked = self._task.measures
+    results = {name: value for name, value in results.items() if value >= 0 or name in asked}
     return {**results, "examples": float(len(answers.pictures))}
 
   def write(self, answers: Answers, directory: Any) -> list[str]:
