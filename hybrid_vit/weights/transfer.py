@@ -25,7 +25,7 @@ _POSITION_SEQUENCE = "position_sequence"
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder or detector only the last layers go by the classes.
 _CLASSIFIER = (
-  r"[^/]+/(?:(?:auxiliary_)?head/(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding$|"
+  r"[^/]+/(?:(?:auxiliary_)?head/(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding\b|"
   r"box_head\d+/(?:classifier|deltas)/|mask_head\d+/classifier/)"
 )
 # Boxes of each class, or of all of them alike, whose width alone tells.
