@@ -69,19 +69,22 @@ def detr_augmentation(
   crop: Sequence[int] = (384, 600),
   probability: float = 0.5,
   interpolation: str = "bilinear",
+  within: Sequence[int] | None = None,
 ) -> OnPlane:
   """DETR's multi-scale training: `resize_short_side`, or with `probability` a crop before it.
 
   That is: the short side to one of `before`, the long one at most `long`, then a random part whose
   sides are drawn from `crop`, both ends included and each at most the picture's. mmdetection's
   RandomCrop with "absolute_range"; `filter_boxes` behind it takes out what was cut away, and a
-  picture without objects stays (`allow_negative_crop`).
+  picture without objects stays (`allow_negative_crop`). At the end a picture is no larger than
+  `within`, (height, width), where that is given: a crop of a lying picture may stand.
   """
   shorts, firsts = check.wholes("sizes", sizes), check.wholes("before", before)
   check.whole("long", long)
   low, high = (int(n) for n in check.rising("crop", crop))
   check.number("probability", probability, 0, 1)
   check.choice("interpolation", interpolation, FILTERS)
+  room = None if within is None else check.sides("within", within)
 
   def draw(height: int, width: int, rng: np.random.Generator) -> list[Plane]:
     planes: list[Plane] = []
@@ -91,7 +94,12 @@ def detr_augmentation(
       top, left = (int(rng.integers(n - m + 1)) for n, m in zip(first.size, after))
       height, width = after
       planes = [first, Crop((height, width), first.size, top, left)]
-    return [*planes, _to_short_side(height, width, shorts, long, interpolation, rng)]
+    last = _to_short_side(height, width, shorts, long, interpolation, rng)
+    if room is not None and any(n > m for n, m in zip(last.size, room)):
+      factor = min(room[0] / height, room[1] / width)
+      size = max(int(height * factor), 1), max(int(width * factor), 1)
+      last = Resize(size, (height, width), interpolation)
+    return [*planes, last]
 
   return OnPlane(draw)
 
