@@ -123,7 +123,19 @@ figures: one picture of 800 x 1280, 1000 proposals through each box head and 100
 mask head. "published" and the AP of boxes and masks are the authors' figures, not ours: nothing was
 trained to them here. The same as plain numbers: [detection_models.csv](detection_models.csv).
 
-NOTES
+Where the two differ by more than rounding or cutting:
+
+* FocalNet with Mask R-CNN, but the deep networks: the published millions are those of first kernels
+  11, 9, 9, 7 (48.6, 70.8, 72.3, 109.4, 111.4); here they are 9 in all stages, as in the paper's text
+  and the released configurations. The 48.9 of tiny_lrf would be kernels from 7 on.
+* FocalNet-H: 746 million are the network with its classifier of ImageNet-22K, not the detector.
+* SMT-S: its published millions go with a smaller network than the released `smt_s`, as on ADE20K.
+  SMT's published multiply-adds leave out its attention over the whole map, 75 G of `smt_s`, which
+  is counted here; those of DINO count its sampling, which is not.
+* MOAT: the heads are derived from the published parameters, and by these from its multiply-adds,
+  which are 101 to 114 G larger, as much as most of a third box head would add.
+* FocalNet's and others' published multiply-adds are up to 3 G larger, which are element-wise
+  products.
 
 Written by `python -m hybrid_vit.tools.summarize_dense --task=detection --docs=docs`.
 """

@@ -43,7 +43,7 @@ _MASK_SIZE = 56
 SCHEDULES: Mapping[str, tuple[int, tuple[int, ...]]] = {"1x": (12, (8, 11)), "3x": (36, (27, 33))}
 
 # Operations on the picture; what follows them is the same in all pipelines.
-SINGLE_SCALE = ("resize_short_side(800, 1333)", "flip_lr")
+SINGLE_SCALE = ("resize_short_side(800, 1333, within={canvas})", "flip_lr")
 MULTI_SCALE = ("flip_lr", "detr_augmentation(within={canvas})")
 LARGE_SCALE_JITTER = ("flip_lr", "large_scale_jitter({canvas})", "boxes_from_masks")
 

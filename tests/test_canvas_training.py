@@ -41,6 +41,7 @@ def run():
   del config["total_epochs"]
   config.total_steps = 6
   config.evaluate_every_epochs = 0
+  config.optimizer.schedule = dict(name="constant")
   config.log_every_steps = 1
   config.data.batch_size = 12
   config.data.canvases = CANVASES

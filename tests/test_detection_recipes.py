@@ -27,7 +27,7 @@ with open(HERE / "detection_recipe_figures.csv", newline="") as file:
 # Pictures of COCO with objects, and with sides of at least 32 pixels.
 COCO = 117_266
 PICTURES = {
-  "single": r"decode\|resize_short_side\(800, 1333\)\|flip_lr\|",
+  "single": r"decode\|resize_short_side\(800, 1333, within=\{canvas\}\)\|flip_lr\|",
   "multi": r"decode\|flip_lr\|detr_augmentation\(.*within=\{canvas\}\)\|",
   "jitter": r"decode\|flip_lr\|large_scale_jitter\(\{canvas\}\)\|boxes_from_masks\|",
 }
