@@ -126,8 +126,8 @@ trained to them here. The same as plain numbers: [detection_models.csv](detectio
 Where the two differ by more than rounding or cutting:
 
 * FocalNet with Mask R-CNN, but the deep networks: the published millions are those of first kernels
-  11, 9, 9, 7 (48.6, 70.8, 72.3, 109.4, 111.4); here they are 9 in all stages, as in the paper's text
-  and the released configurations. The 48.9 of tiny_lrf would be kernels from 7 on.
+  11, 9, 9, 7 (48.6, 70.8, 72.3, 109.4, 111.4); here they are 9 in all stages, as the paper says and
+  the released configurations have it. The 48.9 of tiny_lrf would be kernels from 7 on.
 * FocalNet-H: 746 million are the network with its classifier of ImageNet-22K, not the detector.
 * SMT-S: its published millions go with a smaller network than the released `smt_s`, as on ADE20K.
   SMT's published multiply-adds leave out its attention over the whole map, 75 G of `smt_s`, which

@@ -43,7 +43,7 @@ def run():
   config.evaluate_every_epochs = 0
   config.optimizer.schedule = dict(name="constant")
   config.log_every_steps = 1
-  config.data.batch_size = 12
+  config.data.batch_size = 16
   config.data.canvases = CANVASES
   config.data.transform = "decode|resize({canvas}, 'bilinear')"
   config.evaluation.sets.validation.split = "validation[:40]"
@@ -58,7 +58,7 @@ def run():
 
 
 def test_a_step_for_each_canvas_and_a_resume_bit_for_bit(run, tmp_path):
-  assert [b["image"].shape for b in run.canvas_batches(0)] == [(12, *c, 3) for c in CANVASES]
+  assert [b["image"].shape for b in run.canvas_batches(0)] == [(16, *c, 3) for c in CANVASES]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   trainer.train(run, Sized(), whole)
   shutil.copytree(whole, broken)
