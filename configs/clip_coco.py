@@ -1,6 +1,7 @@
 """CLIP's image encoders on COCO: MCi with Mask R-CNN.
 
-    --config=configs/clip_coco.py --config.init_from=WORKDIR             mci2
+    --config=configs/clip_coco.py --config.init_from=WORKDIR             mci0
+    --config=configs/clip_coco.py:mci2 --config.init_from=WORKDIR
     --config=configs/clip_coco.py:runlocal                               minutes on a laptop
 
 `init_from` takes the work directory of a contrastive training as it stands (its image tower is
@@ -19,9 +20,9 @@ VARIANTS = (*MCIS, "runlocal")
 
 def get_config(argument: str | None = None) -> ConfigDict:
   """See the head of this file. Key: `batch_size`."""
-  variant, keys = parse_argument(argument, VARIANTS, "mci2", batch_size=16)
+  variant, keys = parse_argument(argument, VARIANTS, "mci0", batch_size=16)
   config = detection_recipes.coco(
-    "mci2" if variant == "runlocal" else variant,
+    "mci0" if variant == "runlocal" else variant,
     detection_recipes.MASK_RCNN,
     pictures=detection_recipes.SINGLE_SCALE,
     batch_size=keys["batch_size"],

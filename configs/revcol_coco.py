@@ -47,8 +47,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     detection_recipes.run_locally(
       config,
       dict(
-        widths=(16, 24, 32),
-        depths=(1, 1, 1),
+        widths=(16, 24, 32, 48),
+        depths=(1, 1, 1, 1),
         layer_scale_init=1.0,
         drop_path_rate=0.0,
         intermediate_supervision=False,
