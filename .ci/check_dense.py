@@ -1,4 +1,4 @@
-"""Checks what the local tries of segmentation and depth left: a figure, pictures, an export."""
+"""Checks what the local tries of segmentation, depth and detection left: a figure, pictures, an export."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,11 @@ from pathlib import Path
 from hybrid_vit.reporting import read_metrics
 
 # The last evaluation's measure, the bound, and whether it is the least or the most.
-BOUNDS = {"segmenter": ("mean_iou", 0.5, "least"), "depth": ("rmse", 0.95, "most")}
+BOUNDS = {
+  "segmenter": ("mean_iou", 0.5, "least"),
+  "depth": ("rmse", 0.95, "most"),
+  "detector": ("box_ap50", 0.8, "least"),
+}
 
 workdir = Path(sys.argv[1])
 measure, bound, kind = BOUNDS[workdir.name]

@@ -171,6 +171,8 @@ class Config:
   def as_dataclass(self, cls: type[_T], **given: Any) -> _T:
     """The group as an instance of a dataclass, whose fields are those of the group.
 
+    A field that is None has its default, but where None is one of the values that it may have.
+
     Args:
       cls: a dataclass; fields without a default are needed.
       **given: fields that come from elsewhere and are not read here.
@@ -185,7 +187,8 @@ class Config:
         continue
       needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
       value = self.typed(field.name, hints[field.name], _REQUIRED if needed else None)
-      if value is not None:
+      meant = field.name in self._values and type(None) in typing.get_args(hints[field.name])
+      if value is not None or meant:
         values[field.name] = value
     return cls(**values)
 

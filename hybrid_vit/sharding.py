@@ -250,6 +250,16 @@ def batch_part(sharding: NamedSharding) -> tuple[int, int]:
   return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+  """Raises ValueError where the devices of a mesh do not divide a batch."""
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if batch_size % shards:
+    raise ValueError(
+      f"a batch of {batch_size} cannot be split over {shards} devices (data x fsdp): change the "
+      "batch_size or config.mesh"
+    )
+
+
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
   """This process's rows of a batch (those of `batch_part`) → one global array per key.
 
@@ -257,15 +267,10 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     ValueError: the devices do not divide the batch.
   """
   _, parts = batch_part(sharding)
-  shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
 
   def put(rows: np.ndarray) -> jax.Array:
     shape = (len(rows) * parts, *rows.shape[1:])
-    if shape[0] % shards:
-      raise ValueError(
-        f"a batch of {shape[0]} cannot be split over {shards} devices (data x fsdp): change the "
-        "batch_size or config.mesh"
-      )
+    check_batch_size(shape[0], sharding.mesh)
     return jax.make_array_from_process_local_data(sharding, rows, shape)
 
   return {key: put(np.asarray(value)) for key, value in batch.items()}

@@ -61,11 +61,14 @@ def train(
     The last evaluation's measures, "<set>/<measure>".
 
   Raises:
+    ValueError: the devices do not divide a phase's batch.
     NonFiniteError: loss or gradient not finite; the last good checkpoint stays.
     Preempted: told to stop, and saved.
   """
   workdir, settings = as_path(workdir), run.settings
   mesh = sharding.make_mesh(run.mesh_axes)
+  for phase in run.curriculum.phases:
+    sharding.check_batch_size(phase.batch_size, mesh)
   with StopSignal() as stop:
     sets = open_evaluation(run.evaluation, run.evaluation_fields, mesh, stop.raise_if_told)
     check_classes(run, sets)

@@ -1,5 +1,7 @@
 """The reader of configurations: nothing unread, nothing misspelt, neighbours named."""
 
+import dataclasses
+
 import ml_collections
 import pytest
 
@@ -155,3 +157,19 @@ def test_a_file_is_loaded_with_its_argument(tmp_path):
   assert load_config(tmp_path / "one.py").said == "default"
   with pytest.raises(ConfigError, match="no configuration file"):
     load_config(tmp_path / "two.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  scale: tuple[int, ...] | None = (1333, 800)
+  divisor: int = 32
+  shift: int | None = None
+
+
+def test_none_is_meant_where_a_field_may_be_none():
+  def read(**values):
+    return Config({"inference": values}).inference.as_dataclass(Seen)
+
+  assert read(divisor=1) == Seen(divisor=1)
+  assert read(scale=None, divisor=None) == Seen(scale=None)
+  assert read(scale=(64, 64), shift=2) == Seen((64, 64), 32, 2)

@@ -12,7 +12,7 @@ import pytest
 from hybrid_vit import sharding
 from hybrid_vit.checkpoints import Checkpointer, abstract_like, load_weights
 from hybrid_vit.reporting import read_metrics
-from tests import command, dense, dense_worker, distributed_worker
+from tests import command, dense, dense_worker, detection_worker, distributed_worker
 from tests.tasks import test_image_text_evaluation
 
 pytestmark = pytest.mark.slow
@@ -98,6 +98,16 @@ def test_maps_are_measured_alike_in_two_processes(compilation_cache, tmp_path):
     for task, expected in alone.items():
       assert found[task]["examples"] == 11
       assert found[task] == pytest.approx(expected, rel=2e-3), task
+
+
+def test_objects_are_measured_alike_in_two_processes(compilation_cache, tmp_path):
+  run_two(compilation_cache, "tests.detection_worker", tmp_path)
+  alone = detection_worker.figures(None)
+  assert alone["examples"] == detection_worker.PICTURES and alone["box_ar_100"] > 0
+  for process in range(2):
+    count, found = json.loads((tmp_path / f"{process}.json").read_text())
+    assert count == 2
+    assert found == pytest.approx(alone, rel=2e-3)
 
 
 def test_the_command_in_two_processes(unbroken, tiny_config, compilation_cache, tmp_path):

@@ -263,7 +263,10 @@ class DetectionEvaluator:
       )
 
   def run(self, variables: Variables) -> dict[str, float]:
-    """See `Evaluator`; "examples" is the number of pictures."""
+    """See `Evaluator`; "examples" is the number of pictures.
+
+    What COCO gives as -1, sizes of which the set has no object, is left out.
+    """
     pictures = self.pictures(variables)
     results: dict[str, float] = {}
     kinds = {"boxes": "box", **({"masks": "mask"} if self._task.mask_size else {})}
@@ -271,6 +274,8 @@ class DetectionEvaluator:
     for kind, name in kinds.items():
       found = coco_metrics(evaluate_coco(truth, detected, range(self._task.num_classes), kind=kind))
       results |= {f"{name}_{measure.lower()}": value for measure, value in found.items()}
+    asked = self._task.measures
+    results = {name: value for name, value in results.items() if value >= 0 or name in asked}
     return {**results, "examples": float(len(pictures))}
 
   def pictures(self, variables: Variables) -> list[Picture]:

@@ -25,7 +25,7 @@ def facts(source):
 
 @pytest.fixture(scope="module")
 def scenes():
-  return open_scenes("size=64,count=64", "train")
+  return open_scenes("scenes:size=64,count=64", "train")
 
 
 @pytest.fixture(scope="module")
