@@ -49,9 +49,7 @@ def detection_systems() -> list[DetectionSystem]:
     *_rows("focalnet_coco", "arXiv:2203.11926, tables 6 and 8", _FOCALNET),
     *_rows("focalnet_coco", "IDEA-Research/detrex, README", _FOCALNET_DETREX),
     *_rows("focalnet_coco", "arXiv:2203.11926, table 11, and FocalNet-DINO", _FOCALNET_LARGEST),
-    *_rows(
-      "smt_coco", "AFeng-x/SMT, README; 1x of smt_s: arXiv:2309.11523, of smt_b recalled", _SMT
-    ),
+    *_rows("smt_coco", "AFeng-x/SMT, README; smt_s 1x: arXiv:2309.11523, smt_b 1x recalled", _SMT),
     *_rows("l2vit_coco", "no figures were published in the code", _L2VIT),
     *_rows("revcol_coco", "megvii-research/RevCol, README", _REVCOL),
     *_rows("moat_coco", "arXiv:2210.01820; of moat_0 to 2 recalled", _MOAT, (1344, 1344)),
