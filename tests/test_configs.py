@@ -67,7 +67,9 @@ def test_every_variant_builds_its_network_and_transforms(path, variant):
   # decoder the decoder has them, and depth is one number.
   network = getattr(tasks[-1].model, "image", tasks[-1].model)
   if metadata["task"] == "detection":
-    assert network.stages[0].num_classes == metadata["num_classes"]
+    head = network.stages[0] if hasattr(network, "stages") else network.head
+    found = getattr(head, "num_outputs", None) or head.num_classes
+    assert found == metadata["num_classes"]
     assert network.backbone.num_classes == 0
   elif metadata["task"] in ("segmentation", "depth"):
     assert network.head.num_outputs == metadata.get("num_classes", 1)

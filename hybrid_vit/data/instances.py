@@ -205,6 +205,12 @@ class InstanceSource:
   def __len__(self) -> int:
     return len(self._pictures)
 
+  @property
+  def sizes(self) -> np.ndarray | None:
+    """int64 `[N, 2]`, (height, width) of each photo; None where the annotations do not say."""
+    sizes = [picture.size for picture in self._pictures]
+    return None if None in sizes else np.array(sizes, np.int64)
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     picture, name = self._pictures[index], self.describe(index)
     photo = self._reader.read(picture.photo)
