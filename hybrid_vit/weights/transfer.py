@@ -15,12 +15,13 @@ import numpy as np
 from hybrid_vit.models.layers import resize_relative_table
 from hybrid_vit.models.positions import resize_sequence, resize_square_grid
 from hybrid_vit.models.swin import resize_bicubic_table
+from hybrid_vit.models.vitdet import RELATIVE_TABLES
 from hybrid_vit.weights.dense_forms import fit_dense_form
 
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
 _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
 _POSITION_GRID = "position_embedding"
-_POSITION_SEQUENCE = "position_sequence"
+_SEQUENCES = ("position_sequence", *RELATIVE_TABLES)
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder only the last layers go by the classes.
@@ -149,7 +150,7 @@ def transfer(
       resized = resize_square_grid(jax.numpy.asarray(old), new.shape[0])
       result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
-    elif parts[-1] == _POSITION_SEQUENCE and old.shape[1:] == new.shape[1:]:
+    elif parts[-1] in _SEQUENCES and old.shape[1:] == new.shape[1:]:
       resized = resize_sequence(jax.numpy.asarray(old), new.shape[0])
       result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
