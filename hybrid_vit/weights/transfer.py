@@ -25,7 +25,7 @@ _SEQUENCES = ("position_sequence", *RELATIVE_TABLES)
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder only the last layers go by the classes.
-_CLASSIFIER = r"[^/]+/(?:auxiliary_)?head/(?:auxiliary_)?classifier/"
+_CLASSIFIER = r"[^/]+/(?:auxiliary_)?head/(?:stage\d+/)?(?:auxiliary_)?classifier/"
 _BACKBONE = re.compile(r"([^/]+)/backbone/")
 
 
