@@ -291,14 +291,13 @@ def test_sharded_as_unsharded():
 def test_sizes_as_published():
   """AFeng-x/SMT, README: Sparse R-CNN on SMT-S, 300 proposals: 102M parameters, 171G.
 
-  The README's SMT-S has 20.5M parameters, its code 22.55M.
+  The README's sizes of SMT-S fit one block in the last stage, the authors' code has two.
   """
-  backbone = create_model("smt_s", 0, **dense_arguments("smt_s", 800))
+  backbone = create_model("smt_s", 0, depths=(3, 4, 18, 1))
   model = create_sparse_rcnn(backbone, 80, head={"num_proposals": 300})
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
-  count = count_parameters(variables["params"])
-  assert count == 104_135_528 and round((count - 2_050_952) / 1e6) == 102
+  assert round(count_parameters(variables["params"]) / 1e6) == 102
   head = variables["params"]["head"]
   stage = 256 * 768 + 768 + 256 * 256 + 256 + 3 * 512 + 2 * 256 * 2048 + 2048 + 256
   stage += 256 * 32768 + 32768 + 128 + 512 + 49 * 256 * 256 + 256 + 512
