@@ -64,8 +64,8 @@ class VisionTransformer(nn.Module):
     pad_maps: pad images at the right and the bottom to whole patches, as dense tasks do.
     window_size: side of the windows in which blocks attend, see `models.vitdet`; 0 for none.
     global_blocks: numbers of the blocks that attend globally all the same.
-    relative_size: side of the maps that global blocks' tables of relative positions are made for,
-      which windows then have too; 0 for none.
+    relative_size: side of the maps that global blocks' tables of relative positions are made for;
+      the other blocks' are then made for their windows. 0 for none at all.
     pre_norm: a layer norm before the blocks, as in CLIP.
     activation: "gelu" (exact) or "quick_gelu" (OpenAI's CLIP weights).
     layer_norm_epsilon: of every layer norm.

@@ -186,9 +186,19 @@ def test_relative_positions_by_their_definition():
   logits = np.einsum("qhd,khd->hqk", query, key) / 2 + bias
   found = np.einsum("hqk,khd->qhd", jax.nn.softmax(logits), value)
   np.testing.assert_allclose(found, _attend(query, key, value, rows, columns, size), atol=1e-5)
-  # Tables of another size are read between their entries.
-  longer = relative_bias(*map(jnp.float32, (query, rng.normal(size=(9, 4)), columns)), size)
-  assert longer.shape == bias.shape and np.abs(longer - bias).max() > 0.1
+  # Tables of another size are read between their entries, as PyTorch's linear interpolation does.
+  longer, shorter = rng.normal(size=(9, 4)), rng.normal(size=(3, 4))
+  fitted = [_between(longer, 3), _between(shorter, 5)]
+  found, wanted = (
+    relative_bias(*map(jnp.float32, (query, *tables)), size)
+    for tables in ((longer, shorter), fitted)
+  )
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def _between(table, length):
+  places = (np.arange(length) + 0.5) * len(table) / length - 0.5
+  return np.stack([np.interp(places, np.arange(len(table)), one) for one in table.T], axis=1)
 
 
 def test_windows_are_filled_with_zeros_that_attend():
