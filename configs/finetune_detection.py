@@ -6,7 +6,8 @@ arch=convnext_tiny,data=coco:/path/to/coco,detector=mask_rcnn,init=WEIGHTS
     --config=configs/finetune_detection.py:runlocal        drawn scenes, minutes
 
 `data` is any source of objects (docs/data.md): coco:, yolo: (boxes alone: masks=False), scenes.
-`detector` is mask_rcnn or cascade_mask_rcnn; with masks=False retinanet, atss or dino, too.
+`detector` is mask_rcnn or cascade_mask_rcnn; with masks=False retinanet, atss, dino or sparse_rcnn,
+too. Under the first two and the last one a ViT has ViTDet's windows, pyramid and heads.
 Pictures are resized by mmdetection's 1x recipe onto a square canvas. Own figures, no paper's.
 """
 
@@ -14,7 +15,9 @@ from ml_collections import ConfigDict
 
 from hybrid_vit import detection_recipes, recipes
 from hybrid_vit.config import parse_argument
-from hybrid_vit.models.dense import dense_arguments
+from hybrid_vit.heads.rcnn import VITDET
+from hybrid_vit.models.dense import dense_arguments, vitdet_arguments
+from hybrid_vit.models.registry import model_entry
 
 VARIANTS = ("pictures", "runlocal")
 
@@ -49,7 +52,12 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.init_from = keys["init"]
   config.reinitialize_head = True
   config.precision = "float32"
-  config.model.arguments = dense_arguments(name, size)
+  parts = {"sparse_rcnn": {"neck": {"name": "simple_pyramid"}}, "mask_rcnn": VITDET}
+  parts["cascade_mask_rcnn"] = VITDET
+  if model_entry(name).module_class.__name__ == "VisionTransformer" and keys["detector"] in parts:
+    config.model.arguments, detector = vitdet_arguments(name, size), parts[keys["detector"]]
+  else:
+    config.model.arguments, detector = dense_arguments(name, size), {}
   config.data.image_size = size
   config.data.interpolation = "bilinear"
   config.data.transform = "|".join(
@@ -66,7 +74,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   )
   config.task = dict(
     name="detection",
-    detector=dict(name=keys["detector"]),
+    detector=dict(name=keys["detector"], **detector),
     mask_size=56 if keys["masks"] else 0,
     inference=dict(scale=(size, size * 3 // 5)),
   )

@@ -255,6 +255,7 @@ class RCNN(nn.Module):
       scores, offsets, boxes, proposals.valid, sizes, stds=s.stage_stds[-1],
       two_sided=s.two_sided_clamp, score_threshold=s.score_threshold, iou_threshold=s.nms,
       max_candidates=s.candidates, max_detections=s.detections, min_size=s.min_detection_size,
+      soft=s.soft_nms,
     )  # fmt: skip
     names = ("boxes", "scores", "labels", "valid", "truncated")
     answer = {name: getattr(found, name) for name in names}

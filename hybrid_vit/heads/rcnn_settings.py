@@ -23,6 +23,7 @@ from hybrid_vit.ops.anchors import (
   torchvision_anchors,
   valid_anchors,
 )
+from hybrid_vit.ops.nms import SoftNMS, soft_or_none
 
 BOX_LOSSES = ("l1", "giou")
 CASCADE_SCORES = ("logits", "probabilities")
@@ -85,6 +86,10 @@ class RCNNSettings:
     mask_weight: of the mask loss.
     score_threshold: of detections.
     nms: IoU of their suppression in each class.
+    nms_method: "hard" drops the overlapping; "linear" and "gaussian" lower their scores, one box
+      after the other (`ops.nms.soft_nms`).
+    nms_sigma: of "gaussian".
+    nms_min_score: of both, boxes are dropped once below.
     detections: D, so many of a picture.
     candidates: of `multiclass_nms`.
     min_detection_size: boxes with a side below are no detections; 0 for all.
@@ -134,6 +139,9 @@ class RCNNSettings:
   mask_weight: float = 1.0
   score_threshold: float = 0.05
   nms: float = 0.5
+  nms_method: str = "hard"
+  nms_sigma: float = 0.5
+  nms_min_score: float = 1e-3
   detections: int = 100
   candidates: int = 2000
   min_detection_size: float = 0.0
@@ -151,6 +159,7 @@ class RCNNSettings:
         raise ValueError(
           f"RCNNSettings: {name} is {getattr(self, name)!r}; one of {', '.join(known)} was expected"
         )
+    soft_or_none(self.nms_method, self.nms_sigma, self.nms_min_score)
     if self.rounded_anchors and self.anchor_sides is None:
       raise ValueError("RCNNSettings: rounded_anchors need anchor_sides, in pixels; there are none")
 
@@ -159,6 +168,11 @@ class RCNNSettings:
     """Anchors of a cell."""
     sides = self.anchor_scales if self.anchor_sides is None else self.anchor_sides[0]
     return len(sides) * len(self.anchor_ratios)
+
+  @property
+  def soft_nms(self) -> SoftNMS | None:
+    """How overlapping detections' scores are lowered; None where they are dropped."""
+    return soft_or_none(self.nms_method, self.nms_sigma, self.nms_min_score)
 
   @property
   def num_positives(self) -> int:

@@ -15,17 +15,18 @@ import numpy as np
 from hybrid_vit.models.layers import resize_relative_table
 from hybrid_vit.models.positions import resize_sequence, resize_square_grid
 from hybrid_vit.models.swin import resize_bicubic_table
+from hybrid_vit.models.vitdet import RELATIVE_TABLES
 from hybrid_vit.weights.dense_forms import fit_dense_form
 
 # By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
 _RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
 _POSITION_GRID = "position_embedding"
-_POSITION_SEQUENCE = "position_sequence"
+_SEQUENCES = ("position_sequence", *RELATIVE_TABLES)
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder or detector only the last layers go by the classes.
 _CLASSIFIER = (
-  r"[^/]+/(?:(?:auxiliary_)?head/(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding$|"
+  r"[^/]+/(?:(?:auxiliary_)?head/(?:stage\d+/)?(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding$|"
   r"box_head\d+/(?:classifier|deltas)/|mask_head\d+/classifier/)"
 )
 # Boxes of each class, or of all of them alike, whose width alone tells.
@@ -154,7 +155,7 @@ def transfer(
       resized = resize_square_grid(jax.numpy.asarray(old), new.shape[0])
       result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
-    elif parts[-1] == _POSITION_SEQUENCE and old.shape[1:] == new.shape[1:]:
+    elif parts[-1] in _SEQUENCES and old.shape[1:] == new.shape[1:]:
       resized = resize_sequence(jax.numpy.asarray(old), new.shape[0])
       result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
