@@ -264,6 +264,9 @@ def soft_nms(
     raise ValueError(
       f"soft_nms: method is {method!r}; one of {', '.join(SOFT_METHODS)} was expected"
     )
+  # The loop indexes by its own numbers, which NumPy's arrays do not take.
+  boxes, scores = jnp.asarray(boxes), jnp.asarray(scores)
+  labels = labels if labels is None else jnp.asarray(labels)
   count = boxes.shape[0]
   start = scores if valid is None else jnp.where(valid, scores, -1)
 
