@@ -2,7 +2,8 @@
 
     --config=configs/focalnet_coco.py --config.init_from=WORKDIR         mask_rcnn_..._tiny_lrf_1x
     --config=configs/focalnet_coco.py:mask_rcnn_focalnet_base_srf_3x     nine networks, 1x and 3x
-    --config=configs/focalnet_coco.py:cascade_mask_rcnn_focalnet_tiny_srf_3x      and atss_...
+    --config=configs/focalnet_coco.py:cascade_mask_rcnn_focalnet_tiny_srf_3x      and atss_...,
+                                                         sparse_rcnn_...
     --config=configs/focalnet_coco.py:dino_focalnet_large_fl3_1x         and _3x, fl4, dino_5scale_
     --config=configs/focalnet_coco.py:dino_5scale_focalnet_huge_fl4_objects365    then _finetune
     --config=configs/focalnet_coco.py:runlocal                           minutes on a laptop
@@ -44,7 +45,7 @@ VARIANTS = (
   *(f"mask_rcnn_focalnet_{s}_{k}_{x}" for x in ("1x", "3x") for s in SIZES for k in KERNELS),
   *(
     f"{detector}_focalnet_tiny_{kernels}_3x"
-    for detector in ("cascade_mask_rcnn", "atss")
+    for detector in ("cascade_mask_rcnn", "atss", "sparse_rcnn")
     for kernels in ("srf", "lrf")
   ),
   *DETREX,
@@ -84,13 +85,17 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
 
 def mmdetection(network: str, detector: str, schedule: str, batch_size: int) -> ConfigDict:
-  """Mask R-CNN, Cascade Mask R-CNN, ATSS."""
+  """Mask R-CNN, Cascade Mask R-CNN, ATSS, Sparse R-CNN."""
   size, deep = network.split("_")[1], network.endswith("deep")
   first: Any = 9 if detector == "mask_rcnn" else WINDOWS
   arguments: dict[str, Any] = dict(focal_windows=enlarged_windows(network, first))
   if detector == "atss":
     arguments["output_norms"] = (2, 3, 4)  # code: out_indices (1, 2, 3)
   drop_path = DROP_PATH[schedule][size]
+  if detector == "sparse_rcnn":
+    return detection_recipes.sparse_rcnn(
+      network, batch_size=batch_size, drop_path_rate=drop_path, arguments=arguments
+    )
   return detection_recipes.coco(
     network,
     dict(name=detector),

@@ -2,7 +2,8 @@
 
     --config=configs/smt_coco.py --config.init_from=WORKDIR              mask_rcnn_smt_s_1x
     --config=configs/smt_coco.py:mask_rcnn_smt_b_3x
-    --config=configs/smt_coco.py:retinanet_smt_s_3x       and cascade_mask_rcnn_, atss_, dino_smt_s
+    --config=configs/smt_coco.py:retinanet_smt_s_3x       and cascade_mask_rcnn_, atss_,
+                                                          sparse_rcnn_, dino_smt_s
     --config=configs/smt_coco.py:runlocal                                minutes on a laptop
 
 Figures: AFeng-x/SMT, `detection/configs`; its file of DINO is not there: detrex's recipe of 12
@@ -23,7 +24,14 @@ OTHERS = tuple(
   for detector in ("cascade_mask_rcnn", "retinanet", "atss")
   for name in DROP_PATH
 )
-VARIANTS = (*MASK_RCNN, *OTHERS, "dino_smt_s_1x", "runlocal")
+VARIANTS = (
+  *MASK_RCNN,
+  *OTHERS,
+  "sparse_rcnn_smt_s_3x",
+  "sparse_rcnn_smt_b_3x",
+  "dino_smt_s_1x",
+  "runlocal",
+)
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -37,6 +45,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   )
   if detector == "dino":
     return detection_recipes.dino(network, detection_recipes.DINO_DETREX, **own)
+  if detector == "sparse_rcnn":
+    return detection_recipes.sparse_rcnn(network, **{**own, "drop_path_rate": 0.2})
   if detector == "mask_rcnn":
     own |= dict(learning_rate=2e-4, weight_decay_rules=dense_recipes.NORMS_SPARED)
     if schedule == "1x":

@@ -15,6 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybrid_vit import dense_recipes, recipes
+from hybrid_vit.heads.rcnn import VITDET
+from hybrid_vit.models.dense import vitdet_arguments
 
 COCO_CLASSES = 80
 # (height, width): (1333, 800) of a picture, rounded up to multiples of 32, lying or standing.
@@ -25,6 +27,7 @@ MASK_RCNN: Mapping[str, Any] = dict(name="mask_rcnn")
 CASCADE: Mapping[str, Any] = dict(name="cascade_mask_rcnn")
 RETINANET: Mapping[str, Any] = dict(name="retinanet")
 ATSS: Mapping[str, Any] = dict(name="atss")
+SPARSE_RCNN: Mapping[str, Any] = dict(name="sparse_rcnn", head=dict(num_proposals=300))
 # The authors' code; detrex's has other positions, a head for each layer and stronger noise.
 DINO: Mapping[str, Any] = dict(name="dino", num_levels=4)
 DINO_DETREX: Mapping[str, Any] = dict(
@@ -172,6 +175,62 @@ def dino(model: str, detector: Mapping[str, Any] = DINO, **figures: Any) -> Conf
     drops=(epochs - 1 if epochs == 12 else epochs - 3,),
   )
   return coco(model, detector, **{**own, **figures})
+
+
+def sparse_rcnn(model: str, **figures: Any) -> ConfigDict:
+  """`coco` with Sparse R-CNN's optimizer: 2.5e-5, decay 1e-4 on all, clipped at 1; 36 epochs.
+
+  Args:
+    model: name in the registry.
+    **figures: of `coco`, which replace these.
+  """
+  own: dict[str, Any] = dict(
+    schedule="3x",
+    learning_rate=2.5e-5,
+    weight_decay=1e-4,
+    weight_decay_rules=dense_recipes.NOTHING_SPARED,
+    gradient_clip_norm=1.0,
+  )
+  return coco(model, SPARSE_RCNN, **{**own, **figures})
+
+
+def vitdet(model: str, detector: Mapping[str, Any], *, batch_size: int = 64) -> ConfigDict:
+  """ViTDet's recipe of a plain transformer of base size: 184,375 steps of 64 of 1024 x 1024.
+
+  Large-scale jitter; AdamW 1e-4, decay 0.1, 0.7 of the rate from layer to layer; the rate falls
+  after 8/9 and 26/27 of the steps (arXiv:2203.16527, appendix A.2, and detectron2's
+  projects/ViTDet).
+
+  Args:
+    model: name in the registry, of a ViT.
+    detector: `MASK_RCNN` or `CASCADE`.
+    batch_size: of all devices together.
+  """
+  side = 1024
+  parts: dict[str, Any] = {**detector, **{k: dict(v) for k, v in VITDET.items()}}
+  parts["implementation"] = "detectron2"
+  if detector["name"] == "cascade_mask_rcnn":
+    parts["mask_head_per_stage"] = False
+    parts["box_head"]["class_agnostic"] = True
+  config = coco(
+    model,
+    parts,
+    pictures=LARGE_SCALE_JITTER,
+    weight_decay=0.1,
+    weight_decay_rules=(),
+    layer_decay=0.7,
+    drop_path_rate=0.1,
+    batch_size=batch_size,
+    warmup_steps=250,
+    canvases=((side, side),),
+    scale=(side, side),
+  )
+  config.model.arguments = dict(vitdet_arguments(model, side), drop_path_rate=0.1)
+  del config["total_epochs"]
+  config.total_steps = 184_375
+  del config.optimizer.schedule["drop_epochs"]
+  config.optimizer.schedule.drop_steps = (163_889, 177_546)
+  return config
 
 
 def run_locally(config: ConfigDict, arguments: Mapping[str, Any]) -> ConfigDict:

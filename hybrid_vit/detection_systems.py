@@ -53,7 +53,7 @@ def detection_systems() -> list[DetectionSystem]:
     *_rows("l2vit_coco", "no figures were published in the code", _L2VIT),
     *_rows("revcol_coco", "megvii-research/RevCol, README", _REVCOL),
     *_rows("moat_coco", "arXiv:2210.01820; of moat_0 to 2 recalled", _MOAT, (1344, 1344)),
-    *_rows("clip_coco", "arXiv:2405.08911 was not at hand", _MCI),
+    *_rows("clip_coco", "arXiv:2405.08911 was not at hand", _CLIP),
     *_rows("swin_coco", "SwinTransformer/Swin-Transformer-Object-Detection, README", _SWIN),
     *_rows("swin_coco", "arXiv:2405.08768, table 17", _EFFICIENTTRAIN),
     *_rows("swin_coco", "facebookresearch/ConvNeXt, README", _CONVNEXT),
@@ -82,6 +82,8 @@ _FOCALNET: list[_Row] = [
   ("cascade_mask_rcnn_focalnet_tiny_lrf_3x", "87.1", 751, 51.5, None),
   ("atss_focalnet_tiny_srf_3x", "36.5", 215, 49.2, None),
   ("atss_focalnet_tiny_lrf_3x", "37.2", 220, 49.6, None),
+  ("sparse_rcnn_focalnet_tiny_srf_3x", "110.5", 172, 49.6, None),
+  ("sparse_rcnn_focalnet_tiny_lrf_3x", "111.2", 178, 49.9, None),
 ]
 _FOCALNET_DETREX: list[_Row] = [
   ("dino_focalnet_large_fl3_1x", "", None, 57.5, None),
@@ -101,6 +103,7 @@ _SMT: list[_Row] = [
   ("cascade_mask_rcnn_smt_s_3x", "78", 744, 51.9, 44.7),
   ("retinanet_smt_s_3x", "30", 247, 47.3, None),
   ("atss_smt_s_3x", "28", 214, 49.9, None),
+  ("sparse_rcnn_smt_s_3x", "102", 171, 50.2, None),
   ("dino_smt_s_1x", "40", 309, 54.0, None),
 ]
 _L2VIT: list[_Row] = [
@@ -121,7 +124,9 @@ _MOAT: list[_Row] = [
   ("moat_2", "110", 1217, 58.5, 49.3),
   ("moat_3", "227", 2216, 59.2, 50.3),
 ]
-_MCI: list[_Row] = [(f"mci{i}", "", None, None, None) for i in range(3)]
+_CLIP: list[_Row] = [
+  (name, "", None, None, None) for name in ("vit_b16", "vit_b16_cascade", "mci0", "mci1", "mci2")
+]
 _SWIN: list[_Row] = [
   ("mask_rcnn_swin_tiny_1x", "48", 267, 43.7, 39.8),
   ("mask_rcnn_swin_tiny_3x", "48", 267, 46.0, 41.6),

@@ -11,7 +11,10 @@ import pytest
 from hybrid_vit import build, detection_recipes
 from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, ConfigError, load_config
+from hybrid_vit.heads.detectors import create_detector
+from hybrid_vit.heads.rcnn_settings import detectron2_settings
 from hybrid_vit.models.depth import layer_depths
+from hybrid_vit.models.registry import create_model
 from hybrid_vit.optimizers import (
   DEFAULT_WEIGHT_DECAY_RULES,
   learning_rate_factors,
@@ -221,3 +224,17 @@ def test_batch_norm_groups_need_a_batch_norm_somewhere(detector, fits):
     return
   with pytest.raises(ConfigError, match="is 8, and neither swin_tiny nor what the task"):
     build.build_tasks(*given)
+
+
+def test_vitdet_trains_as_detectron2_does():
+  for variant, stages in (("vit_b16", 1), ("vit_b16_cascade", 3)):
+    config = load(f"clip_coco:{variant}")
+    assert (config.total_steps, config.data.batch_size) == (184_375, 64)
+    assert config.optimizer.schedule.drop_steps == (163_889, 177_546)
+    assert config.optimizer.layer_decay.rate == 0.7 and config.optimizer.weight_decay == 0.1
+    assert re.match(PICTURES["jitter"], config.data.transform)
+    parts = config.task.detector.to_dict()
+    model = create_detector(parts.pop("name"), create_model("vit_b16", 0), 80, masks=True, **parts)
+    assert model.settings == detectron2_settings(stages)
+    assert len(model.mask_heads) == 1 and len(model.stages) == stages
+    assert model.stages[0].class_agnostic == (stages == 3)

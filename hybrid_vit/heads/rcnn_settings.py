@@ -26,6 +26,7 @@ from hybrid_vit.ops.anchors import (
 from hybrid_vit.ops.nms import SoftNMS, soft_or_none
 
 BOX_LOSSES = ("l1", "giou")
+IMPLEMENTATIONS = ("mmdetection", "detectron2", "torchvision")
 CASCADE_SCORES = ("logits", "probabilities")
 _STAGE_STDS = (
   (0.1, 0.1, 0.2, 0.2),
@@ -217,6 +218,29 @@ def torchvision_settings(**changes: Any) -> RCNNSettings:
     level_rule="torchvision", binary_masks=False, min_detection_size=1e-2,
   )  # fmt: skip
   return dataclasses.replace(made, **changes)
+
+
+def settings_of(implementation: str, stages: int, **changes: Any) -> RCNNSettings:
+  """An implementation's numbers; `changes` replace.
+
+  Args:
+    implementation: of `IMPLEMENTATIONS`.
+    stages: 1, or 3 of Cascade R-CNN, which torchvision does not have.
+    **changes: fields.
+
+  Raises:
+    ValueError: an unknown implementation, or stages that it does not have.
+  """
+  if implementation == "mmdetection":
+    return RCNNSettings(**changes) if stages == 1 else cascade_settings(**changes)
+  if implementation == "detectron2":
+    return detectron2_settings(stages, **changes)
+  if implementation == "torchvision" and stages == 1:
+    return torchvision_settings(**changes)
+  raise ValueError(
+    f"implementation {implementation!r} of {stages} stages; one of {', '.join(IMPLEMENTATIONS)} "
+    "was expected, torchvision with one stage alone"
+  )
 
 
 def level_anchors(
