@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from hybrid_vit import build
+from hybrid_vit.build import DataFacts
+from hybrid_vit.config import Config, load_config
 from hybrid_vit.heads.feature_pyramid import SimplePyramid
 from hybrid_vit.heads.rcnn import VITDET, create_mask_rcnn
 from hybrid_vit.heads.rcnn_settings import detectron2_settings
@@ -24,6 +27,7 @@ from hybrid_vit.weights.keymap_detectors import detector_key_map, detector_layou
 from hybrid_vit.weights.transfer import transfer
 from tests import golden
 from tests.models import contract
+from tests.tasks.test_detection import CONFIG
 
 FORM = {
   "num_classes": 0,
@@ -291,6 +295,31 @@ def test_under_a_decoder_and_between_sizes():
   bare = {k: v for k, v in bare.items() if "relative" not in k}
   _, report = transfer(traverse_util.unflatten_dict(bare, sep="/"), table)
   assert any("stage1_block0/relative_rows (relative" in line for line in report.initialised)
+
+
+@pytest.mark.parametrize(
+  ("argument", "form"),
+  [
+    ("detector=mask_rcnn", "SimplePyramid"),
+    ("detector=cascade_mask_rcnn,masks=False", "SimplePyramid"),
+    ("detector=sparse_rcnn,masks=False", "SimplePyramid"),
+    ("detector=atss,masks=False", "FPN"),
+  ],
+)
+def test_pictures_of_ones_own_are_seen_in_this_form(argument, form):
+  config = Config(load_config(CONFIG, f"arch=deit_tiny_patch16_224,res=512,{argument}"))
+  preprocessing = build.preprocessing_of(config)
+  curriculum = build.read_curriculum(config, 1000, preprocessing)
+  facts = DataFacts(num_classes=10)
+  ((task, *_), _) = build.build_tasks(config, facts, preprocessing, curriculum)
+  model = task.model
+  assert type(model.neck).__name__ == form
+  assert model.backbone.window_size == (14 if form == "SimplePyramid" else 0)
+  if form == "SimplePyramid":
+    assert model.backbone.relative_size == 32
+    images = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32)
+    found = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], images)
+    assert found["boxes"].shape == (1, 100, 4)
 
 
 def test_bad_arguments_are_told():
