@@ -59,7 +59,7 @@ def dino_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[str
   return {
     "official": Layout(
       key_map=functools.partial(_whole_of, inner),
-      not_weights=rf"(?:{inner.not_weights.replace('^', '^' + prefix.replace('.', '[.]'))})|"
+      not_weights=rf"{torch_keys.pattern_below(inner.not_weights, prefix)}|"
       rf"{torch_keys.BATCH_NORM_COUNTER}",
       rename=functools.partial(_renamed, inner.rename, prefix),
     )
@@ -73,22 +73,12 @@ def backbone_prefix(model: Any) -> str:
 
 def _renamed(rename: Callable[[str], str], prefix: str, name: str) -> str:
   name = name.removeprefix("module.")  # of training on several devices
-  return prefix + rename(name.removeprefix(prefix)) if name.startswith(prefix) else name
+  return torch_keys.renamed_below(prefix, rename, name)
 
 
 def _whole_of(backbone: Layout, model: Any) -> KeyMap:
   head, inner = head_key_map(model.head), backbone.key_map(model.backbone)
-  prefix = backbone_prefix(model)
-
-  def key_map(path: str) -> OfficialKey:
-    collection, part, rest = path.split("/", 2)
-    if part == "head":
-      return head(f"{collection}/{rest}")
-    if part != "backbone":
-      raise torch_keys.no_such_variable("DINO", path)
-    return inner(f"{collection}/{rest}").below(prefix)
-
-  return key_map
+  return torch_keys.with_backbone(head, inner, backbone_prefix(model), "DINO")
 
 
 def _rules(head: Any) -> list[_Rule]:
