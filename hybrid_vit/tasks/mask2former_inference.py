@@ -12,7 +12,7 @@ class come first. Instances are sorted by their final scores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,7 +52,12 @@ class Segment:
 
 
 def restore_size(
-  maps: jax.Array, input_size: Sequence[int], picture_size: Sequence[int], size: Sequence[int]
+  maps: jax.Array,
+  input_size: Sequence[int],
+  picture_size: Sequence[int],
+  size: Sequence[int],
+  *,
+  align_corners: bool = False,
 ) -> jax.Array:
   """Takes maps of the padded input to the picture's own size, bilinear.
 
@@ -64,13 +69,14 @@ def restore_size(
     input_size: (height, width) of the input with its padding.
     picture_size: of the picture within it, at the upper left.
     size: of the picture before it was resized.
+    align_corners: of both resizings; Mask2Former has none.
 
   Returns:
     `[B, *size, C]`.
   """
-  maps = resize_bilinear(maps, input_size, align_corners=False)
+  maps = resize_bilinear(maps, input_size, align_corners=align_corners)
   maps = maps[:, : picture_size[0], : picture_size[1]]
-  return resize_bilinear(maps, size, align_corners=False)
+  return resize_bilinear(maps, size, align_corners=align_corners)
 
 
 def semantic_scores(class_logits: jax.Array, masks: jax.Array) -> jax.Array:
@@ -104,20 +110,43 @@ def instances(
     things: classes that may be instances; others are dropped from the pairs that were taken. None
       for all.
   """
-  probabilities = _softmax(class_logits)[:, :-1]
+
+  def scored(query: int) -> tuple[np.ndarray, np.ndarray]:
+    logits = np.asarray(masks[..., query], np.float32)
+    return logits > 0, _sigmoid(logits)
+
+  return best_pairs(class_logits, scored, masks.shape[:2], max_instances, things)
+
+
+def best_pairs(
+  class_logits: np.ndarray,
+  scored: Callable[[int], tuple[np.ndarray, np.ndarray]],
+  size: Sequence[int],
+  max_instances: int,
+  things: Collection[int] | None,
+) -> Instances:
+  """`instances` for any rule of masks.
+
+  Args:
+    class_logits: `[Q, K + 1]`.
+    scored: from a query to its mask, bool `[H, W]`, and its score in each pixel, float32.
+    size: (H, W).
+    max_instances: see `instances`; so is `things`.
+    things: classes that may be instances.
+  """
+  probabilities = softmax(class_logits)[:, :-1]
   classes_count = probabilities.shape[1]
   order = np.argsort(-probabilities.reshape(-1), kind="stable")[:max_instances]
   queries, classes = order // classes_count, order % classes_count
   if things is not None:
     kept = np.isin(classes, list(things))
     queries, classes = queries[kept], classes[kept]
-  inside = np.zeros((len(queries), *masks.shape[:2]), bool)
+  inside = np.zeros((len(queries), *size), bool)
   means = np.zeros(len(queries), np.float32)
   # One at a time: hundreds of masks of a large picture do not fit in memory.
-  for i, query in enumerate(queries):
-    logits = np.asarray(masks[..., query], np.float32)
-    inside[i] = logits > 0
-    total = np.sum(_sigmoid(logits[inside[i]]), dtype=np.float32)
+  for i, query in enumerate(queries.tolist()):
+    inside[i], score = scored(query)
+    total = np.sum(score[inside[i]], dtype=np.float32)
     means[i] = total / (np.float32(inside[i].sum()) + np.float32(_AREA_EPSILON))
   scores = probabilities[queries, classes] * means
   order = np.argsort(-scores, kind="stable")
@@ -148,7 +177,7 @@ def panoptic_segments(
   Returns:
     (int32 `[H, W]` of ids, 0 for none; the segments by id).
   """
-  probabilities = _softmax(class_logits)
+  probabilities = softmax(class_logits)
   best, classes = probabilities.max(-1), probabilities.argmax(-1)
   kept = (classes != probabilities.shape[-1] - 1) & (best > object_threshold)
   found = np.zeros(masks.shape[:2], np.int32)
@@ -178,7 +207,8 @@ def panoptic_segments(
   return found, segments
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+  """Over the last axis, float32."""
   x = np.asarray(logits, np.float32)
   x = np.exp(x - x.max(-1, keepdims=True))
   return x / x.sum(-1, keepdims=True)

@@ -125,7 +125,7 @@ def mask2former_losses(
     ValueError: targets that do not belong together, or draws for another number of predictions.
   """
   predictions = [*answer.get("auxiliary", ()), answer]
-  _check(targets, predictions[-1]["class_logits"].shape[0])
+  check_targets(targets, predictions[-1]["class_logits"].shape[0])
   source: Any = points
   if isinstance(points, PointDraws):
     if len(points.matching) != len(predictions):
@@ -280,7 +280,8 @@ def least_places(x: jax.Array, count: int) -> jax.Array:
   return lax.platform_dependent(x, cpu=by_top_k, default=by_sort)
 
 
-def _check(targets: SegmentTargets, batch: int) -> None:
+def check_targets(targets: SegmentTargets, batch: int) -> None:
+  """Raises ValueError for targets that do not belong together, or to another number of pictures."""
   shape = tuple(targets.labels.shape)
   if shape != tuple(targets.valid.shape) or shape != tuple(targets.masks.shape[:2]):
     raise ValueError(
