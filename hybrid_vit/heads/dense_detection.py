@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.layers import check_levels
@@ -22,6 +21,7 @@ from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.anchors import pyramid_anchors, valid_anchors
 from hybrid_vit.ops.boxes import decode_boxes
 from hybrid_vit.ops.nms import Detections, multiclass_nms, nms, select_top
+from hybrid_vit.ops.top_places import top_places
 
 SELECTIONS = ("anchors", "pairs")
 # The bias at which a class begins with a probability of 0.01.
@@ -278,7 +278,7 @@ def _detections(
     above = jnp.where(own > s.score_threshold, own * factor[:, None], 0)
     if s.selection == "anchors":
       best = jnp.max(own * factor[:, None], axis=-1)
-      _, places = lax.top_k(best, min(s.before, count))
+      places = top_places(best, min(s.before, count))
       scores.append(above[places])
     else:
       flat = own.reshape(-1)

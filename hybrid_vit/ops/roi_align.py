@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.ops.separable_sums import Taps, separable_sums
+
 FORMS = ("gather", "matrix")
 LEVEL_RULES = ("mmdetection", "detectron2", "torchvision")
 # Numbers that a part of the boxes may take in between.
@@ -179,7 +181,7 @@ def _align(
   if not boxes.shape[1]:
     return jnp.zeros((boxes.shape[0], 0, *bins, shapes[0][3]), features[0].dtype)
   if form == "gather":
-    return _gathered(features, boxes, level, bins, scales, samples, places)
+    return _gathered(features, boxes, level, bins, scales, samples, places, not sampling_ratio)
   return _multiplied(features, boxes, level, bins, scales, samples, places, not sampling_ratio)
 
 
@@ -226,39 +228,67 @@ def _by_parts(function, arrays, boxes: int, numbers: int) -> jax.Array:
   return y.reshape(y.shape[0], parts * size, *y.shape[3:])[:, :boxes]
 
 
-def _gathered(features, boxes, level, bins, scales, samples, places) -> jax.Array:
+def _gathered(features, boxes, level, bins, scales, samples, places, adaptive) -> jax.Array:
   batch, channels = features[0].shape[0], features[0].shape[3]
   flat = jnp.concatenate([f.reshape(batch, -1, channels) for f in features], axis=1)
   heights, widths = (jnp.array([f.shape[k] for f in features]) for k in (1, 2))
   offsets = jnp.cumsum(heights * widths) - heights * widths
-
-  def taps(axis, count, length):
-    """Cells `[B, r, count, 2 samples]` along an axis, and their weights."""
-    length = length[..., None].astype(jnp.float32)
-    cells, weights = [], []
-    for i in range(samples):
-      at, weight = _sample(axis, count, i, length)
-      lower = jnp.floor(at)
-      cells += [lower, jnp.minimum(lower + 1, length - 1)]
-      weights += [weight * (1 - (at - lower)), weight * (at - lower)]
-    return jnp.stack(cells, -1).astype(jnp.int32), jnp.stack(weights, -1)
-
-  def part(arrays):
-    boxes, level = arrays
-    scale = jnp.array(scales, jnp.float32)[level]
-    height, width, offset = heights[level], widths[level], offsets[level]
-    rows, row_weights = taps(places(boxes[..., 1], boxes[..., 3], scale, bins[0]), bins[0], height)
-    columns, column_weights = taps(
-      places(boxes[..., 0], boxes[..., 2], scale, bins[1]), bins[1], width
+  scale = jnp.array(scales, jnp.float32)[level]
+  height, width = heights[level], widths[level]
+  rows = places(boxes[..., 1], boxes[..., 3], scale, bins[0])
+  columns = places(boxes[..., 0], boxes[..., 2], scale, bins[1])
+  if adaptive:
+    longest = [max(f.shape[k] for f in features) for k in (1, 2)]
+    taps = (
+      _window(rows, bins[0], samples, height, longest[0]),
+      _window(columns, bins[1], samples, width, longest[1]),
     )
-    first = offset[..., None, None] + rows * width[..., None, None]
-    index = first[:, :, :, None, :, None] + columns[:, :, None, :, None, :]
-    cells = jax.vmap(lambda f, i: f[i])(flat, index).astype(jnp.float32)
-    weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
-    return jnp.sum(cells * weights[..., None], axis=(4, 5)).astype(flat.dtype)
+  else:
+    taps = _pairs(rows, bins[0], samples, height), _pairs(columns, bins[1], samples, width)
+  return separable_sums(flat, offsets[level], width, *taps).astype(flat.dtype)
 
-  numbers = batch * bins[0] * bins[1] * (2 * samples) ** 2 * channels
-  return _by_parts(part, (boxes, level), boxes.shape[1], numbers)
+
+def _pairs(axis, bins: int, samples: int, length) -> Taps:
+  """The two cells of each of a fixed number of samples."""
+  length = length[..., None]
+  cells, weights = [], []
+  for i in range(samples):
+    at, weight = _sample(axis, bins, i, length.astype(jnp.float32))
+    lower = jnp.floor(at)
+    for cell, part in ((lower, 1 - (at - lower)), (lower + 1, at - lower)):
+      cells.append(jnp.clip(cell.astype(jnp.int32), 0, length - 1))
+      weights.append(weight * part)
+  return Taps(jnp.stack(cells), jnp.stack(weights))
+
+
+def _window(axis, bins: int, samples: int, length, longest: int) -> Taps:
+  """All cells from the first sample's to the last one's: samples are close where many."""
+  length = length[..., None]
+  real = length.astype(jnp.float32)
+  count = axis[2]
+
+  def lower(i):
+    return jnp.floor(_sample(axis, bins, i, real)[0]).astype(jnp.int32)
+
+  first = lower(0.0)
+  last = lower(jnp.maximum(count - 1, 0)[..., None])
+  cells = first + jnp.arange(longest).reshape(-1, *[1] * first.ndim)
+
+  def add(i, weights):
+    at, weight = _sample(axis, bins, i, real)
+    return weights + weight * jnp.maximum(1 - jnp.abs(at - cells), 0)
+
+  weights = lax.fori_loop(
+    0, _most_samples(count, samples), add, jnp.zeros(cells.shape, jnp.float32)
+  )
+  number = jnp.clip(jnp.max(last - first, axis=-1) + 2, 0, longest)
+  number = jnp.where(count > 0, number, 0)
+  return Taps(jnp.clip(cells, 0, length - 1), weights, number)
+
+
+def _most_samples(count: jax.Array, samples: int) -> jax.Array:
+  """As many rounds as the largest box needs; boxes have no gradient, so a loop may end there."""
+  return jnp.minimum(jnp.max(count).astype(jnp.int32), samples)
 
 
 def _multiplied(features, boxes, level, bins, scales, samples, places, adaptive) -> jax.Array:
@@ -303,6 +333,4 @@ def _matrix(axis, bins: int, length: int, samples: int, adaptive: bool) -> jax.A
     for i in range(samples):
       start = add(i, start)
     return start
-  # Only as many rounds as the largest box needs; boxes have no gradient, so a loop may.
-  most = jnp.minimum(jnp.max(axis[2]).astype(jnp.int32), samples)
-  return lax.fori_loop(0, most, add, start)
+  return lax.fori_loop(0, _most_samples(axis[2], samples), add, start)
