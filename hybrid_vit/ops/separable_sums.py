@@ -23,12 +23,12 @@ class Taps(NamedTuple):
   Attributes:
     cells: int32 `[T, B, R, bins]`, on the map.
     weights: float32 `[T, B, R, bins]`.
-    count: int32 `[B, R]`, how many of the T a box needs, or None for all of them.
+    needed: int32 `[B, R]`, how many of the T a box needs, or None for all of them.
   """
 
   cells: jax.Array
   weights: jax.Array
-  count: jax.Array | None = None
+  needed: jax.Array | None = None
 
 
 def separable_sums(
@@ -54,10 +54,10 @@ def _sums(maps: jax.Array, geometry: Any) -> jax.Array:
   def part(own: Any) -> jax.Array:
     return _of_part(maps, own)
 
-  if geometry[2].count is None:
+  if geometry[2].needed is None:
     return part(geometry)
   order = _by_work(geometry)
-  parts = _split(_ordered(geometry, order))
+  parts = _parts(geometry, order)
   found = lax.map(part, parts)
   found = jnp.moveaxis(found, 0, 1).reshape(maps.shape[0], -1, *found.shape[3:])
   found = found[:, : order.shape[1]]
@@ -71,11 +71,11 @@ def _sums_forward(maps: jax.Array, geometry: Any) -> Any:
 def _sums_backward(kept: Any, gradient: jax.Array) -> Any:
   maps, geometry = kept
   total = jnp.zeros(maps.shape, jnp.float32)
-  if geometry[2].count is None:
+  if geometry[2].needed is None:
     total = _add_part(total, geometry, gradient)
   else:
     order = _by_work(geometry)
-    parts = (_split(_ordered(geometry, order)), _split_one(_rows_of(gradient, order), 1))
+    parts = (_parts(geometry, order), _split(_rows_of(gradient, order), 1))
     total, _ = lax.scan(lambda total, own: (_add_part(total, *own), None), total, parts)
   return total.astype(maps.dtype), None
 
@@ -111,7 +111,7 @@ def _number(geometry: Any) -> Any:
 
 
 def _most(taps: Taps) -> Any:
-  return taps.cells.shape[0] if taps.count is None else jnp.max(taps.count, initial=0)
+  return taps.cells.shape[0] if taps.needed is None else jnp.max(taps.needed, initial=0)
 
 
 def _tap(geometry: Any, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,34 +126,29 @@ def _tap(geometry: Any, k: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _by_work(geometry: Any) -> jax.Array:
   _, _, rows, columns = geometry
-  return jnp.argsort(rows.count * columns.count, axis=1)
+  return jnp.argsort(rows.needed * columns.needed, axis=1)
 
 
 def _rows_of(x: jax.Array, order: jax.Array) -> jax.Array:
   return jax.vmap(lambda own, places: own[places])(x, order)
 
 
-def _ordered(geometry: Any, order: jax.Array) -> Any:
+def _parts(geometry: Any, order: jax.Array) -> Any:
+  """`[B, R]` everywhere to `[parts, B, r]`, in another order of boxes."""
+  in_taps = jax.vmap(_rows_of, (0, None))
   offset, width, rows, columns = geometry
-
-  def of_taps(taps: Taps) -> Taps:
-    many = jax.vmap(_rows_of, (0, None))
-    return Taps(many(taps.cells, order), many(taps.weights, order), _rows_of(taps.count, order))
-
-  return _rows_of(offset, order), _rows_of(width, order), of_taps(rows), of_taps(columns)
-
-
-def _split(geometry: Any) -> Any:
-  """`[B, R]` to `[parts, B, r]` everywhere."""
-  offset, width, rows, columns = geometry
-
-  def of_taps(taps: Taps) -> Taps:
-    return Taps(_split_one(taps.cells, 2), _split_one(taps.weights, 2), _split_one(taps.count, 1))
-
-  return _split_one(offset, 1), _split_one(width, 1), of_taps(rows), of_taps(columns)
+  taps = [
+    Taps(
+      _split(in_taps(own.cells, order), 2),
+      _split(in_taps(own.weights, order), 2),
+      _split(_rows_of(own.needed, order), 1),
+    )
+    for own in (rows, columns)
+  ]
+  return _split(_rows_of(offset, order), 1), _split(_rows_of(width, order), 1), *taps
 
 
-def _split_one(x: jax.Array, axis: int) -> jax.Array:
+def _split(x: jax.Array, axis: int) -> jax.Array:
   """The boxes' axis in parts, which come first; zeros, which need no cell, fill the last one."""
   boxes = x.shape[axis]
   size = min(_TOGETHER, boxes)

@@ -82,8 +82,8 @@ class Segmenter:
       variables, batch["image"], train=True, rngs={"dropout": dropout}, mutable=["batch_stats"]
     )
     targets = semantic_targets(batch["labels"], _CLASSES)
-    losses = mask2former_losses(found, targets, points, Mask2FormerLoss())
-    total = sum(losses.values(), start=jnp.zeros(()))
+    losses = mask2former_losses(found, targets, Mask2FormerLoss(), points)
+    total = sum(map(jnp.sum, losses.values()), start=jnp.zeros(()))
     metrics = {"loss": (total, jnp.ones(()))}
     return total, {"metrics": metrics, "batch_stats": updated.get("batch_stats", {})}
 
