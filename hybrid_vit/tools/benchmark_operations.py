@@ -8,8 +8,8 @@ compiler.
 What is compared is measured in turn, round by round: milliseconds are medians, and so are ratios,
 each taken within its round, so that a machine that slows down meanwhile slows both. Ratios are to
 the other library where it is installed (pip install torch torchvision), else to our default form.
-With --topology nothing is run: memory, traffic and estimated cycles are the compiler's (libtpu is
-needed: pip install 'jax[tpu]'). Writes OUT.json and OUT.md.
+With --topology nothing is run and features are bfloat16: memory, traffic and estimated cycles are
+the compiler's (libtpu is needed: pip install 'jax[tpu]'). Writes OUT.json and OUT.md.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measure(case: OperationCase, rounds: int, forms: Sequence[str] | None = None
 
 
 def estimate(case: OperationCase, topology: str, forms: Sequence[str] | None = None) -> list[Any]:
-  """Rows of one case by a TPU's compiler.
+  """Rows of one case by a TPU's compiler, features in bfloat16 as a training has them there.
 
   "mcycles" is what it estimates, in millions, without what "not_estimated" lists; loops whose
   rounds depend on the data ("open_loops") count one.
@@ -91,13 +91,17 @@ def estimate(case: OperationCase, topology: str, forms: Sequence[str] | None = N
     tpu_topology.TopologyError: see `tpu_topology.topology_devices`.
   """
   device = tpu_topology.topology_devices(topology)[0]
+  arguments = [
+    jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if i in case.typed else x.dtype)
+    for i, x in enumerate(case.arguments)
+  ]
   found = []
   for way in _WAYS[: 2 if case.gradients else 1]:
     for name, form in case.forms.items():
       if forms is not None and name not in forms:
         continue
       function = form if way == _WAYS[0] else with_gradient(form, case.gradients)
-      said = tpu_topology.compile_for(function, *case.arguments, device=device)
+      said = tpu_topology.compile_for(function, *arguments, device=device)
       row = _row(case, way, name)
       row["default"] = ""  # of CPUs
       row["memory_mib"] = round(said.peak_bytes / 2**20, 1)

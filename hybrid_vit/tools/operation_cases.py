@@ -36,6 +36,7 @@ class OperationCase:
     theirs: another library's answer, by its name: from the same arguments, the call to time. Empty
       where it is not installed.
     gradients: of which arguments; () for forward alone.
+    typed: arguments that a network has in the type of its computation; others stay float32.
   """
 
   operation: str
@@ -45,6 +46,7 @@ class OperationCase:
   default: str
   theirs: Mapping[str, Callable[..., Callable[[], Any]]] = dataclasses.field(default_factory=dict)
   gradients: tuple[int, ...] = ()
+  typed: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +221,7 @@ def _pooling(s: Sizes) -> Iterator[OperationCase]:
       pooling.default_form(ratio),
       _torchvision(theirs),
       gradients=tuple(range(len(maps))),
+      typed=tuple(range(len(maps))),
     )
 
 
@@ -255,6 +258,7 @@ def _attention(s: Sizes) -> Iterator[OperationCase]:
       "gather",
       {"PyTorch": functools.partial(_grid_samples, shapes)} if here("torch") else {},
       gradients=(0, 1, 2),
+      typed=(0,),
     )
 
 
