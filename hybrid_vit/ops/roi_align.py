@@ -5,13 +5,12 @@ the centres of four cells. Its rules are torchvision's, mmcv's and detectron2's:
 or the map's length counts as 0 and stays in the mean, one nearer is moved onto the map. Weights of
 rows and of columns are independent, which gives two forms:
 
-- "gather" reads the four cells of every sample: least arithmetic, but its memory accesses, and its
-  gradient's, are scattered.
+- "gather" reads and adds one cell of every bin at a time: least arithmetic. Where sampling is
+  adaptive, boxes go in groups of as many cells.
 - "matrix" multiplies by a matrix of rows' weights and one of columns': no gather at all, in either
-  direction, which TPUs want; and the work does not grow with the number of samples, which differs
-  from box to box where it is adaptive.
+  direction; the work does not grow with the number of samples.
 
-Both compute in parts of the boxes, so that memory is bounded. Boxes get no gradient.
+Neither stores all that it read: the matrices go by parts of the boxes. Boxes get no gradient.
 
 Deviation: the adaptive number of samples ends at `max_samples`, which boxes of up to twice the
 map's longer side do not reach by default.
@@ -30,6 +29,9 @@ from jax import lax
 from hybrid_vit.ops.separable_sums import Taps, separable_sums
 
 FORMS = ("gather", "matrix")
+# On CPUs a fifth to a twelfth of the matrices' time; by a TPU's compiler half of their cycles
+# (docs/results/operations).
+DEFAULT_FORM = "gather"
 LEVEL_RULES = ("mmdetection", "detectron2", "torchvision")
 # Numbers that a part of the boxes may take in between.
 _PART = 2**24
@@ -58,7 +60,7 @@ def roi_align(
       plus a half (mmdetection, detectron2); else sides are at least one cell (torchvision's own
       Mask R-CNN).
     max_samples: the largest adaptive s; None allows boxes of twice the map's longer side.
-    form: one of `FORMS`; None takes `default_form`.
+    form: one of `FORMS`; None takes `DEFAULT_FORM`.
 
   Returns:
     `[B, R, rows, columns, C]` of the features' dtype.
@@ -149,12 +151,6 @@ def roi_levels(
   return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
 
 
-def default_form(sampling_ratio: int) -> str:
-  """The form taken when none is named, by docs/results/operations."""
-  del sampling_ratio
-  return "gather"
-
-
 def _align(
   features, boxes, level, output_size, scales, sampling_ratio, aligned, max_samples, form
 ) -> jax.Array:
@@ -165,7 +161,7 @@ def _align(
     raise ValueError(
       f"roi_align: boxes must be [B, R, 4], B of the maps, {shapes[0][0]}; got {boxes.shape}"
     )
-  form = default_form(sampling_ratio) if form is None else form
+  form = DEFAULT_FORM if form is None else form
   if form not in FORMS:
     raise ValueError(f"roi_align: unknown form {form!r}; known: {', '.join(FORMS)}")
   bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)

@@ -218,7 +218,7 @@ def _pooling(s: Sizes) -> Iterator[OperationCase]:
       + (f"{ratio} samples a bin and axis" if ratio else "adaptive samples"),
       {form: functools.partial(ours, form=form) for form in pooling.FORMS},
       (*maps, boxes),
-      pooling.default_form(ratio),
+      pooling.DEFAULT_FORM,
       _torchvision(theirs),
       gradients=tuple(range(len(maps))),
       typed=tuple(range(len(maps))),
