@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.layers import check_levels
@@ -29,6 +28,7 @@ from hybrid_vit.ops.nms import (
   soft_or_none,
   suppress,
 )
+from hybrid_vit.ops.top_places import top_places
 
 SELECTIONS = ("anchors", "pairs")
 # The bias at which a class begins with a probability of 0.01.
@@ -298,7 +298,7 @@ def _detections(
     above = jnp.where(own > s.score_threshold, own * factor[:, None], 0)
     if s.selection == "anchors":
       best = jnp.max(own * factor[:, None], axis=-1)
-      _, places = lax.top_k(best, min(s.before, count))
+      places = top_places(best, min(s.before, count))
       scores.append(above[places])
     else:
       flat = own.reshape(-1)

@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.detectors import register_without_masks
@@ -39,6 +38,7 @@ from hybrid_vit.heads.dino_network import DINONetwork, DINOPredictions
 from hybrid_vit.heads.rcnn import Targets
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.boxes import centres_to_corners, corners_to_centres
+from hybrid_vit.ops.top_places import top_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,9 +236,9 @@ def top_detections(logits: jax.Array, boxes: jax.Array, count: int) -> dict[str,
     See `DINO.__call__`; boxes may stand out of the picture, as the authors' do.
   """
   batch, queries, classes = logits.shape
-  scores, pairs = lax.top_k(
-    jax.nn.sigmoid(logits).reshape(batch, -1), min(count, queries * classes)
-  )
+  all_scores = jax.nn.sigmoid(logits).reshape(batch, -1)
+  pairs = top_places(all_scores, min(count, queries * classes))
+  scores = jnp.take_along_axis(all_scores, pairs, axis=1)
   chosen = jnp.take_along_axis(boxes, (pairs // classes)[..., None], axis=1)
   return {
     "boxes": chosen,

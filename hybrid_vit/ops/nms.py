@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_vit.ops.boxes import pairwise_iou
+from hybrid_vit.ops.top_places import top_places
 
 SOFT_METHODS = ("linear", "gaussian")
 NMS_METHODS = ("hard", *SOFT_METHODS)
@@ -139,7 +140,7 @@ def select_top(scores: jax.Array, kept: jax.Array, count: int) -> tuple[jax.Arra
   """
   size = scores.shape[0]
   ranked = jnp.where(kept, scores, -jnp.inf)
-  _, indices = lax.top_k(ranked, min(count, size))
+  indices = top_places(ranked, min(count, size))
   indices = jnp.pad(indices, (0, max(count - size, 0)))
   return indices, jnp.arange(count) < jnp.sum(kept)
 

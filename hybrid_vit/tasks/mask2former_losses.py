@@ -22,6 +22,7 @@ from jax import lax
 
 from hybrid_vit.ops.matching import linear_assignment
 from hybrid_vit.ops.point_sampling import sample_masks, sample_points
+from hybrid_vit.ops.top_places import top_places
 
 
 class SegmentTargets(NamedTuple):
@@ -257,8 +258,8 @@ def semantic_targets(
   every = jnp.arange(num_classes)[None, :, None]
   # Comparisons, which fuse with their sum: counting by a scatter is slow on a TPU.
   counts = (labels.reshape(labels.shape[0], 1, -1) == every).sum(-1)
-  count, classes = lax.top_k(counts, slots)
-  valid = count > 0
+  classes = top_places(counts, slots)
+  valid = jnp.take_along_axis(counts, classes, axis=1) > 0
   masks = (labels[:, None] == classes[:, :, None, None]) & valid[:, :, None, None]
   return SegmentTargets(classes.astype(jnp.int32), masks.astype(jnp.uint8), valid)
 
@@ -266,18 +267,9 @@ def semantic_targets(
 def least_places(x: jax.Array, count: int) -> jax.Array:
   """Where the `count` least numbers of each row are: float `[..., N]` → int32 `[..., count]`.
 
-  Of equal ones the first come first. A sort stays within each device's part of a batch; XLA gathers
-  the whole batch for a top-k, whose speed only CPUs need.
+  Of equal ones the first come first.
   """
-
-  def by_sort(x: jax.Array) -> jax.Array:
-    places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    return lax.sort((x, places), num_keys=1, is_stable=True)[1][..., :count]
-
-  def by_top_k(x: jax.Array) -> jax.Array:
-    return lax.top_k(-x, count)[1]
-
-  return lax.platform_dependent(x, cpu=by_top_k, default=by_sort)
+  return top_places(-x, count)
 
 
 def check_targets(targets: SegmentTargets, batch: int) -> None:
