@@ -24,7 +24,7 @@ _POSITION_SEQUENCE = "position_sequence"
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder only the last layers go by the classes.
-_CLASSIFIER = r"[^/]+/(?:auxiliary_)?head/(?:auxiliary_)?classifier/"
+_CLASSIFIER = r"[^/]+/(?:auxiliary_)?head/(?:predictor/)?(?:auxiliary_)?classifier/"
 _BACKBONE = re.compile(r"([^/]+)/backbone/")
 
 
