@@ -25,13 +25,20 @@ COCO_CLASSES: Mapping[str, int] = {"panoptic": 133, "instance": 80}
 
 # Segments of a training picture at most.
 _SEGMENTS, _LOCAL_SEGMENTS = 100, 8
-_SOURCES: Mapping[str, str] = {"panoptic": "coco_panoptic:data/coco", "instance": "coco:data/coco"}
-# Mask2Former decays neither norms, of the head either, nor embeddings and tables of positions.
+_SOURCES: Mapping[str, str] = {
+  "panoptic": "coco_panoptic:data/coco",
+  "instance": "coco:data/coco?empty=false",
+}
+# The authors decay neither norms, of the head either, nor tables of positions and embeddings; the
+# pixel decoder's embedding of levels is no embedding in their code.
 _SPARED = (
-  (r"(^|/)(\w*norm\w*/(scale|bias)|\w*position_\w+|query_\w+|level_embedding)$", 0.0),
+  (r"(^|/)\w*norm\w*/(scale|bias)$|^backbone/.*position_\w+$", 0.0),
+  (r"^head/(query_\w+|level_embedding)$", 0.0),
   (".*", 1.0),
 )
 _BACKBONE_RATE = 0.1
+# Of 50 epochs, 368,750 steps.
+_COCO_DROPS = (327_778, 355_092)
 _CLIP_NORM = 0.01
 _LOCAL_SIZE = 64
 
@@ -87,8 +94,8 @@ def coco(
 ) -> ConfigDict:
   """COCO by Mask2Former's recipe: 1024 x 1024, rate 1e-4, which falls to a tenth twice.
 
-  It falls after 8/9 and after 26/27 of the steps (the authors': 327,778 and 355,092 of 368,750),
-  after a warm-up of 10. Pictures are tested as large as fits into (1333, 800).
+  There is no warm-up, whose factor in the authors' files is 1. Pictures are tested as large as fits
+  into (1333, 800).
 
   Args:
     model: name in the registry; its dense form is `models.dense.dense_arguments`.
@@ -100,6 +107,7 @@ def coco(
     arguments: of the network, beside those of its dense form.
   """
   total = 7375 * epochs
+  drops = tuple(round(step * epochs / 50) for step in _COCO_DROPS)
   config = dense_recipes.dense_frame(
     model,
     {},
@@ -109,9 +117,7 @@ def coco(
     task=TASKS[kind],
     optimizer=optimizer(
       1e-4,
-      dict(
-        name="steps", warmup_steps=10, drop_steps=(round(total * 8 / 9), round(total * 26 / 27))
-      ),
+      dict(name="steps", drop_steps=drops),
     ),
     drop_path_rate=drop_path_rate,
     arguments=arguments,
@@ -120,6 +126,7 @@ def coco(
   config.model.num_classes = COCO_CLASSES[kind]
   config.total_steps = total
   config.data.transform = jittered(kind)
+  config.evaluation.sets.validation.source = _SOURCES[kind].partition("?")[0]
   return config
 
 
