@@ -47,7 +47,7 @@ from hybrid_vit.tasks.mask2former_losses import (
   mask2former_losses,
   semantic_targets,
 )
-from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator, PanopticTask
+from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator
 from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
 from hybrid_vit.tasks.registry import Context, count_classes, register_task
 from hybrid_vit.tasks.segmentation import (
@@ -337,11 +337,8 @@ class PanopticSegmentation(MaskTask):
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
-    inference, own = (
-      self.picture_inference(),
-      PanopticTask(self.num_classes, self.map_class_names, self.palette, self.thing_classes),
-    )
-    return [PanopticEvaluator(own, item, inference) for item in data]
+    inference = self.picture_inference()
+    return [PanopticEvaluator(self, item, inference) for item in data]
 
 
 class _Detector(NamedTuple):
@@ -471,5 +468,5 @@ class MaskSegmentation(MaskTask):
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
-    inference, own = self.picture_inference(), self
-    return [SegmentationEvaluator(own, item, inference) for item in data]
+    inference = self.picture_inference()
+    return [SegmentationEvaluator(self, item, inference) for item in data]

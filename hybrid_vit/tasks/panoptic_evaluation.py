@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -33,22 +33,14 @@ from hybrid_vit.tasks.processes import (
   local_variables,
   summed_over_processes,
 )
+from hybrid_vit.tasks.segmentation import ClassesOfMaps
 
 
-class PanopticTask(NamedTuple):
-  """What is evaluated.
+class PanopticClasses(ClassesOfMaps, Protocol):
+  """Of a task also the classes that are countable; () where the data has to say it."""
 
-  Attributes:
-    num_classes: of things and stuff.
-    map_class_names: of all classes; () where they are not known.
-    palette: a colour of each class.
-    thing_classes: those that are countable; () where the data has to say it.
-  """
-
-  num_classes: int
-  map_class_names: tuple[str, ...]
-  palette: tuple[tuple[int, int, int], ...]
-  thing_classes: tuple[int, ...]
+  @property
+  def thing_classes(self) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +61,7 @@ class Counts:
 class PanopticEvaluator:
   """See the head of this file."""
 
-  def __init__(self, task: PanopticTask, data: EvaluationData, inference: MaskInference):
+  def __init__(self, task: PanopticClasses, data: EvaluationData, inference: MaskInference):
     self.name = data.name
     self._task, self._data, self._inference = task, data, inference
     names, things = data.info.get("map_class_names"), data.info.get("thing_classes", ())

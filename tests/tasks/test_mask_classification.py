@@ -3,6 +3,7 @@
 import functools
 import shutil
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 from hybrid_vit import build, checkpoints, evaluate, main, sharding
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.scenes import SceneSource
+from hybrid_vit.data.segments import panoptic_fields
 from hybrid_vit.ops.mask_forms import bitmaps
 from hybrid_vit.reporting import read_metrics
 from hybrid_vit.tasks.mask2former_losses import semantic_targets
 from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator, counted, true_picture
 from hybrid_vit.train_state import create_state, make_train_step
+from hybrid_vit.weights.transfer import is_head
 from tests import dense, masks, small
 
 NAMES = tuple(masks.TRANSFORMS)
@@ -167,7 +170,8 @@ def test_what_is_right_has_all_of_the_quality_and_other_classes_have_none():
   right, wrong = run("right"), run("wrong")
   assert set(task.measures) <= set(right) and right.pop("examples") == 6
   assert all(right[name] == 1.0 for name in task.measures)
-  assert wrong["pq"] == 0 and wrong["mean_iou"] < 0.1 and wrong["mask_ap"] < 0.1
+  # Of objects every class of a query is an answer, the right one a late one.
+  assert wrong["pq"] == 0 and wrong["mean_iou"] < 0.1 and wrong["mask_ap"] < 0.6
 
 
 def test_crowds_and_pixels_of_no_segment_count_for_nothing():
@@ -184,6 +188,21 @@ def test_crowds_and_pixels_of_no_segment_count_for_nothing():
   assert counts.matrix.sum() == (truth.map > 0).sum() == np.trace(counts.matrix)
   (picture,) = counts.pictures
   assert picture.index == 3 and picture.crowd.sum() == 1
+
+
+def test_more_segments_than_there_are_numbers_below_none_are_all_there():
+  rows = np.arange(300).reshape(20, 15)
+  example = panoptic_fields(rows, np.arange(300) % 9, np.arange(300) == 255)
+  found = true_picture(example, (1, 2))
+  assert [s.category for s in found.segments] == (np.arange(300) % 9).tolist()
+  np.testing.assert_array_equal(found.map, rows + 1)
+
+
+def test_only_the_classifier_begins_anew_for_other_classes():
+  _, _, variables = panoptic()
+  names = flax.traverse_util.flatten_dict(variables, sep="/")
+  found = {name for name in names if is_head(name, dense=True)}
+  assert found == {f"params/head/predictor/classifier/{leaf}" for leaf in ("kernel", "bias")}
 
 
 def test_a_set_that_cannot_be_measured_is_told():
@@ -241,7 +260,8 @@ def test_a_run_goes_on_bit_for_bit(name, tmp_path, shared_programs):
   found = {key.removeprefix("held_out/"): value for key, value in results.items()}
   assert found["examples"] == 12
   # Of so short a training nothing may be found: a quality without a class is left out.
-  assert next(iter(task.measures)) in found and all(found[k] >= 0 for k in found)
+  assert next(iter(task.measures)) in found
+  assert all(0 <= found[k] <= 1 for k in task.measures if k in found)
   assert (whole / "predictions.png").stat().st_size > 1000
   lines = [x for x in read_metrics(whole / "metrics.jsonl") if x["kind"] == "train"]
   assert lines[-1]["loss"] < lines[0]["loss"]
