@@ -118,15 +118,10 @@ def build_panoptic(settings: PanopticSettings, context: Context) -> PanopticSegm
   """The task of `config.task.name = "panoptic_segmentation"`.
 
   Raises:
-    ValueError: no number of classes, one that is not the data's, or data without segments.
+    ValueError: no number of classes, or one that is not the data's.
   """
   names = tuple(context.info.get("map_class_names", ()))
   things = tuple(int(c) for c in context.info.get("thing_classes", ()))
-  if context.info and "thing_classes" not in context.info:
-    raise ValueError(
-      "panoptic_segmentation: this data does not say which classes are things; coco_panoptic: and "
-      "scenes have segments of things and stuff"
-    )
   classes = count_classes(context, names, "the segments of the training data have")
   return PanopticSegmentation(
     **_shared(settings, context, classes),

@@ -77,11 +77,11 @@ def test_masks_that_are_not_packed_are_refused():
 
 @functools.cache
 def panoptic():
-  """(task, batch of which the last picture has no segment, variables)."""
+  """(task, batch of which the last picture has no segment, variables of noise)."""
   task = masks.make_task()
   batch = masks.make_batch(task)
   batch["segment_labels"][-1], batch["segments"][-1] = -1, 255
-  return task, batch, masks.variables_of(task, batch)
+  return task, batch, dense.drawn(task, batch)
 
 
 def test_a_step_is_finite_and_reaches_every_parameter():
@@ -100,7 +100,6 @@ def test_a_step_is_finite_and_reaches_every_parameter():
   assert np.isclose(found["loss"], total) and 0 < sum(found.values()) - found["loss"] < total
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
     assert np.isfinite(leaf).all(), path
-    # A norm behind it takes out what a key's bias adds; offsets begin where weights are 0.
     assert np.abs(leaf).max() > 0, path
   again = step(variables["params"], batch, jax.random.key(1))[0][0]
   other = step(variables["params"], batch, jax.random.key(2))[0][0]
@@ -234,7 +233,6 @@ def test_a_set_that_cannot_be_measured_is_told():
     ({"max_objects": 256}, "max_objects is 256; at most 255"),
     ({"loss": {"num_points": 0}}, "num_points is 0"),
     ({"inference": {"overlap_threshold": 2.0}}, "inference.overlap_threshold"),
-    ({"info": {"map_class_names": ("a", "b")}}, "does not say which classes are things"),
     ({"num_classes": 4}, "is 4 and the segments of the training data have 9"),
   ],
 )
