@@ -36,7 +36,14 @@ SEMANTIC_FPN: Mapping[str, Any] = dict(
   neck=dict(name="fpn", channels=256), head=dict(name="semantic_fpn", channels=128)
 )
 # What the best weights of a task are chosen by.
-_BEST = {"segmentation": "mean_iou", "depth": "rmse", "detection": "box_ap"}
+_BEST = {
+  "segmentation": "mean_iou",
+  "depth": "rmse",
+  "detection": "box_ap",
+  "panoptic_segmentation": "pq",
+  "instance_segmentation": "mask_ap",
+  "mask_segmentation": "mean_iou",
+}
 # Of pictures of 64 x 64, two minutes on two cores.
 _LOCAL_SIZE = 64
 

@@ -105,7 +105,7 @@ def instances(
 
   Args:
     class_logits: `[Q, K + 1]`.
-    masks: mask logits `[H, W, Q]`.
+    masks: mask logits `[H, W, Q]`, or what gives them one query at a time, as `masks[..., q]`.
     max_instances: pairs that are taken.
     things: classes that may be instances; others are dropped from the pairs that were taken. None
       for all.
@@ -169,7 +169,7 @@ def panoptic_segments(
 
   Args:
     class_logits: `[Q, K + 1]`.
-    masks: mask logits `[H, W, Q]`.
+    masks: mask logits `[H, W, Q]`, or what gives them one query at a time, as `masks[..., q]`.
     things: classes that are countable; all others are stuff.
     object_threshold: a query's class probability has to be above it.
     overlap_threshold: least part of its mask that a query owns.
@@ -185,12 +185,10 @@ def panoptic_segments(
   if not kept.any():
     return found, segments
   best, classes = best[kept], classes[kept]
-  planes = np.moveaxis(np.asarray(masks)[..., kept], -1, 0)
-  mask_scores = _sigmoid(planes.astype(np.float32))
-  owners = np.argmax(best[:, None, None] * mask_scores, axis=0)
+  owners, inside = _owners(masks, np.flatnonzero(kept), best)
   stuff: dict[int, int] = {}
   for k, category in enumerate(classes.tolist()):
-    owned, whole = owners == k, mask_scores[k] >= 0.5
+    owned, whole = owners == k, inside[k]
     own = owned & whole
     # The part is of all that it owns, also outside its mask: so have the authors.
     if not own.any() or owned.sum() / whole.sum() < overlap_threshold:
@@ -205,6 +203,26 @@ def panoptic_segments(
         stuff[category] = number
     found[own] = number
   return found, segments
+
+
+def _owners(
+  masks: np.ndarray, queries: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Whose weighted probability is the highest in each pixel, and the mask of each of some queries.
+
+  One at a time, as `instances`. Returns int32 `[H, W]`, places in `queries`, the first of equal
+  ones; and bool `[H, W]` of each.
+  """
+  owners = np.zeros(masks.shape[:2], np.int32)
+  highest = np.full(masks.shape[:2], -1, np.float32)
+  inside = []
+  for k, query in enumerate(queries.tolist()):
+    scores = _sigmoid(np.asarray(masks[..., query], np.float32))
+    inside.append(scores >= 0.5)
+    weighted = weights[k] * scores
+    higher = weighted > highest
+    owners[higher], highest[higher] = k, weighted[higher]
+  return owners, inside
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

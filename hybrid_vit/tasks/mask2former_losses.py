@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.ops.mask_forms import Masks, sample_any_masks
 from hybrid_vit.ops.matching import linear_assignment
 from hybrid_vit.ops.point_sampling import sample_masks, sample_points
 from hybrid_vit.ops.top_places import top_places
@@ -31,12 +32,12 @@ class SegmentTargets(NamedTuple):
   Attributes:
     labels: int32 `[B, G]`, classes from 0.
     masks: `[B, G, H, W]`, 0 or 1 of any type, over the whole input; any size, since points are
-      relative.
+      relative; or one of the smaller forms of `ops.mask_forms`.
     valid: bool `[B, G]`, which slots hold one.
   """
 
   labels: jax.Array
-  masks: jax.Array
+  masks: Masks
   valid: jax.Array
 
 
@@ -195,7 +196,7 @@ def matching_costs(
   labels = jnp.clip(targets.labels, 0, classes.shape[-1] - 1)
   of_class = -jnp.take_along_axis(classes.transpose(0, 2, 1), labels[:, :, None], axis=1)
   logits = sample_points(masks.transpose(0, 2, 3, 1), points)  # [B, N, Q]
-  truth = sample_masks(targets.masks, points[:, None])  # [B, G, N]
+  truth = sample_any_masks(targets.masks, points[:, None])  # [B, G, N]
   product = functools.partial(jnp.einsum, "bgn,bnq->bgq", precision=lax.Precision.HIGHEST)
   # -t log s(x) - (1 - t) log(1 - s(x)) = log(1 + exp(x)) - t x
   of_mask = jax.nn.softplus(logits).sum(1)[:, None] - product(truth, logits)
@@ -301,7 +302,7 @@ def _point_losses(
   masks = jnp.take_along_axis(mask_logits, jnp.maximum(query, 0)[:, :, None, None], axis=1)
   places = _uncertain_points(lax.stop_gradient(masks), draws, settings)
   logits = sample_masks(masks, places)
-  truth = sample_masks(targets.masks, places)
+  truth = sample_any_masks(targets.masks, places)
   entropy = jnp.mean(jax.nn.softplus(logits) - truth * logits, axis=-1)
   probability = jax.nn.sigmoid(logits)
   shared = 2.0 * jnp.sum(probability * truth, axis=-1)

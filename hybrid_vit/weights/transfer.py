@@ -30,8 +30,9 @@ _OF_CELLS = {
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder or detector only the last layers go by the classes.
 _CLASSIFIER = (
-  r"[^/]+/(?:(?:auxiliary_)?head/(?:stage\d+/)?(?:auxiliary_|encoder_)?classifier\d*/|"
-  r"head/label_embedding$|box_head\d+/(?:classifier|deltas)/|mask_head\d+/classifier/)"
+  r"[^/]+/(?:(?:auxiliary_)?head/(?:(?:stage\d+|(?:decoder/(?:layer\d+/)?)?predictor|"
+  r"semantic_decoder)/)?(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding$|"
+  r"box_head\d+/(?:classifier|deltas)/|mask_head\d+/classifier/)"
 )
 # Boxes of each class, or of all of them alike, whose width alone tells.
 _CLASS_BOXES = re.compile(r"[^/]+/box_head\d+/deltas/")
