@@ -1,4 +1,4 @@
-"""Checks what the local tries of segmentation, depth and detection left: a figure, pictures, an export."""
+"""Checks what local tries of dense tasks left: a figure, pictures, an export."""
 
 import sys
 from pathlib import Path

@@ -6,15 +6,18 @@ arch=convnext_tiny,data=coco:/path/to/coco,detector=mask_rcnn,init=WEIGHTS
     --config=configs/finetune_detection.py:runlocal        drawn scenes, minutes
 
 `data` is any source of objects (docs/data.md): coco:, yolo: (boxes alone: masks=False), scenes.
-`detector` is mask_rcnn or cascade_mask_rcnn; with masks=False retinanet, atss or dino, too.
+`detector` is mask_rcnn or cascade_mask_rcnn; with masks=False retinanet, atss, dino or sparse_rcnn,
+too. Under the first two and the last one a ViT has ViTDet's windows, pyramid and heads.
 Pictures are resized by mmdetection's 1x recipe onto a square canvas. Own figures, no paper's.
 """
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import recipes
+from hybrid_vit import detection_recipes, recipes
 from hybrid_vit.config import parse_argument
-from hybrid_vit.models.dense import dense_arguments
+from hybrid_vit.heads.rcnn import VITDET
+from hybrid_vit.models.dense import dense_arguments, vitdet_arguments
+from hybrid_vit.models.registry import model_entry
 
 VARIANTS = ("pictures", "runlocal")
 
@@ -49,7 +52,12 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.init_from = keys["init"]
   config.reinitialize_head = True
   config.precision = "float32"
-  config.model.arguments = dense_arguments(name, size)
+  parts = {"sparse_rcnn": {"neck": {"name": "simple_pyramid"}}, "mask_rcnn": VITDET}
+  parts["cascade_mask_rcnn"] = VITDET
+  if model_entry(name).module_class.__name__ == "VisionTransformer" and keys["detector"] in parts:
+    config.model.arguments, detector = vitdet_arguments(name, size), parts[keys["detector"]]
+  else:
+    config.model.arguments, detector = dense_arguments(name, size), {}
   config.data.image_size = size
   config.data.interpolation = "bilinear"
   config.data.transform = "|".join(
@@ -66,7 +74,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   )
   config.task = dict(
     name="detection",
-    detector=dict(name=keys["detector"]),
+    detector=dict(name=keys["detector"], **detector),
     mask_size=56 if keys["masks"] else 0,
     inference=dict(scale=(size, size * 3 // 5)),
   )
@@ -78,49 +86,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     schedule=dict(name="cosine", warmup_epochs=0.1, end_learning_rate=0.0),
   )
   if local:
-    _locally(config)
+    detection_recipes.tiny_detection(config)
   return config
-
-
-def _locally(config: ConfigDict) -> None:
-  """Scenes of 64 x 64 and a tiny network."""
-  config.data.source = "scenes:size=64"
-  config.data.image_size = 64
-  config.data.batch_size = 16
-  config.data.transform = (
-    "decode|random_crop({image_size})|flip_lr|keep_largest(8)|pad_to({image_size})|crop_masks(28)"
-  )
-  config.model.arguments = dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3)
-  config.task.detector = dict(
-    name="mask_rcnn",
-    neck=dict(name="fpn", channels=64, extra="none", num_extra=0),
-    box_head=dict(fc_channels=128),
-    mask_head=dict(channels=32, num_convs=2),
-    settings=dict(
-      anchor_scales=(4.0,),
-      rpn_samples=64,
-      rpn_before=(100, 100),
-      rpn_after=(64, 32),
-      roi_samples=32,
-      num_roi_levels=3,
-      finest_scale=16.0,
-      sampling_ratio=2,
-      detections=10,
-      candidates=100,
-      rpn_size_divisor=0,
-    ),
-  )
-  config.task.max_objects = 8
-  config.task.mask_size = 28
-  config.task.inference = dict(scale=None)
-  del config["total_epochs"]
-  config.total_steps = 600
-  del config["evaluate_every_epochs"]
-  config.evaluate_every_steps = 300
-  config.log_every_steps = 50
-  config.evaluation.sets.validation = dict(split="validation[:200]", batch_size=40)
-  config.optimizer.learning_rate = 2e-3
-  config.optimizer.gradient_clip_norm = 5.0
-  config.optimizer.schedule = dict(
-    name="polynomial", power=0.9, warmup_steps=50, end_learning_rate=0.0
-  )

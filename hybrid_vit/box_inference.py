@@ -1,12 +1,7 @@
 """From a picture of any size to its objects, in the picture's own pixels.
 
-The protocol is mmdetection's: a picture is resized to fit a scale, normalised, and padded at the
-right and below to a multiple of 32, or to the smallest of some canvases, so that few shapes are
-compiled. Boxes come back divided by the factor of each axis; masks are pasted at the picture's
-size.
-
-Deviation: pictures are resized by Pillow's antialiased filters, as everywhere here, and padded with
-the mean colour before normalising, where mmdetection puts 0 behind it.
+The protocol is mmdetection's, see `canvas_inference`. Boxes come back divided by the factor of each
+axis; masks are pasted at the picture's size.
 """
 
 from __future__ import annotations
@@ -18,59 +13,28 @@ from typing import Any
 import jax
 import numpy as np
 
+from hybrid_vit.canvas_inference import CanvasSettings
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data.mask_encoding import Rle, encode_mask
-from hybrid_vit.data.resizing import FILTERS, resize_image
 from hybrid_vit.metrics.paste_masks import paste_masks
-
-Size = tuple[int, int]  # (height, width)
 
 
 @dataclasses.dataclass(frozen=True)
-class BoxInferenceSettings:
-  """How a picture is seen.
+class BoxInferenceSettings(CanvasSettings):
+  """How a picture is seen, and what its masks are.
 
   Attributes:
-    scale: (long, short): a picture is resized, its aspect kept, as large as fits; None to leave it.
-    size_divisor: sides are padded to a multiple of it.
-    canvases: (height, width) of each; a picture is padded to the smallest in which it fits,
-      instead; one that fits in none is padded to the multiple.
-    interpolation: of the picture.
     mask_threshold: of the pasted probabilities.
 
   Raises:
     ValueError: a value that cannot be; the message names it.
   """
 
-  scale: tuple[int, int] | None = (1333, 800)
-  size_divisor: int = 32
-  canvases: tuple[tuple[int, int], ...] = ()
-  interpolation: str = "bilinear"
   mask_threshold: float = 0.5
 
   def __post_init__(self) -> None:
-    check.choice("inference.interpolation", self.interpolation, FILTERS)
-    check.whole("inference.size_divisor", self.size_divisor)
+    super().__post_init__()
     check.number("inference.mask_threshold", self.mask_threshold, 0, 1)
-    for name, sides in (("scale", self.scale), *(("canvases", c) for c in self.canvases)):
-      if sides is not None:
-        check.sides(f"inference.{name}", sides)
-
-  def input_size(self, size: Size) -> Size:
-    """(height, width) to which a picture of `size` is resized."""
-    if self.scale is None:
-      return size
-    factor = min(max(self.scale) / max(size), min(self.scale) / min(size))
-    return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
-
-  def canvas(self, size: Size) -> Size:
-    """(height, width) to which a resized picture of `size` is padded."""
-    fitting = [c for c in self.canvases if c[0] >= size[0] and c[1] >= size[1]]
-    if fitting:
-      height, width = min(fitting, key=lambda c: c[0] * c[1])
-      return height, width
-    multiple = self.size_divisor
-    return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +77,7 @@ class BoxInference:
   def objects(self, variables: Any, image: np.ndarray) -> Objects:
     """uint8 `[H, W, 3]` → its objects."""
     size = image.shape[0], image.shape[1]
-    seen = self.settings.input_size(size)
-    canvas = np.empty((1, *self.settings.canvas(seen), 3), np.uint8)
-    canvas[...] = self._fill
-    canvas[0, : seen[0], : seen[1]] = resize_image(image, seen, self.settings.interpolation)
+    canvas, seen = self.settings.place(image, self._fill)
     found = jax.device_get(self._detect(variables, canvas, np.array([seen], np.float32)))
     kept = found["valid"][0].astype(bool)
     scores = found["scores"][0][kept]

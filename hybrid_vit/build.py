@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +21,9 @@ from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.curriculum import Curriculum, Phase
 from hybrid_vit.curriculum_reading import curriculum_phases
 from hybrid_vit.data.pipeline import EvaluationSettings, TrainingSettings
-from hybrid_vit.data.spec import Field, batch_shapes, kinds, resolve
-from hybrid_vit.data.transforms import Transform, parse_transform
+from hybrid_vit.data.spec import Field, batch_shapes
+from hybrid_vit.example_reading import Reading, fill_canvases, fill_transform
+from hybrid_vit.example_reading import read_transform as read_transform
 from hybrid_vit.models.registry import (
   Preprocessing,
   as_preprocessing,
@@ -63,14 +63,6 @@ class DataFacts:
   num_examples: int | None = None
   num_classes: int | None = None
   example: Callable[[], Mapping[str, Any]] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-  """How the examples of a phase or of an evaluation set become rows; fields with their shapes."""
-
-  transform: Transform
-  fields: Mapping[str, Field]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +113,15 @@ class Run:
   def task(self) -> Task:
     """The task of evaluation: without what phases change."""
     return self.tasks[-1]
+
+  def canvas_batches(self, phase: int) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+    """The batches of a phase, of which `batches` has the first canvas's."""
+    size = self.curriculum.phases[phase].batch_size
+    others = self.readings[phase].others
+    return (
+      self.batches[phase],
+      *(batch_shapes(reading.fields, size, train=True) for reading in others),
+    )
 
   def evaluation_fields(self, kind: str) -> Mapping[str, Field]:
     """The fields of an example of an evaluation set of some kind."""
@@ -203,7 +204,7 @@ def build(
   if known:
     with check("config.data.transform"):
       parts["readings"] = tuple(
-        read_transform(phase.transform, parts["data"].decoder, task.spec.train, data.example)
+        _read_phase(phase, parts["data"].decoder, task.spec.train, data.example)
         for phase, task in zip(parts["curriculum"].phases, parts["tasks"])
       )
       parts["batches"] = tuple(
@@ -235,34 +236,17 @@ def preprocessing_of(config: Config) -> Preprocessing:
   )
 
 
-# "{image_size}", "{interpolation!r}"; not the braces of a dict.
-_FILLED_IN = re.compile(r"\{\w*(?:![rs])?(?::[^{}'\"]*)?\}")
-
-
-def fill_transform(text: str, preprocessing: Preprocessing) -> str:
-  """`{image_size}`, `{interpolation!r}` and so on in a transform string → the values.
-
-  Raises:
-    ConfigError: a name that is no field of `Preprocessing`.
-  """
-  fields = dataclasses.asdict(preprocessing)
-  try:
-    return _FILLED_IN.sub(lambda match: match[0].format(**fields), text)
-  except (KeyError, IndexError, ValueError) as error:
-    raise ConfigError(
-      f"transform {text!r} names {error} in braces; there are: {', '.join(fields)}"
-    ) from error
-
-
-def read_transform(
-  text: str,
+def _read_phase(
+  phase: Phase,
   decoder: str,
   fields: Mapping[str, Field],
   example: Callable[[], Mapping[str, Any]] | None,
 ) -> Reading:
-  """A transform string → the function, and the fields as it leaves them."""
-  apply = parse_transform(text, decoder, kinds(fields))
-  return Reading(apply, resolve(fields, apply, example))
+  first, *others = (
+    read_transform(text, decoder, fields, example)
+    for text in (phase.transform, *phase.other_transforms)
+  )
+  return dataclasses.replace(first, others=tuple(others))
 
 
 def _stand_in_steps(config: Config) -> int:
@@ -296,6 +280,7 @@ def read_curriculum(
   if open_ended and total_steps is None:
     epochs = config.number("total_epochs", above=0.0)
   phases = []
+  canvases = config.data.typed("canvases", tuple, ())
   for group in given or [config.nothing("phases")]:
     size = group.integer("image_size", preprocessing.image_size, minimum=1)
     batch_size = group.integer("batch_size", config.data.batch_size, minimum=1)
@@ -317,18 +302,21 @@ def read_curriculum(
           f"{length:g} epochs of {num_examples} examples are less than one step of {batch_size}: "
           "train for longer (config.total_epochs) or choose a smaller batch"
         )
+    transform, *others = fill_canvases(
+      group.text("transform", config.data.transform),
+      dataclasses.replace(preprocessing, image_size=size),
+      canvases,
+    )
     phases.append(
       Phase(
         steps,
         batch_size,
-        fill_transform(
-          group.text("transform", config.data.transform),
-          dataclasses.replace(preprocessing, image_size=size),
-        ),
+        transform,
         size,
         group.number("share", None, above=0.0),
         group.typed("task", dict, {}),
         group.typed("arguments", dict, {}),
+        other_transforms=tuple(others),
       )
     )
     group.assert_all_read()
@@ -372,8 +360,6 @@ def build_tasks(
   task_name = group.choice("name", task_names(), "classification")
   settings_class = task_settings(task_name)
   settings: Any = group.as_dataclass(settings_class)
-  if groups > 1 and not hasattr(settings, "head") and "batch_norm_groups" not in run_arguments:
-    raise ConfigError(f"`config.batch_norm_groups` is {groups}, and {name} has no batch norm")
   tasks: list[Task] = []
   arguments: Mapping[str, Any] = {}
   for phase in curriculum.phases if curriculum is not None else [None]:
@@ -386,6 +372,13 @@ def build_tasks(
     make = functools.partial(make_network, arguments=arguments)
     context = Context(data.info, classes, preprocessing, make, load, groups)
     tasks.append(create_task(task_name, own, context))
+  # A decoder may have batch norms where the network has none.
+  held = any(getattr(task.model, "batch_norm_groups", 1) == groups for task in tasks)
+  if groups > 1 and not held and "batch_norm_groups" not in run_arguments:
+    raise ConfigError(
+      f"`config.batch_norm_groups` is {groups}, and neither {name} nor what the task "
+      f"{task_name!r} puts on it has batch norm: 1 was expected"
+    )
   metadata = {
     "name": name,
     # Of the last phase, as the weights are evaluated and exported.

@@ -37,6 +37,7 @@ class Phase:
     share: of the schedule, beside the other phases' shares; None for its part of all steps.
     replay: how often a loaded example is shown, see `hybrid_vit.data.replaying`; 1 for once.
     replay_steps: from how many steps back at most.
+    other_transforms: of batches on the second of `config.data.canvases`, and on further ones.
     warmup: the part of the schedule that is warm-up, as this phase counts it; None: as the schedule
       itself says.
     task: fields of the task's settings that are others in this phase.
@@ -55,6 +56,7 @@ class Phase:
   shown_size: int | None = None
   replay: int = 1
   replay_steps: int = 1
+  other_transforms: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     if self.steps < 1:

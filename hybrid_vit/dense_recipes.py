@@ -35,6 +35,15 @@ UPERNET: Mapping[str, Any] = dict(
 SEMANTIC_FPN: Mapping[str, Any] = dict(
   neck=dict(name="fpn", channels=256), head=dict(name="semantic_fpn", channels=128)
 )
+# What the best weights of a task are chosen by.
+_BEST = {
+  "segmentation": "mean_iou",
+  "depth": "rmse",
+  "detection": "box_ap",
+  "panoptic_segmentation": "pq",
+  "instance_segmentation": "mask_ap",
+  "mask_segmentation": "mean_iou",
+}
 # Of pictures of 64 x 64, two minutes on two cores.
 _LOCAL_SIZE = 64
 
@@ -81,12 +90,25 @@ def ade20k(
     arguments: of the network, further ones.
   """
   config = dense_frame(
-    model, decoder, image_size=image_size, batch_size=batch_size, source="ade20k:data/ade20k"
+    model,
+    decoder,
+    image_size=image_size,
+    batch_size=batch_size,
+    source="ade20k:data/ade20k",
+    optimizer=dict(
+      name="adamw",
+      learning_rate=learning_rate,
+      weight_decay=weight_decay,
+      weight_decay_rules=tuple(weight_decay_rules),
+      schedule=dict(
+        name="polynomial", power=power, warmup_steps=warmup_steps, end_learning_rate=0.0
+      ),
+    ),
+    layer_decay=layer_decay,
+    drop_path_rate=drop_path_rate,
+    arguments=arguments,
   )
   config.model.num_classes = ADE20K_CLASSES
-  config.model.arguments.update(dict(arguments or {}))
-  if drop_path_rate is not None:
-    config.model.arguments.drop_path_rate = drop_path_rate
   config.total_steps = total_steps
   config.data.transform = "|".join(
     (
@@ -104,17 +126,8 @@ def ade20k(
     **({} if slide is None else {"crop": (image_size,) * 2, "stride": (slide,) * 2}),
     **({"ratios": MULTI_SCALE, "flip": True} if multi_scale else {}),
   )
-  config.optimizer = dict(
-    name="adamw",
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    weight_decay_rules=tuple(weight_decay_rules),
-    schedule=dict(name="polynomial", power=power, warmup_steps=warmup_steps, end_learning_rate=0.0),
-  )
   if warmup_steps:
     config.optimizer.schedule.warmup_start_factor = 1e-6
-  if layer_decay is not None:
-    config.optimizer.layer_decay = dict(rate=layer_decay)
   return config
 
 
@@ -126,17 +139,39 @@ def dense_frame(
   batch_size: int,
   source: str,
   task: str = "segmentation",
+  optimizer: Mapping[str, Any] | None = None,
+  layer_decay: float | None = None,
+  drop_path_rate: float | None = None,
+  arguments: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
-  """The frame of a recipe: network in its dense form, decoder, data; the rest is the caller's."""
+  """The frame of a recipe: network in its dense form, decoder, data; the rest is the caller's.
+
+  Args:
+    model: name in the registry.
+    decoder: the fields of `config.task` that say the decoder or detector.
+    image_size: side of the pictures, the long one where they are not square.
+    batch_size: of all devices together.
+    source: of the data.
+    task: its name.
+    optimizer: `config.optimizer`; None for none.
+    layer_decay: factor of its learning rate from layer to layer, or None.
+    drop_path_rate: of the backbone; None for its entry's.
+    arguments: of the network, beside those of its dense form.
+  """
   config = recipes.imagenet(model, batch_size=batch_size, source=source, num_classes=None)
   config.evaluate_every_epochs = 10
   config.data.image_size = image_size
   config.data.interpolation = "bilinear"
-  config.model.arguments = dense_arguments(model, image_size)
+  config.model.arguments = {**dense_arguments(model, image_size), **(arguments or {})}
+  if drop_path_rate is not None:
+    config.model.arguments.drop_path_rate = drop_path_rate
   config.task = dict(name=task, **{name: _copied(value) for name, value in decoder.items()})
   config.evaluation.sets.validation.batch_size = batch_size
-  best = "mean_iou" if task == "segmentation" else "rmse"
-  config.checkpoint.best_metric = f"validation/{best}"
+  config.checkpoint.best_metric = f"validation/{_BEST[task]}"
+  if optimizer is not None:
+    config.optimizer = dict(optimizer)
+    if layer_decay is not None:
+      config.optimizer.layer_decay = dict(rate=layer_decay)
   return config
 
 
@@ -177,10 +212,23 @@ def nyu_depth(
     batch_size=batch_size,
     source="nyu_depth:data/nyu_depth_v2",
     task="depth",
+    optimizer=dict(
+      name="adamw",
+      learning_rate=learning_rate,
+      weight_decay=weight_decay,
+      schedule=dict(
+        name="power",
+        power=0.9,
+        warmup_power=0.9,
+        warmup_epochs=epochs / 2,
+        warmup_start_learning_rate=3e-5,
+        end_learning_rate=3e-5,
+      ),
+    ),
+    layer_decay=layer_decay,
+    drop_path_rate=drop_path_rate,
+    arguments=arguments,
   )
-  config.model.arguments.update(dict(arguments or {}))
-  if drop_path_rate is not None:
-    config.model.arguments.drop_path_rate = drop_path_rate
   config.evaluate_every_epochs = 1
   config.total_epochs = epochs
   config.data.transform = "|".join(
@@ -199,21 +247,6 @@ def nyu_depth(
   config.task.protocol = dict(NYU_PROTOCOL)
   # 640 is 480 and 160: two windows, at the left and at the right.
   config.task.inference = dict(mode="slide", crop=(480, 480), stride=(480, 160), flip=True)
-  config.optimizer = dict(
-    name="adamw",
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    schedule=dict(
-      name="power",
-      power=0.9,
-      warmup_power=0.9,
-      warmup_epochs=epochs / 2,
-      warmup_start_learning_rate=3e-5,
-      end_learning_rate=3e-5,
-    ),
-  )
-  if layer_decay is not None:
-    config.optimizer.layer_decay = dict(rate=layer_decay)
   return config
 
 

@@ -9,23 +9,11 @@ is trained.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-from hybrid_vit.heads.dense_model import DenseModel, create_dense_model
-from hybrid_vit.models.dense import dense_arguments, enlarged_windows
-from hybrid_vit.models.registry import create_model
-
-CLASSES = 150
-_FCN = {"name": "fcn", "channels": 256}
-_UPERNET: Mapping[str, Any] = {"head": {"name": "upernet", "channels": 512}, "auxiliary": _FCN}
-_UPERNET_768: Mapping[str, Any] = {"head": {"name": "upernet", "channels": 768}, "auxiliary": _FCN}
-_UPERNET_1440: Mapping[str, Any] = {
-  "head": {"name": "upernet", "channels": 1440},
-  "auxiliary": _FCN,
-}
-_DEEPLAB: Mapping[str, Any] = {"head": {"name": "deeplabv3plus"}}
-_SEMANTIC_FPN: Mapping[str, Any] = {"neck": {"name": "fpn"}, "head": {"name": "semantic_fpn"}}
+from hybrid_vit import build, config_files
+from hybrid_vit.config import Config, load_config
+from hybrid_vit.heads.dense_model import DenseModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,62 +21,70 @@ class DenseSystem:
   """A backbone with a decoder on ADE20K.
 
   Attributes:
+    recipe: file in `configs/` and variant.
     backbone: name in the registry.
     decoder: name of the head.
-    image_size: side of the training crop.
     counted_on: (height, width) of the picture whose multiply-adds were published.
     parameters: published, in millions, as rounded there; None where none was.
     multiply_adds: published, in 10^9.
     mean_iou: published, of one scale.
     mean_iou_multi_scale: published, of several scales and mirror images.
     source: where the figures come from.
-    parts: fields of `create_dense_model`.
   """
 
+  recipe: str
   backbone: str
   decoder: str
-  image_size: int
   counted_on: tuple[int, int]
   parameters: float | None
   multiply_adds: float | None
   mean_iou: float | None
   mean_iou_multi_scale: float | None
   source: str
-  parts: Mapping[str, Any]
 
   def build(self) -> DenseModel:
     """The model, for 150 classes."""
-    arguments = dense_arguments(self.backbone, self.image_size)
-    if self.backbone.startswith("focalnet"):
-      arguments["focal_windows"] = enlarged_windows(self.backbone)
-    backbone = create_model(self.backbone, num_classes=0, **arguments)
-    return create_dense_model(backbone, CLASSES, **self.parts)
+    return recipe_model(self.recipe)
+
+
+def recipe_model(recipe: str) -> Any:
+  """The model that a recipe trains, without opening any data.
+
+  Args:
+    recipe: "focalnet_ade20k:focalnet_tiny_lrf", a file in `configs/` and a variant of it.
+
+  Raises:
+    ConfigError: there is no such file or variant.
+  """
+  name, _, variant = recipe.partition(":")
+  config = Config(load_config(config_files.find_config(name), variant or None))
+  tasks, _ = build.build_tasks(config, build.DataFacts(), build.preprocessing_of(config), None)
+  return tasks[-1].model
 
 
 def dense_systems() -> list[DenseSystem]:
   """Every published row that is known, and those of plain encoders of which none was."""
   return [
-    *_of_upernet("arXiv:2203.11926, table 8", _FOCALNET),
-    *_of_upernet("AFeng-x/SMT, README", _SMT),
-    *_of_upernet("no figures were published in the code", _L2VIT),
-    *_of_upernet("megvii-research/RevCol, README", _REVCOL),
-    *_of_upernet("arXiv:2203.11926, table 8, and the authors' code", _SWIN),
-    *_of_upernet("facebookresearch/ConvNeXt", _CONVNEXT),
+    *_of_upernet("focalnet_ade20k", "arXiv:2203.11926, table 8", _FOCALNET),
+    *_of_upernet("smt_ade20k", "AFeng-x/SMT, README", _SMT),
+    *_of_upernet("l2vit_ade20k", "no figures were published in the code", _L2VIT),
+    *_of_upernet("revcol_ade20k", "megvii-research/RevCol, README", _REVCOL),
+    *_of_upernet("swin_ade20k", "arXiv:2203.11926, table 8, and the authors' code", _SWIN),
+    *_of_upernet("swin_ade20k", "facebookresearch/ConvNeXt", _CONVNEXT),
     *(
       DenseSystem(
-        name, "deeplabv3plus", size, (size, size), millions, None, iou, None,
-        "a list of published results on ADE20K", _DEEPLAB,
+        f"moat_ade20k:{name}", name, "deeplabv3plus", (size, size), millions, None, iou, None,
+        "a list of published results on ADE20K",
       )
       for name, size, millions, iou in _MOAT
     ),
     DenseSystem(
-      "vit_b16", "upernet", 512, (512, 512), None, None, None, None,
-      "arXiv:2405.08911 was not at hand", _UPERNET_768,
+      "clip_ade20k:vit_b16", "vit_b16", "upernet", (512, 512), None, None, None, None,
+      "arXiv:2405.08911 was not at hand",
     ),
     DenseSystem(
-      "mci2", "semantic_fpn", 512, (512, 512), None, None, None, None,
+      "clip_ade20k:mci2", "mci2", "semantic_fpn", (512, 512), None, None, None, None,
       "arXiv:2405.08911 was not at hand; 6.1 times smaller than Swin-L's 234 million: 38",
-      _SEMANTIC_FPN,
     ),
   ]  # fmt: skip
 
@@ -141,19 +137,18 @@ _MOAT: list[tuple[str, int, float | None, float | None]] = [
 ]
 
 
-def _of_upernet(source: str, rows: list[_Row]) -> list[DenseSystem]:
+def _of_upernet(file: str, source: str, rows: list[_Row]) -> list[DenseSystem]:
   return [
     DenseSystem(
+      f"{file}:{name}",
       name,
       "upernet",
-      size,
       (size, 4 * size),
       millions,
       billions,
       iou,
       several,
       source,
-      _UPERNET_1440 if name == "revcol_huge" else _UPERNET,
     )
     for name, size, millions, billions, iou, several in rows
   ]

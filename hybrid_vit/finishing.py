@@ -76,7 +76,20 @@ def finish(
 
 
 # Sources of one's own pictures, by the task.
-_SOURCES = {"segmentation": "maps", "depth": "depth", "detection": "coco"}
+_SOURCES = {
+  "segmentation": "maps",
+  "depth": "depth",
+  "detection": "coco",
+  "panoptic_segmentation": "coco_panoptic",
+  "instance_segmentation": "coco",
+  "mask_segmentation": "maps",
+}
+# What configs/finetune_panoptic.py calls these tasks.
+_KINDS = {
+  "panoptic_segmentation": "panoptic",
+  "instance_segmentation": "instance",
+  "mask_segmentation": "semantic",
+}
 
 
 def _fine_tuning(run: Run, workdir: epath.Path) -> str:
@@ -95,6 +108,8 @@ def _fine_tuning(run: Run, workdir: epath.Path) -> str:
   if detector:
     masks = "" if run.metadata["task_settings"].get("mask_size", 1) else ",masks=False"
     recipe += f",detector={detector['name']}{masks}"
+  if run.metadata.get("task") in _KINDS:
+    recipe = f"finetune_panoptic.py:arch={run.network},kind={_KINDS[run.metadata['task']]}"
   return (
     f"python -m hybrid_vit.main --config=configs/{recipe},init={workdir},"
     f"data={source}:/path/to/pictures"

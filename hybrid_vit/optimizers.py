@@ -23,7 +23,7 @@ from hybrid_vit.sharding import path_name
 Schedule = Callable[[Any], Any]
 
 OPTIMIZERS = ("adamw", "lamb", "sgd")
-SCHEDULES = ("cosine", "linear", "polynomial", "power", "constant")
+SCHEDULES = ("cosine", "linear", "polynomial", "power", "steps", "constant")
 
 # Biases, scales of norms and of layers, class tokens and position tables are vectors or lookups:
 # decaying them helps nobody.
@@ -75,14 +75,17 @@ def make_schedule(
   end: float = 0.0,
   power: float = 1.0,
   warmup_power: float = 1.0,
+  drops: Sequence[int] = (),
+  drop_factor: float = 0.1,
 ) -> Schedule:
   """Learning rate as a function of the step.
 
   A warm-up from `warmup_start` to `peak` over `warmup_steps`, with the `warmup_power` of its part
   done, then to `end` at `total_steps`: cosine, linear, "polynomial" (mmsegmentation's poly, with
   the `power` of the part left) or "power" (with that of the part done, as GLPN and
-  MIM-Depth-Estimation have it); or constant at `peak`. The first step of a warm-up from 0 has rate
-  peak/warmup_steps, not 0, so that no step is lost.
+  MIM-Depth-Estimation have it); by "steps", `drop_factor` times lower from each step of `drops` on;
+  or constant at `peak`. The first step of a warm-up from 0 has rate peak/warmup_steps, not 0, so
+  that no step is lost.
 
   Raises:
     ValueError: unknown name, or a warm-up that is not shorter than the training.
@@ -107,6 +110,9 @@ def make_schedule(
       rate = end + (peak - end) * (1.0 - progress) ** power
     elif name == "power":
       rate = peak + (end - peak) * progress**power
+    elif name == "steps":
+      passed = sum((jnp.float32(step >= drop) for drop in drops), start=jnp.zeros(()))
+      rate = peak * drop_factor**passed
     else:
       rate = jnp.full_like(progress, peak)
     if warmup_steps:
@@ -133,7 +139,7 @@ def schedule_from_config(
   `schedule.end_learning_rate` and `schedule.warmup_start_learning_rate` are rates as they stand;
   `schedule.end_learning_rate_factor` and `schedule.warmup_start_factor` are parts of the peak, and
   so follow the batch as it does. `warmup_share`, of all steps, takes the place of the warm-up that
-  the configuration says.
+  the configuration says. "steps" has `drop_epochs` or `drop_steps`, rising, and `drop_factor`.
 
   Raises:
     ConfigError: a field of another type or out of range, or a rate given in both ways.
@@ -149,7 +155,11 @@ def schedule_from_config(
   name = fields.choice("name", SCHEDULES, "cosine")
   # A constant schedule has no end; reading the field there would hide that it is not used.
   end = start = 0.0
-  if name != "constant":
+  drops: dict[str, Any] = {}
+  if name == "steps":
+    drops = {"drops": _drops(fields, steps_per_epoch)}
+    drops["drop_factor"] = fields.number("drop_factor", 0.1, above=0.0)
+  elif name != "constant":
     end = _rate_or_factor(fields, "end_learning_rate", "end_learning_rate_factor", rate)
   if warmup_steps:
     start = _rate_or_factor(fields, "warmup_start_learning_rate", "warmup_start_factor", rate)
@@ -162,7 +172,25 @@ def schedule_from_config(
     end=end,
     power=fields.number("power", 1.0, above=0.0) if name in ("polynomial", "power") else 1.0,
     warmup_power=fields.number("warmup_power", 1.0, above=0.0) if warmup_steps else 1.0,
+    **drops,
   )
+
+
+def _drops(fields: Config, steps_per_epoch: float) -> tuple[int, ...]:
+  """The steps at which the rate of a schedule by "steps" falls."""
+  given = [name for name in ("drop_epochs", "drop_steps") if name in fields]
+  if len(given) != 1:
+    raise ConfigError(
+      "`config.optimizer.schedule` is by 'steps': `drop_epochs` or `drop_steps` were expected, one "
+      f"of them; there are {' and '.join(given) or 'none'}"
+    )
+  values = tuple(fields.typed(given[0], tuple))
+  numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in values)
+  if not numbers or list(values) != sorted(set(values)):
+    raise ConfigError(
+      f"`config.optimizer.schedule.{given[0]}` is {values!r}; rising numbers above 0 were expected"
+    )
+  return tuple(round(v * (steps_per_epoch if given[0] == "drop_epochs" else 1)) for v in values)
 
 
 def _rate_or_factor(fields: Config, rate: str, factor: str, peak: float) -> float:

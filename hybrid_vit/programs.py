@@ -157,6 +157,7 @@ def compile_step(
   phase: int,
   mesh: Mesh,
   *,
+  canvas: int = 0,
   options: Mapping[str, Any] | None = None,
 ) -> Any:
   """The compiled step of a phase, from shapes alone.
@@ -165,6 +166,7 @@ def compile_step(
     run: of which.
     phase: index into `run.curriculum.phases`.
     mesh: to compile for.
+    canvas: which shape of its batches.
     options: XLA's, for a compilation that is only looked at.
   """
   shapes, layout = abstract_state(run, mesh, phase)
@@ -172,7 +174,7 @@ def compile_step(
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh)
     ),
-    run.batches[phase],
+    run.canvas_batches(phase)[canvas],
   )
   constants = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), constants_of(run.tasks[phase])
@@ -193,7 +195,7 @@ def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:
       (
         k
         for k in programs
-        if run.batches[k] == run.batches[phase] and run.tasks[k] == run.tasks[phase]
+        if run.canvas_batches(k) == run.canvas_batches(phase) and run.tasks[k] == run.tasks[phase]
       ),
       None,
     )
@@ -201,7 +203,7 @@ def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:
       programs[phase] = dataclasses.replace(programs[twin], seconds=0.0)
       continue
     begin = time.monotonic()
-    compiled = compile_step(run, phase, mesh)
+    compiled = _compile_canvases(run, phase, mesh)
     seconds = time.monotonic() - begin
     constants = constants_of(run.tasks[phase])
     if constants:
@@ -211,6 +213,23 @@ def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:
       compiled = functools.partial(_called_with, compiled, placed[id(constants)])
     programs[phase] = Program(compiled, seconds, _flops(run, phase, mesh))
   return programs
+
+
+def _compile_canvases(run: Run, phase: int, mesh: Mesh) -> Any:
+  """The step of a phase; where its batches have several shapes, that of each."""
+  shapes = [_shapes_of(batch) for batch in run.canvas_batches(phase)]
+  compiled = [compile_step(run, phase, mesh, canvas=canvas) for canvas in range(len(shapes))]
+  if len(compiled) == 1:
+    return compiled[0]
+  return functools.partial(_called_by_shape, dict(zip(shapes, compiled)))
+
+
+def _shapes_of(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  return tuple(sorted((name, tuple(leaf.shape)) for name, leaf in batch.items()))
+
+
+def _called_by_shape(steps: Mapping[Any, Any], state: Any, batch: Any, *constants: Any) -> Any:
+  return steps[_shapes_of(batch)](state, batch, *constants)
 
 
 def _called_with(compiled: Any, constants: Any, state: Any, batch: Any) -> Any:

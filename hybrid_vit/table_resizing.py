@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hybrid_vit.models.vitdet import RELATIVE_TABLES
 from hybrid_vit.sharding import path_name
 
 
@@ -80,4 +81,5 @@ _TABLES: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
   "position_table": _relative,
   "position_embedding": _grid,
   "position_sequence": _bilinear,
+  **dict.fromkeys(RELATIVE_TABLES, _bilinear),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_vit import build, config_files, dry_run
+from hybrid_vit import build, config_files, dry_run, mask_recipes
 from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, ConfigError, load_config
 from hybrid_vit.tasks.base import evaluation_kind
@@ -67,9 +67,11 @@ def test_every_variant_builds_its_network_and_transforms(path, variant):
   # decoder the decoder has them, and depth is one number.
   network = getattr(tasks[-1].model, "image", tasks[-1].model)
   if metadata["task"] == "detection":
-    assert network.stages[0].num_classes == metadata["num_classes"]
+    head = network.stages[0] if hasattr(network, "stages") else network.head
+    found = getattr(head, "num_outputs", None) or head.num_classes
+    assert found == metadata["num_classes"]
     assert network.backbone.num_classes == 0
-  elif metadata["task"] in ("segmentation", "depth"):
+  elif metadata["task"] in ("segmentation", "depth", *mask_recipes.TASKS.values()):
     assert network.head.num_outputs == metadata.get("num_classes", 1)
     assert network.backbone.num_classes == 0
   else:

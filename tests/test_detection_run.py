@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize("name", sorted(detection.DETECTORS))
 def test_it_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
   # One device: half the time to compile. That more of them change nothing, other tests show.
-  monkeypatch.setattr(jax, "devices", lambda found=jax.devices()[:1]: found)
+  device = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda: device)
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   results = main.train(detection.config(name), whole)
   assert {"held_out/box_ap", "held_out/box_ap50"} <= set(results)

@@ -39,17 +39,22 @@ _SHORT_SIDES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 
 @register_transform("resize_short_side")
 def resize_short_side(
-  sizes: int | Sequence[int] = _SHORT_SIDES, long: int = 1333, interpolation: str = "bilinear"
+  sizes: int | Sequence[int] = _SHORT_SIDES,
+  long: int = 1333,
+  interpolation: str = "bilinear",
+  within: Sequence[int] | None = None,
 ) -> OnPlane:
   """The short side to one of `sizes`, drawn; less where the long one would be above `long`.
 
   mmdetection's Resize with keep_ratio and several scales, roundings included; of one size its test.
+  A picture is no larger than `within`, (height, width), where that is given: a canvas.
   """
   shorts = check.wholes("sizes", sizes)
   check.whole("long", long)
   check.choice("interpolation", interpolation, FILTERS)
+  room = None if within is None else check.sides("within", within)
   return OnPlane(
-    lambda height, width, rng: _to_short_side(height, width, shorts, long, interpolation, rng)
+    lambda height, width, rng: _to_short_side(height, width, shorts, long, interpolation, rng, room)
   )
 
 
@@ -60,10 +65,17 @@ def _to_short_side(
   long: int,
   interpolation: str,
   rng: np.random.Generator,
+  room: Size | None = None,
 ) -> Resize:
   short = sizes[int(rng.integers(len(sizes)))]
   factor = min(long / max(height, width), short / min(height, width))
   size = max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+  if room is not None and (size[0] > room[0] or size[1] > room[1]):
+    factor = min(room[0] / height, room[1] / width)
+    size = (
+      min(max(int(height * factor + 0.5), 1), room[0]),
+      min(max(int(width * factor + 0.5), 1), room[1]),
+    )
   return Resize(size, (height, width), interpolation)
 
 
@@ -75,19 +87,22 @@ def detr_augmentation(
   crop: Sequence[int] = (384, 600),
   probability: float = 0.5,
   interpolation: str = "bilinear",
+  within: Sequence[int] | None = None,
 ) -> OnPlane:
   """DETR's multi-scale training: `resize_short_side`, or with `probability` a crop before it.
 
   That is: the short side to one of `before`, the long one at most `long`, then a random part whose
   sides are drawn from `crop`, both ends included and each at most the picture's. mmdetection's
   RandomCrop with "absolute_range"; `filter_boxes` behind it takes out what was cut away, and a
-  picture without objects stays (`allow_negative_crop`).
+  picture without objects stays (`allow_negative_crop`). At the end a picture is no larger than
+  `within`, (height, width), where that is given: a crop of a lying picture may stand.
   """
   shorts, firsts = check.wholes("sizes", sizes), check.wholes("before", before)
   check.whole("long", long)
   low, high = (int(n) for n in check.rising("crop", crop))
   check.number("probability", probability, 0, 1)
   check.choice("interpolation", interpolation, FILTERS)
+  room = None if within is None else check.sides("within", within)
 
   def draw(height: int, width: int, rng: np.random.Generator) -> list[Plane]:
     planes: list[Plane] = []
@@ -97,7 +112,7 @@ def detr_augmentation(
       top, left = (int(rng.integers(n - m + 1)) for n, m in zip(first.size, after))
       height, width = after
       planes = [first, Crop((height, width), first.size, top, left)]
-    return [*planes, _to_short_side(height, width, shorts, long, interpolation, rng)]
+    return [*planes, _to_short_side(height, width, shorts, long, interpolation, rng, room)]
 
   return OnPlane(draw)
 

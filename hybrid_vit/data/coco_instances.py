@@ -25,7 +25,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from hybrid_vit.data.folders import FolderReader, Reader, choose_part
 from hybrid_vit.data.instances import Collector, InstanceSource, Notes, Picture, Size
 from hybrid_vit.data.listing import EXTENSIONS
 from hybrid_vit.data.map_reading import picture_size
-from hybrid_vit.data.mask_encoding import mask_box, read_segmentation
+from hybrid_vit.data.mask_encoding import count_pixels, mask_box, read_segmentation
 from hybrid_vit.data.source_options import BOOLEAN, Option, between, read_options
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
 
@@ -151,7 +151,7 @@ def _lean(read: dict[str, Any]) -> Any:
       read.get("category_id"),
       read.get("bbox"),
       mask,
-      bool(read.get("iscrowd", 0)),
+      _is_crowd(read),
       read.get("area"),
     )
   if "counts" in read and "size" in read:
@@ -160,6 +160,11 @@ def _lean(read: dict[str, Any]) -> Any:
     kept = ("id", "file_name", "coco_url", "height", "width", "image_id", "segments_info")
     return {key: read[key] for key in kept if key in read}
   return read
+
+
+def _is_crowd(read: Mapping[str, Any]) -> bool:
+  """Some tools write the number as a text, of which "0" would be true."""
+  return str(read.get("iscrowd") or 0).lower() not in ("0", "false")
 
 
 def _packed(values: Any, code: str) -> Any:
@@ -262,9 +267,11 @@ def _parsed(reader: Reader, name: str) -> dict[str, Any]:
       "expected, as COCO's instances_train2017.json has them"
     )
   for image in read["images"]:
-    if not isinstance(image, dict) or "id" not in image:
+    if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
       raise ValueError(f'{full}: {image} among its images; "id" and "file_name" were expected')
   if all(isinstance(item, dict) and "segments_info" in item for item in read["annotations"]):
+    for item in read["annotations"]:
+      _check_segments(item, full)
     return read
   kept = [item for item in read["annotations"] if isinstance(item, _Annotation)]
   if len(kept) != len(read["annotations"]):
@@ -276,10 +283,30 @@ def _parsed(reader: Reader, name: str) -> dict[str, Any]:
   return read
 
 
+def _check_segments(item: Mapping[str, Any], name: str) -> None:
+  """Raises ValueError for a panoptic annotation without what is asked of it."""
+  segments = item["segments_info"]
+  good = isinstance(segments, list) and all(
+    isinstance(segment, dict)
+    and isinstance(segment.get("id"), int)
+    and isinstance(segment.get("category_id"), int | str)
+    for segment in segments
+  )
+  if not good or not isinstance(item.get("file_name"), str):
+    raise ValueError(
+      f'{name}: {str(item)[:100]} among its annotations; "file_name" of a PNG and "segments_info", '
+      'each with "id" and "category_id", were expected'
+    )
+
+
 def _categories(read: Sequence[Any], name: str) -> list[dict[str, Any]]:
   """Sorted by their ids."""
+  kinds = {type(item.get("id")) if isinstance(item, dict) else None for item in read}
+  if len(kinds) > 1 or not kinds <= {int, str, type(None)}:
+    raise ValueError(f'{name}: categories whose "id" are not all numbers, or all texts')
   kept = [
-    {key: item[key] for key in ("id", "name", "isthing", "color") if key in item} for item in read
+    {key: item[key] for key in ("id", "name", "isthing", "color") if key in (item or ())}
+    for item in read
   ]
   if not all("id" in item and "name" in item for item in kept):
     raise ValueError(f'{name}: categories without "id" or "name"')
@@ -316,7 +343,7 @@ def _things(
           segment["category_id"],
           segment.get("bbox"),
           segment["id"],
-          bool(segment.get("iscrowd", 0)),
+          _is_crowd(segment),
           segment.get("area"),
         )
 
@@ -333,11 +360,11 @@ def _add(
 ) -> int | None:
   """Takes an annotation and gives its picture; None, and a note, where it cannot be used."""
   name = f"annotation {annotation.identifier} of image {annotation.image} in {file}"
-  index = number.get(annotation.image)
-  if index is None or index < 0:
+  index = number.get(annotation.image, -1) if isinstance(annotation.image, Hashable) else -1
+  if index < 0:
     notes.add(instances.NO_PICTURE, name)
     return None
-  if annotation.category not in labels:
+  if not isinstance(annotation.category, Hashable) or annotation.category not in labels:
     notes.add(instances.NO_CATEGORY, f"{annotation.category} of {name}")
     return None
   size = pictures[index].size
@@ -351,13 +378,17 @@ def _add(
   box = instances.usable_box(given, size, notes, name)
   if box is None:
     return None
+  area = annotation.area
+  if area is not None and not instances.is_numbers([area]):
+    notes.add(instances.NO_AREA_GIVEN, name)
+    area = None
   collector.add(
     index,
     given,
     box,
     labels[annotation.category],
     crowd=annotation.crowd,
-    area=annotation.area,
+    area=area,
     mask=mask,
   )
   return index
@@ -377,8 +408,11 @@ def _usable_mask(mask: Any, size: Size, notes: Notes, name: str) -> Any:
       found = " x ".join(map(str, own))
       notes.add(instances.OTHER_SIZE, f"{found} in {size[0]} x {size[1]}, {name}")
       return None
-    if not isinstance(counts, str) and sum(counts) != size[0] * size[1]:
-      notes.add(instances.BAD_MASK, f"{sum(counts)} pixels in {size[0]} x {size[1]}, {name}")
+    if isinstance(counts, str):
+      return mask
+    pixels = count_pixels(counts)
+    if pixels != size[0] * size[1]:
+      notes.add(instances.BAD_MASK, f"{pixels} pixels in {size[0]} x {size[1]}, {name}")
       return None
     return mask
   polygons = [

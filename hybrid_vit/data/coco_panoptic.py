@@ -2,7 +2,8 @@
 
 Every segment's pixels get its category's number in the order of the file's categories: 133 of COCO
 2017, things and stuff. Crowds, too, since their class is known. Unlabelled pixels are no class.
-Segments of things are objects, as in `instances`, classes numbered among the things alone.
+Segments of things are objects, as in `instances`, classes numbered among the things alone; all of
+them are `segments`, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hybrid_vit.data.instances import NO_CATEGORY, MaskForm, Notes, Picture, Siz
 from hybrid_vit.data.lazy_masks import LazyMasks, Read
 from hybrid_vit.data.map_reading import IGNORE, check_size, read_segments
 from hybrid_vit.data.palettes import spread_palette
+from hybrid_vit.data.segments import panoptic_fields
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
 
 _FILE = re.compile(r"(?:(.*)/)?panoptic_([a-z]+)(\d*)\.json")
@@ -39,6 +41,7 @@ class Segments(NamedTuple):
     image_id: of the picture.
     ids: int32 `[S]`.
     classes: int32 `[S]`, `IGNORE` for one whose category is not listed.
+    crowd: bool `[S]`.
     objects: what `instances.Objects` has of the N things: "ids" int32 `[N]` of their segments,
       "boxes", "given_boxes" float64 `[N, 4]`, "box_labels", "crowd", "areas" `[N]`.
   """
@@ -46,6 +49,7 @@ class Segments(NamedTuple):
   image_id: Any
   ids: np.ndarray
   classes: np.ndarray
+  crowd: np.ndarray
   objects: Mapping[str, np.ndarray]
 
 
@@ -81,9 +85,12 @@ class PanopticSource:
     size = (ids.shape[0], ids.shape[1])
     objects = dict(found.objects)
     readers = [functools.partial(np.equal, ids, segment) for segment in objects.pop("ids")]
+    rows = rows_of(ids, found.ids, name)
     return {
       "image": photo,
-      "map": classes_of(ids, found.ids, found.classes, name),
+      # The last one for pixels of no segment, whose row is -1.
+      "map": np.append(found.classes, np.int32(IGNORE))[rows],
+      **panoptic_fields(rows, found.classes, found.crowd),
       **{key: values.copy() for key, values in objects.items()},
       "masks": LazyMasks(size, readers),
       "image_id": found.image_id,
@@ -201,6 +208,7 @@ def _segments(
     item["image_id"],
     np.array([segment["id"] for segment in found], np.int32),
     np.array([number.get(segment["category_id"], IGNORE) for segment in found], np.int32),
+    np.array([bool(segment.get("iscrowd", 0)) for segment in found], bool),
     {
       "ids": table[:, 0].astype(np.int32),
       "boxes": table[:, 8:].astype(np.float32),
@@ -212,24 +220,23 @@ def _segments(
   )
 
 
-def classes_of(ids: np.ndarray, segments: np.ndarray, classes: np.ndarray, name: str) -> np.ndarray:
-  """Each pixel's class.
+def rows_of(ids: np.ndarray, segments: np.ndarray, name: str) -> np.ndarray:
+  """Each pixel's row in the list of segments.
 
   Args:
     ids: int32 `[H, W]`, the segment of each pixel; 0 for none.
     segments: int32 `[N]`, the ids that there are.
-    classes: int32 `[N]`, the class of each.
     name: of the file, for the message.
 
   Returns:
-    int32 `[H, W]`, `IGNORE` for no class.
+    int32 `[H, W]`, -1 for no segment.
 
   Raises:
     CorruptExampleError: a segment that is not among them.
   """
   order = np.argsort(segments)
   keys = np.concatenate([[0], segments[order]]).astype(np.int32)
-  table = np.concatenate([[IGNORE], classes[order]]).astype(np.int32)
+  table = np.concatenate([[-1], order]).astype(np.int32)
   places = np.minimum(np.searchsorted(keys, ids), len(keys) - 1)
   strange = ids[keys[places] != ids]
   if strange.size:

@@ -31,6 +31,7 @@ CUT = "boxes cut at the border that reached over it by more than a pixel"
 NO_MASK = "objects without a mask, for which their box stands"
 BAD_MASK = "objects whose mask cannot be one, for which their box stands"
 OTHER_SIZE = "objects whose mask is of another size than their picture, for which their box stands"
+NO_AREA_GIVEN = "objects whose area is no number, for which that of their box stands"
 EMPTY = "pictures without objects"
 BAD_PHOTO = "pictures left out whose photo cannot be read"
 SMALL = "pictures left out that are smaller than min_size"
@@ -205,6 +206,12 @@ class InstanceSource:
   def __len__(self) -> int:
     return len(self._pictures)
 
+  @property
+  def sizes(self) -> np.ndarray | None:
+    """int64 `[N, 2]`, (height, width) of each photo; None where the annotations do not say."""
+    sizes = [picture.size for picture in self._pictures]
+    return None if None in sizes else np.array(sizes, np.int64)
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     picture, name = self._pictures[index], self.describe(index)
     photo = self._reader.read(picture.photo)
@@ -305,7 +312,7 @@ def is_numbers(values: Any) -> bool:
   """Whether it is a sequence of finite numbers."""
   try:
     return all(math.isfinite(value) for value in values)
-  except TypeError:
+  except (TypeError, OverflowError):  # a whole number that no float can be
     return False
 
 

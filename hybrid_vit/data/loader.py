@@ -4,7 +4,8 @@ The global batch of step s depends on the source, the readings, the seed and s a
 number of processes or threads: process p takes the contiguous rows [p B/n, (p+1) B/n) of it. The
 position counts examples since the start, through all phases of a training; the example at position
 p is number p % N of epoch p // N's order. Every epoch holds every example once, and a batch may
-begin in one and end in the next. Each row draws its chance from the seed and its position.
+begin in one and end in the next. Each row draws its chance from the seed and its position. Of
+photos that are grouped by canvases, each group has such a stream of its own (`data.canvases`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import numpy as np
 
 from hybrid_vit.data import spec
 from hybrid_vit.data.ahead import Ahead, available_cores
+from hybrid_vit.data.canvases import Turn, turns
 from hybrid_vit.data.corrupt import Corrupt
 from hybrid_vit.data.errors import CorruptDataError, CorruptExampleError, DataReadError
+from hybrid_vit.data.orders import Order as _Order
+from hybrid_vit.data.orders import members_of
 from hybrid_vit.data.replaying import KeptRows, replayed_step
 from hybrid_vit.data.sources import Source
 
@@ -50,6 +54,7 @@ class Reading:
     steps: how long the phase is; None for without end, which only the last one may be.
     replay: how often a loaded example is shown, see `hybrid_vit.data.replaying`; 1 for once.
     replay_steps: from how many steps back at most.
+    others: how the examples of the second group and of further ones are read, where there are some.
   """
 
   batch_size: int
@@ -58,6 +63,7 @@ class Reading:
   steps: int | None = None
   replay: int = 1
   replay_steps: int = 1
+  others: tuple[Reading, ...] = ()
 
   def __post_init__(self) -> None:
     if self.batch_size < 1:
@@ -132,6 +138,7 @@ def train_batches(
   prefetch: int = 2,
   repeats: int = 1,
   max_corrupt_fraction: float = 0.1,
+  groups: np.ndarray | None = None,
 ) -> TrainBatches:
   """Shuffled batches from `start_step` on, every epoch in a new order.
 
@@ -147,6 +154,7 @@ def train_batches(
     repeats: each drawn example comes so many times in a row, under other draws (repeated
       augmentation, Hoffer et al., 2019); an epoch keeps its length, as in timm.
     max_corrupt_fraction: the run stops when more of this process's share of an epoch is corrupt.
+    groups: int `[N]`, the group of each example, from 0; a batch is of one of them. None for one.
 
   Returns:
     An iterator of the declared fields' arrays (those of kind "host" are left out), `index` int32
@@ -178,13 +186,16 @@ def train_batches(
       )
   threads, stop, length = _threads(num_threads), threading.Event(), _length(source)
   corrupt = Corrupt(source, max_corrupt_fraction, length / process_count / repeats)
-  order = _Order(length, seed, repeats)
+  members = members_of(groups, length)
+  _check_groups(readings, len(members))
+  orders = [_Order(own, (seed, 0), repeats, (g,) * (g > 0)) for g, own in enumerate(members)]
 
-  def find(reading: Reading, position: int) -> tuple[dict[str, Any], int, bool]:
+  def find(reading: Reading, position: int, place: Turn) -> tuple[dict[str, Any], int, bool]:
     """The example of a position, its index, and whether it came in another one's place."""
-    epoch, offset = divmod(position, length)
+    order, count = orders[place.canvas], len(members[place.canvas])
+    epoch, offset = divmod(place.position, count)
     for further in range(_MAX_REPLACEMENTS):
-      index = int(order(epoch)[(offset + further) % length])
+      index = int(order(epoch)[(offset + further) % count])
       key = (seed, 1, position, further)
       try:
         return _read(source, index, reading.transform, key, stop), index, further > 0
@@ -195,12 +206,13 @@ def train_batches(
       f"{source.describe(index)}"
     )
 
-  def fill(batch: Batch, reading: Reading, first: int, start: int, end: int) -> None:
+  def fill(batch: Batch, reading: Reading, first: int, turn: Turn, start: int, end: int) -> None:
     fields = spec.on_device(reading.fields)
     for row in range(start, end):
       if stop.is_set():
         return
-      example, index, replaced = find(reading, first + row)
+      place = Turn(turn.canvas, turn.position + row)
+      example, index, replaced = find(reading, first + row, place)
       _put(batch, row, example, fields, source, index)
       batch[spec.INDEX][row], batch[spec.REPLACED][row] = index, replaced
 
@@ -221,7 +233,7 @@ def train_batches(
       if values is None:
         one = _empty(reading.fields, 1)
         one[spec.REPLACED] = np.empty(1, np.float32)
-        fill(one, reading, position, 0, 1)
+        fill(one, reading, position, Turn(0, position), 0, 1)
         if stop.is_set():
           return
         values = {name: value[0].copy() for name, value in one.items()}
@@ -231,6 +243,8 @@ def train_batches(
 
   def jobs() -> Iterator[tuple[Batch, list[Callable[[], None]]]]:
     begun = 0  # steps of the phases before
+    sizes = (r.batch_size for r in readings for _ in _steps_of(r))
+    turn = itertools.islice(turns([len(own) for own in members], sizes), start_step, None)
     for phase, reading in enumerate(readings):
       rows = reading.batch_size // process_count
       phase_start = begun
@@ -243,15 +257,20 @@ def train_batches(
       # Those of the steps that may be drawn, and of the ones read ahead.
       kept = KeptRows((reading.replay_steps + prefetch + 2) * (rows // reading.replay))
       for step in itertools.count(first_step) if end is None else range(first_step, end):
-        batch = _empty(reading.fields, rows)
-        batch[spec.REPLACED] = np.empty(rows, np.float32)
         done = step - phase_start
+        first = begin + done * reading.batch_size
+        # Of one group the stream is that of all examples, replayed ones apart.
+        place = next(turn) if len(members) > 1 else Turn(0, first)
+        own = reading.others[place.canvas - 1] if place.canvas else reading
+        batch = _empty(own.fields, rows)
+        batch[spec.REPLACED] = np.empty(rows, np.float32)
         job: Callable[[int, int], None]
         if reading.replay > 1:
           job = functools.partial(replay, batch, reading, kept, begin, done)
         else:
-          first = begin + done * reading.batch_size + process_index * rows
-          job = functools.partial(fill, batch, reading, first)
+          skipped = process_index * rows
+          place = Turn(place.canvas, place.position + skipped)
+          job = functools.partial(fill, batch, own, first + skipped, place)
         yield batch, _chunks(job, rows, threads)
 
   return TrainBatches(Ahead(jobs(), threads, prefetch, stop), corrupt)
@@ -358,31 +377,17 @@ def eval_batches(
   return EvalBatches(begin, steps, corrupt)
 
 
-class _Order:
-  """The order of each epoch, drawn once, whichever thread asks first."""
+def _check_groups(readings: Sequence[Reading], groups: int) -> None:
+  for reading in readings:
+    if groups > 1 and (len(reading.others) + 1 != groups or reading.replay > 1):
+      raise ValueError(
+        f"{groups} groups of examples, read in {len(reading.others) + 1} ways and shown "
+        f"{reading.replay} times; a way for each of them, and once, were expected"
+      )
 
-  _KEPT = 4  # a small source goes through several within one batch
 
-  def __init__(self, length: int, seed: int, repeats: int):
-    self._length, self._seed, self._repeats = length, seed, repeats
-    self._drawn: dict[int, np.ndarray] = {}
-    self._lock = threading.Lock()
-
-  def __call__(self, epoch: int) -> np.ndarray:
-    found = self._drawn.get(epoch)
-    if found is not None:
-      return found
-    with self._lock:
-      if epoch not in self._drawn:
-        while len(self._drawn) >= self._KEPT:
-          del self._drawn[next(iter(self._drawn))]
-        self._drawn[epoch] = self._draw(epoch)
-      return self._drawn[epoch]
-
-  def _draw(self, epoch: int) -> np.ndarray:
-    drawn = np.random.default_rng((self._seed, 0, epoch)).permutation(self._length)
-    drawn = drawn[: math.ceil(self._length / self._repeats)].astype(np.int32)
-    return drawn if self._repeats == 1 else np.repeat(drawn, self._repeats)[: self._length]
+def _steps_of(reading: Reading) -> Iterator[int]:
+  return iter(itertools.count()) if reading.steps is None else iter(range(reading.steps))
 
 
 class _StoppedError(Exception):

@@ -18,6 +18,8 @@ import numpy as np
 
 # Cells of a polygon's raster in a pixel.
 _FIFTHS = 5
+# Pixels that a polygon may reach away: edges are drawn whole, within the picture or not.
+_FARTHEST = 1 << 20
 
 
 class Rle(NamedTuple):
@@ -74,7 +76,9 @@ def read_segmentation(segmentation: Any, size: Sequence[int]) -> Rle:
     runs = decompress_counts(counts)
   else:
     runs = np.asarray(counts, np.int64)
-  if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+  if runs.ndim != 1 or (runs < 0).any():
+    raise ValueError(f"run lengths {str(counts)[:40]}: whole numbers from 0 on were expected")
+  if runs.sum() != height * width:
     raise ValueError(
       f"run lengths add up to {runs.sum()}; {height * width} were expected of {height} x {width}"
     )
@@ -84,6 +88,16 @@ def read_segmentation(segmentation: Any, size: Sequence[int]) -> Rle:
 def write_segmentation(rle: Rle) -> dict[str, Any]:
   """A mask as results have it: "size", and compressed "counts" as a str."""
   return {"size": [int(n) for n in rle.size], "counts": compress_counts(rle.counts)}
+
+
+def count_pixels(counts: Any) -> int | None:
+  """The sum of a plain list of run lengths; None for what is none."""
+  try:
+    runs = np.asarray(counts, np.float64)
+  except (TypeError, ValueError, OverflowError):
+    return None
+  right = runs.ndim == 1 and bool(np.all((runs >= 0) & (runs == np.floor(runs))))
+  return int(runs.sum()) if right and np.isfinite(runs.sum()) else None
 
 
 def decompress_counts(counts: str | bytes) -> np.ndarray:
@@ -133,7 +147,8 @@ def draw_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) ->
     size: (height, width).
 
   Raises:
-    ValueError: fewer points, an odd number of coordinates, or one that is not finite.
+    ValueError: fewer points, an odd number of coordinates, or one that is not finite or beyond a
+      million pixels.
   """
   return merge_masks([_drawn(polygon, size) for polygon in polygons], size)
 
@@ -197,6 +212,11 @@ def _drawn(polygon: Sequence[float], size: tuple[int, int]) -> Rle:
     raise ValueError(
       f"a polygon of {points.size} numbers, {points.ravel()[:6].tolist()}...: x and y of three "
       "points or more, all finite, were expected"
+    )
+  if np.abs(points).max() > _FARTHEST:
+    farthest = points[np.abs(points).argmax()]
+    raise ValueError(
+      f"a polygon that reaches to {farthest:g}; at most {_FARTHEST:,} pixels were expected"
     )
   corners = np.trunc(_FIFTHS * points.reshape(-1, 2) + 0.5).astype(np.int64)
   u, v = _outline(corners, np.roll(corners, -1, axis=0))

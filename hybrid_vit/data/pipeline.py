@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybrid_vit.data import arguments as check
 from hybrid_vit.data import loader
 from hybrid_vit.data.balance import BalancedSource
+from hybrid_vit.data.canvases import canvas_groups, photo_sizes
 from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.sources import Source, create_source
 
@@ -35,6 +37,8 @@ class TrainingSettings:
     decoder: "opencv" or "pil", see `hybrid_vit.data.transforms`.
     balance: how far small classes come more often, from 0 (as they are) to 1 (all alike), see
       `hybrid_vit.data.balance`.
+    canvases: (height, width) of each shape of a batch, see `hybrid_vit.data.canvases`; {canvas} in
+      the transform stands for the one of an example. () for one shape.
   """
 
   source: str
@@ -45,8 +49,11 @@ class TrainingSettings:
   max_corrupt_fraction: float = 0.1
   decoder: str = "opencv"
   balance: float = 0.0
+  canvases: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self) -> None:
+    for canvas in self.canvases:
+      check.sides("config.data.canvases", canvas)
     for name in ("num_threads", "repeats"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -150,9 +157,13 @@ def training_batches(
       phase.steps,
       phase.replay,
       phase.replay_steps,
+      tuple(loader.Reading(phase.batch_size, r.transform, r.fields) for r in reading.others),
     )
     for phase, reading in zip(run.curriculum.phases, run.readings)
   ]
+  groups = None
+  if len(run.data.canvases) > 1:
+    groups = canvas_groups(photo_sizes(source), run.data.canvases)
   return loader.train_batches(
     source,
     readings,
@@ -163,4 +174,5 @@ def training_batches(
     num_threads=run.data.num_threads,
     repeats=run.data.repeats,
     max_corrupt_fraction=run.data.max_corrupt_fraction,
+    groups=groups,
   )

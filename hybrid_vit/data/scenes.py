@@ -13,6 +13,8 @@ is the main object: large, and nearest. Everything follows from (seed, split, in
     label        of the main object's pair of colour and shape; the names are in `class_names`
     captions     {quality: [caption, …]}, see `scene_captions`
     map          int32 [S, S], 0 for the background, 1 + number of the shape
+    segments     int32 [S, S], 0 for the background, 1, 2 … for each object
+    segment_labels  int32 [1 + N], their classes in the map; segment_crowd, none of them
     masks        uint8 [N, S, S], the visible part of each object, the main one first
     boxes        float32 [N, 4], (x0, y0, x1, y1) around it, in pixels
     box_labels   int32 [N], number of the shape
@@ -33,6 +35,7 @@ import numpy as np
 
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.scene_captions import pick, scene_captions
+from hybrid_vit.data.segments import panoptic_fields
 from hybrid_vit.data.splits import PARTS
 
 COLORS: Mapping[str, tuple[int, int, int]] = {
@@ -134,6 +137,7 @@ class SceneSource:
       "class_names": class_names(),
       "map_class_names": ("background", *SHAPES),
       "palette": spread_palette(1 + len(SHAPES)),
+      "thing_classes": tuple(range(1, 1 + len(SHAPES))),
       "object_class_names": tuple(SHAPES),
       "object_palette": spread_palette(1 + len(SHAPES))[1:],
     }
@@ -269,12 +273,15 @@ def render(objects: list[SceneObject], size: int, rng: np.random.Generator) -> d
   kept = [i for i in seen if i == 0 or (seen[i] >= _PIXELS and seen[i] >= _VISIBLE * areas[i])]
   masks = np.stack([owner == i for i in kept]).astype(np.uint8)
   labels = np.array([list(SHAPES).index(objects[i].shape) for i in kept], np.int32)
-  classes = np.zeros((size, size), np.int32)
-  for mask, label in zip(masks, labels):
-    classes[mask > 0] = 1 + label
+  rows = np.zeros((size, size), np.int32)
+  for number, mask in enumerate(masks):
+    rows[mask > 0] = 1 + number
+  # The background first.
+  classes = np.concatenate([np.zeros(1, np.int32), 1 + labels])
   return {
     "image": np.clip(np.round(picture), 0, 255).astype(np.uint8),
-    "map": classes,
+    "map": classes[rows],
+    **panoptic_fields(rows, classes, np.zeros(len(classes), bool)),
     "masks": masks,
     "boxes": np.stack([_box(mask) for mask in masks]),
     "box_labels": labels,

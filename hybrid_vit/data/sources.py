@@ -159,14 +159,17 @@ def _local(spec: str, path: str) -> Path:
 class Subset:
   """Chosen examples of a source, in their order; one may come several times.
 
-  `labels` are those of the examples, None where the source does not know them without reading.
+  `labels`, and `sizes` of photos with objects, are those of the examples, None where the source
+  does not know them without reading.
   """
 
   def __init__(self, source: Source, chosen: Sequence[int] | np.ndarray):
     self._source, self._chosen = source, chosen
     self.info = source.info
-    labels = getattr(source, "labels", None)
-    self.labels = None if labels is None else np.asarray(labels)[np.asarray(chosen)]
+    self.labels, self.sizes = (
+      None if known is None else np.asarray(known)[np.asarray(chosen)]
+      for known in (getattr(source, name, None) for name in ("labels", "sizes"))
+    )
 
   def __len__(self) -> int:
     return len(self._chosen)

@@ -22,6 +22,7 @@ from hybrid_vit.data import box_operations as _box_operations  # noqa: F401  (fi
 from hybrid_vit.data import caption_operations as _captions  # noqa: F401  (the same)
 from hybrid_vit.data import map_operations as _map_operations  # noqa: F401  (the same)
 from hybrid_vit.data import operations as _operations  # noqa: F401  (as well)
+from hybrid_vit.data import segment_operations as _segments  # noqa: F401  (and here)
 from hybrid_vit.data import spec
 from hybrid_vit.data.decoding import DECODERS, CorruptPictureError, decode_picture
 from hybrid_vit.data.geometry import PLANE_KINDS, Plane, move, plane_size

@@ -25,7 +25,7 @@ import numpy as np
 
 from hybrid_vit.data import instances
 from hybrid_vit.data.coco_instances import PICTURE_OPTIONS, open_reader
-from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.folders import Reader, choose_part
 from hybrid_vit.data.instances import Collector, InstanceSource, Notes, Picture, Size
 from hybrid_vit.data.lazy_masks import Read
@@ -84,20 +84,26 @@ def _read(
   notes: Notes,
 ) -> InstanceSource:
   labels = {number: i for i, number in enumerate(classes)}
-  pictures, collector, has_objects, has_masks = [], Collector(), [], False
+  pictures: list[Picture] = []
+  collector, has_objects, has_masks = Collector(), [], False
   # COCO's photos are called by the numbers of the pictures.
   stems = [photo.rsplit("/", 1)[-1].rpartition(".")[0] for photo, _ in pairs]
   numbered = all(map(str.isdecimal, stems)) and len({int(stem) for stem in stems}) == len(stems)
   for index, ((photo, path), text) in enumerate(zip(pairs, texts)):
     size = None
     if "min_size" in options:
-      size = picture_size(reader.read(photo), reader.full_name(photo))
+      try:
+        size = picture_size(reader.read(photo), reader.full_name(photo))
+      except CorruptExampleError as error:
+        notes.add(instances.BAD_PHOTO, str(error))
+        continue
+    number = len(pictures)
     pictures.append(Picture(photo, int(stems[index]) if numbered else index, size))
     has_objects.append(False)
-    for number, line in enumerate(text.decode("utf-8-sig", "replace").splitlines(), 1):
+    for place, line in enumerate(text.decode("utf-8-sig", "replace").splitlines(), 1):
       if not line.strip():
         continue
-      name = f"{path}, line {number}"
+      name = f"{path}, line {place}"
       words = _numbers(line, keypoints)
       if words is None:
         notes.add(NO_LINE, f"{line[:40]!r} of {name}")
@@ -113,7 +119,7 @@ def _read(
         continue
       has_masks |= polygon is not None
       collector.add(
-        index, given, box, labels[int(words[0])], mask=None if polygon is None else [polygon]
+        number, given, box, labels[int(words[0])], mask=None if polygon is None else [polygon]
       )
       has_objects[-1] = True
   chosen = instances.chosen_pictures(pictures, has_objects, options, notes)
@@ -217,7 +223,10 @@ def _classes(reader: Reader, names: Sequence[str]) -> tuple[dict[int, str], bool
         return found, keypoints
   for name in by_depth:
     if name.rsplit("/", 1)[-1] in ("classes.txt", "obj.names"):
-      lines = reader.read(name).decode("utf-8-sig").splitlines()
+      try:
+        lines = reader.read(name).decode("utf-8-sig").splitlines()
+      except UnicodeDecodeError as error:
+        raise ValueError(f"{reader.full_name(name)} is no text in UTF-8: {error}") from error
       found = {i: line.strip() for i, line in enumerate(line for line in lines if line.strip())}
       if found:
         return found, False

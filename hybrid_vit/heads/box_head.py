@@ -19,7 +19,7 @@ from hybrid_vit.heads.layers import he_normal_fan_out
 from hybrid_vit.heads.roi_sampling import RoISample
 from hybrid_vit.models.layers import batch_norm, layer_norm
 from hybrid_vit.ops.boxes import decode_boxes, elementwise_giou, encode_boxes
-from hybrid_vit.ops.nms import Detections, multiclass_nms
+from hybrid_vit.ops.nms import Detections, SoftNMS, multiclass_nms
 
 NORMS = (None, "batch", "layer")
 # Offsets to padded boxes, whose sides are 0, must be finite.
@@ -204,6 +204,7 @@ def detect_boxes(
   max_candidates: int = 2000,
   max_detections: int = 100,
   min_size: float = 0.0,
+  soft: SoftNMS | None = None,
 ) -> Detections:
   """Decodes the boxes of all classes, and suppresses within each.
 
@@ -220,6 +221,7 @@ def detect_boxes(
     max_candidates: likewise.
     max_detections: D.
     min_size: boxes with a side below are dropped.
+    soft: of `multiclass_nms`.
 
   Returns:
     `Detections` of `[B, D]`.
@@ -234,6 +236,7 @@ def detect_boxes(
     return multiclass_nms(
       found, scores, score_threshold=score_threshold, iou_threshold=iou_threshold,
       max_candidates=min(max_candidates, scores.size), max_detections=max_detections, valid=valid,
+      soft=soft,
     )  # fmt: skip
 
   return jax.vmap(one)(scores[..., :-1], deltas, boxes, valid, sizes)

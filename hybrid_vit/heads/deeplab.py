@@ -13,7 +13,8 @@ truncated normal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -74,17 +75,8 @@ class DeepLabV3Plus(nn.Module):
 
   def aspp(self, x: jax.Array, train: bool) -> jax.Array:
     """Atrous spatial pyramid pooling, `[B, h, w, C]` → `[B, h, w, aspp_channels]`."""
-    channels = self.aspp_channels
-    parts = [conv_norm(self, channels, 1, "aspp_conv", **_NORM)(x, train)]
-    for i, rate in enumerate(self.atrous_rates):
-      parts.append(
-        conv_norm(self, channels, 3, f"aspp_atrous{i}", dilation=rate, **_NORM)(x, train)
-      )
-    pooled = x.mean((1, 2), keepdims=True, dtype=jnp.float32).astype(self.dtype)
-    pooled = conv_norm(self, channels, 1, "aspp_pool", **_NORM)(pooled, train)
-    parts.append(jnp.broadcast_to(pooled, (*x.shape[:3], channels)))
-    joined = jnp.concatenate(parts, axis=-1)
-    y = conv_norm(self, channels, 1, "aspp_projection", **_NORM)(joined, train)
+    conv = functools.partial(conv_norm, self, self.aspp_channels, **_NORM)
+    y = atrous_pyramid(conv, x, self.atrous_rates, train)
     return nn.Dropout(self.dropout_rate, deterministic=not train, name="aspp_dropout")(y)
 
   def _separable(self, x: jax.Array, name: str, train: bool) -> jax.Array:
@@ -100,3 +92,26 @@ class DeepLabV3Plus(nn.Module):
     )(x)
     y = nn.relu(batch_norm(self, name=f"{name}_depthwise_norm", **_NORM)(y, train))
     return conv_norm(self, self.decoder_channels, 1, f"{name}_pointwise", **_NORM)(y, train)
+
+
+def atrous_pyramid(
+  conv: Callable[..., Any], x: jax.Array, rates: Sequence[int], train: bool
+) -> jax.Array:
+  """Convolutions of several rates and the mean of the map, joined by one more convolution.
+
+  Args:
+    conv: `(kernel_size, name, dilation=…) → layer`, which is called as `layer(x, train)`.
+    x: `[B, h, w, C]`.
+    rates: of the 3x3 convolutions.
+    train: passed on.
+
+  Returns:
+    `[B, h, w, features]` of the convolutions.
+  """
+  parts = [conv(1, "aspp_conv")(x, train)]
+  for i, rate in enumerate(rates):
+    parts.append(conv(3, f"aspp_atrous{i}", dilation=rate)(x, train))
+  mean = x.mean((1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
+  pooled = conv(1, "aspp_pool")(mean, train)
+  parts.append(jnp.broadcast_to(pooled, (*x.shape[:3], pooled.shape[-1])))
+  return conv(1, "aspp_projection")(jnp.concatenate(parts, axis=-1), train)

@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.layers import check_levels
@@ -21,7 +20,15 @@ from hybrid_vit.heads.registry import create_neck, neck_arguments
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.anchors import pyramid_anchors, valid_anchors
 from hybrid_vit.ops.boxes import decode_boxes
-from hybrid_vit.ops.nms import Detections, multiclass_nms, nms, select_top
+from hybrid_vit.ops.nms import (
+  Detections,
+  SoftNMS,
+  multiclass_nms,
+  select_top,
+  soft_or_none,
+  suppress,
+)
+from hybrid_vit.ops.top_places import top_places
 
 SELECTIONS = ("anchors", "pairs")
 # The bias at which a class begins with a probability of 0.01.
@@ -48,6 +55,10 @@ class DenseSettings:
       (mmdetection 2); "pairs" of an anchor and a class, above the threshold (mmdetection 3).
     score_threshold: of detections.
     nms: IoU of their suppression in each class.
+    nms_method: "hard" drops the overlapping; "linear" and "gaussian" lower their scores, one box
+      after the other (`ops.nms.soft_nms`).
+    nms_sigma: of "gaussian".
+    nms_min_score: of both, boxes are dropped once below.
     detections: D, so many of a picture.
     candidates: of `multiclass_nms`, for "anchors".
   """
@@ -64,6 +75,9 @@ class DenseSettings:
   selection: str = "anchors"
   score_threshold: float = 0.05
   nms: float = 0.5
+  nms_method: str = "hard"
+  nms_sigma: float = 0.5
+  nms_min_score: float = 1e-3
   detections: int = 100
   candidates: int = 2000
 
@@ -72,6 +86,12 @@ class DenseSettings:
       raise ValueError(
         f"selection is {self.selection!r}; one of {', '.join(SELECTIONS)} was expected"
       )
+    soft_or_none(self.nms_method, self.nms_sigma, self.nms_min_score)
+
+  @property
+  def soft_nms(self) -> SoftNMS | None:
+    """How overlapping detections' scores are lowered; None where they are dropped."""
+    return soft_or_none(self.nms_method, self.nms_sigma, self.nms_min_score)
 
   @property
   def num_anchors(self) -> int:
@@ -278,7 +298,7 @@ def _detections(
     above = jnp.where(own > s.score_threshold, own * factor[:, None], 0)
     if s.selection == "anchors":
       best = jnp.max(own * factor[:, None], axis=-1)
-      _, places = lax.top_k(best, min(s.before, count))
+      places = top_places(best, min(s.before, count))
       scores.append(above[places])
     else:
       flat = own.reshape(-1)
@@ -298,13 +318,14 @@ def _detections(
     return multiclass_nms(
       boxes, all_scores, score_threshold=0.0, iou_threshold=s.nms,
       max_candidates=min(s.candidates, all_scores.size), max_detections=s.detections,
+      soft=s.soft_nms,
     )  # fmt: skip
   all_labels = jnp.concatenate(labels)
-  kept = nms(boxes, all_scores, s.nms, jnp.concatenate(there), all_labels)
-  places, valid = select_top(all_scores, kept, s.detections)
+  lowered, kept = suppress(boxes, all_scores, s.nms, jnp.concatenate(there), all_labels, s.soft_nms)
+  places, valid = select_top(lowered, kept, s.detections)
   return Detections(
     jnp.where(valid[:, None], boxes[places], 0),
-    jnp.where(valid, all_scores[places], 0),
+    jnp.where(valid, lowered[places], 0),
     jnp.where(valid, all_labels[places], 0).astype(jnp.int32),
     jnp.where(valid, places, 0),
     valid,

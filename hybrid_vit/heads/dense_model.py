@@ -48,10 +48,8 @@ class DenseModel(nn.Module):
     """See `heads.batch_norm_groups`."""
     return with_groups(self, groups, *_PARTS)
 
-  def __call__(
-    self, images: jax.Array, train: bool = False
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`[B, H, W, 3]` → float32 `[B, h, w, K]`, and endpoints.
+  def __call__(self, images: jax.Array, train: bool = False) -> tuple[Any, dict[str, Any]]:
+    """`[B, H, W, 3]` → float32 `[B, h, w, K]`, or what else the head gives, and endpoints.
 
     Among these are "answer", "auxiliary" in training, and "bin_centers" of a head that has bins.
     """
@@ -65,7 +63,7 @@ class DenseModel(nn.Module):
     else:
       answer = self.head(maps, train)
     # A half-precision backbone must not make a half-precision answer.
-    found["answer"] = answer = answer.astype(jnp.float32)
+    found["answer"] = answer = jax.tree.map(lambda x: x.astype(jnp.float32), answer)
     if self.auxiliary_head is not None and (train or self.is_initializing()):
       found["auxiliary"] = self.auxiliary_head(maps, train).astype(jnp.float32)
     return answer, found
@@ -96,31 +94,39 @@ def create_dense_model(
   Raises:
     ValueError: an unknown name or attribute.
   """
-  shared = {name: getattr(backbone, name) for name in _SHARED if hasattr(backbone, name)}
-  if batch_norm_groups is not None:
-    shared["batch_norm_groups"] = batch_norm_groups
-  features: Sequence[FeatureSpec] = tuple(backbone.features)
+  shared = shared_attributes(backbone, batch_norm_groups)
   parts = dict(head)
   head_name = parts.pop("name")
-  made_neck = None
-  if neck is None and needs_pyramid(features, head_name):
-    neck = {"name": "feature2pyramid"}
-  if neck is not None:
-    neck_parts = dict(neck)
-    name = neck_parts.pop("name")
-    made_neck = create_neck(name, features, **_with(shared, neck_arguments(name), neck_parts))
-    features = made_neck.outputs
+  made_neck, features = neck_over(backbone, neck, head_name, shared)
   made = create_head(
-    head_name, features, num_outputs, **_with(shared, head_arguments(head_name), parts)
+    head_name, features, num_outputs, **with_shared(shared, head_arguments(head_name), parts)
   )
   made_auxiliary = None
   if auxiliary is not None:
     own = dict(auxiliary)
     name = own.pop("name")
     made_auxiliary = create_head(
-      name, features, num_outputs, **_with(shared, head_arguments(name), own)
+      name, features, num_outputs, **with_shared(shared, head_arguments(name), own)
     )
   return DenseModel(backbone, made, made_neck, made_auxiliary)
+
+
+def neck_over(
+  backbone: nn.Module, neck: Mapping[str, Any] | None, head: str, shared: Mapping[str, Any]
+) -> tuple[nn.Module | None, Sequence[FeatureSpec]]:
+  """The neck on a backbone, or None, and the levels that a head named `head` reads.
+
+  See `create_dense_model`; `shared` is what the neck takes from the run where it has it.
+  """
+  features: Sequence[FeatureSpec] = tuple(backbone.features)
+  if neck is None and needs_pyramid(features, head):
+    neck = {"name": "feature2pyramid"}
+  if neck is None:
+    return None, features
+  parts = dict(neck)
+  name = parts.pop("name")
+  made = create_neck(name, features, **with_shared(shared, neck_arguments(name), parts))
+  return made, made.outputs
 
 
 def needs_pyramid(features: Sequence[FeatureSpec], head: str) -> bool:
@@ -133,7 +139,14 @@ def needs_pyramid(features: Sequence[FeatureSpec], head: str) -> bool:
 _ONE_STRIDE = {"fcn": 2, "mim_depth": 1, "dpt_depth": 2, "dpt_segmentation": 2}
 
 
-def _with(
+def shared_attributes(backbone: nn.Module, batch_norm_groups: int | None) -> dict[str, Any]:
+  """What heads and necks take from the run: the backbone's, and these groups where not None."""
+  shared = {name: getattr(backbone, name) for name in _SHARED if hasattr(backbone, name)}
+  return shared if batch_norm_groups is None else {**shared, "batch_norm_groups": batch_norm_groups}
+
+
+def with_shared(
   shared: Mapping[str, Any], known: Sequence[str], own: Mapping[str, Any]
 ) -> dict[str, Any]:
+  """A part's own attributes, and those of the run that it has (`known`)."""
   return {**{name: value for name, value in shared.items() if name in known}, **own}

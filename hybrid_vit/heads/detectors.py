@@ -19,6 +19,7 @@ _MODULES = (
   "hybrid_vit.heads.retinanet",
   "hybrid_vit.heads.atss",
   "hybrid_vit.heads.dino",
+  "hybrid_vit.heads.sparse_rcnn",
 )
 
 _DETECTORS: dict[str, Callable[..., Any]] = {}

@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.detectors import register_without_masks
@@ -39,6 +38,7 @@ from hybrid_vit.heads.dino_network import DINONetwork, DINOPredictions
 from hybrid_vit.heads.rcnn import Targets
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.boxes import centres_to_corners, corners_to_centres
+from hybrid_vit.ops.top_places import top_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,8 @@ class DINO(nn.Module):
   ) -> dict[str, jax.Array]:
     """Detections on a pyramid: see `__call__`, and `losses` for the arguments."""
     found = self.head(maps, sizes, canvas)
-    return top_detections(found.logits[-1], found.boxes[-1], sizes, self.settings.detections)
+    boxes = centres_to_corners(found.boxes[-1]) * picture_sides(sizes)
+    return top_detections(found.logits[-1], boxes, self.settings.detections)
 
 
 def dino_losses(
@@ -192,20 +193,25 @@ def dino_losses(
   for name, value in weighted_losses(
     set_losses(logits, boxes, targets, settings), settings
   ).items():
-    answer |= {_numbered(name, i): value[i] for i in range(layers)}
+    answer |= {numbered(name, i): value[i] for i in range(layers)}
     answer[f"encoder_{name}"] = value[layers]
   if noised is not None:
     of_noised = denoising_losses(
       found.logits[:, :, :slots], found.boxes[:, :, :slots], noised, targets, settings
     )
     for name, value in weighted_losses(of_noised, settings).items():
-      answer |= {f"denoising_{_numbered(name, i)}": value[i] for i in range(layers)}
+      answer |= {f"denoising_{numbered(name, i)}": value[i] for i in range(layers)}
   return answer
+
+
+def numbered(name: str, layer: int) -> str:
+  """ "class0", "l1_0": the name of a layer's loss."""
+  return f"{name}{'_' if name[-1].isdigit() else ''}{layer}"
 
 
 def relative_targets(targets: Targets, sizes: jax.Array) -> BoxTargets:
   """Boxes (x1, y1, x2, y2) in pixels as (centre x, centre y, width, height) of their pictures."""
-  sides = _sides(sizes)
+  sides = picture_sides(sizes)
   valid = jnp.asarray(targets["valid"], bool)
   boxes = corners_to_centres(jnp.asarray(targets["boxes"], jnp.float32) / sides)
   return BoxTargets(
@@ -213,28 +219,29 @@ def relative_targets(targets: Targets, sizes: jax.Array) -> BoxTargets:
   )
 
 
-def top_detections(
-  logits: jax.Array, boxes: jax.Array, sizes: jax.Array, count: int
-) -> dict[str, jax.Array]:
+def picture_sides(sizes: jax.Array) -> jax.Array:
+  """(height, width) `[B, 2]` → (width, height, width, height) `[B, 1, 4]`."""
+  return jnp.tile(jnp.asarray(sizes, jnp.float32)[:, None, ::-1], 2)
+
+
+def top_detections(logits: jax.Array, boxes: jax.Array, count: int) -> dict[str, jax.Array]:
   """The pairs of a query and a class with the highest probabilities; nothing is suppressed.
 
   Args:
     logits: `[B, Q, K]`.
-    boxes: `[B, Q, 4]`, (centre x, centre y, width, height), the picture from 0 to 1.
-    sizes: int `[B, 2]`, (height, width) of the pictures.
+    boxes: `[B, Q, 4]`, in pixels.
     count: D, of which there are no more than pairs.
 
   Returns:
     See `DINO.__call__`; boxes may stand out of the picture, as the authors' do.
   """
   batch, queries, classes = logits.shape
-  scores, pairs = lax.top_k(
-    jax.nn.sigmoid(logits).reshape(batch, -1), min(count, queries * classes)
-  )
+  all_scores = jax.nn.sigmoid(logits).reshape(batch, -1)
+  pairs = top_places(all_scores, min(count, queries * classes))
+  scores = jnp.take_along_axis(all_scores, pairs, axis=1)
   chosen = jnp.take_along_axis(boxes, (pairs // classes)[..., None], axis=1)
-  sides = _sides(sizes)
   return {
-    "boxes": centres_to_corners(chosen) * sides,
+    "boxes": chosen,
     "scores": scores,
     "labels": (pairs % classes).astype(jnp.int32),
     "valid": jnp.ones(scores.shape, bool),
@@ -270,15 +277,6 @@ def create_dino(
   parts = {"dtype": getattr(backbone, "dtype", jnp.float32), **(head or {})}
   network = DINONetwork(known[1 - num_levels :], num_classes, num_levels, **parts)
   return DINO(backbone, network, DINOSettings() if settings is None else settings)
-
-
-def _sides(sizes: jax.Array) -> jax.Array:
-  """(height, width) `[B, 2]` → (width, height, width, height) `[B, 1, 4]`."""
-  return jnp.tile(jnp.asarray(sizes, jnp.float32)[:, None, ::-1], 2)
-
-
-def _numbered(name: str, layer: int) -> str:
-  return f"{name}{'_' if name[-1].isdigit() else ''}{layer}"
 
 
 register_without_masks("dino", create_dino, DINOSettings)

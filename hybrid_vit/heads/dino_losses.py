@@ -1,8 +1,11 @@
 """DINO's set losses: predictions matched to objects, and noised objects found again.
 
+Sparse R-CNN has the first of them, with terms of its own for boxes.
+
 Zhang et al., arXiv:2203.03605; follows the authors' `SetCriterion` and `HungarianMatcher`, which
 are those of Deformable DETR. Every decoder layer and the encoder's proposals are matched of their
-own. All is float32; boxes are (centre x, centre y, width, height) with the picture from 0 to 1.
+own. All is float32; DINO's boxes are (centre x, centre y, width, height) with the picture from 0 to
+1.
 
 Deviation: the number of objects that losses are divided by is of the whole batch and at least 1;
 the authors' is the mean of the devices' and at least 1.
@@ -11,6 +14,7 @@ the authors' is the mean of the devices' and at least 1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +26,8 @@ from hybrid_vit.heads.dino_denoising import DenoisingQueries
 from hybrid_vit.ops.boxes import box_areas, centres_to_corners
 from hybrid_vit.ops.matching import linear_assignment
 
-_LOG_EPSILON = 1e-8
+# Of boxes that broadcast: distances summed over the coordinates, and generalised IoU.
+BoxTerms = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 # The authors add it to unions and hulls, where `ops.boxes` has it as their least.
 _AREA_EPSILON = 1e-6
 
@@ -40,6 +45,7 @@ class SetLossSettings:
     giou_weight: likewise.
     alpha: of the focal loss and of the matching's cost of classes.
     gamma: likewise.
+    log_epsilon: what the matching adds to probabilities before their logarithm.
   """
 
   class_cost: float = 2.0
@@ -50,6 +56,7 @@ class SetLossSettings:
   giou_weight: float = 2.0
   alpha: float = 0.25
   gamma: float = 2.0
+  log_epsilon: float = 1e-8
 
 
 class BoxTargets(NamedTuple):
@@ -66,8 +73,17 @@ class BoxTargets(NamedTuple):
   valid: jax.Array
 
 
+def centre_terms(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sum of |d|, and generalised IoU, of boxes `[..., 4]` by centre and size: DINO's `BoxTerms`."""
+  return jnp.sum(jnp.abs(first - second), axis=-1), _giou(first, second)
+
+
 def set_losses(
-  logits: jax.Array, boxes: jax.Array, targets: BoxTargets, settings: SetLossSettings
+  logits: jax.Array,
+  boxes: jax.Array,
+  targets: BoxTargets,
+  settings: SetLossSettings,
+  box_terms: BoxTerms = centre_terms,
 ) -> dict[str, jax.Array]:
   """Losses of several sets of predictions, each matched for itself, unweighted.
 
@@ -76,18 +92,19 @@ def set_losses(
     boxes: `[..., B, Q, 4]`.
     targets: what is there.
     settings: the costs, and the focal loss's figures.
+    box_terms: by which boxes are compared.
 
   Returns:
     "class", "l1" and "giou", float32 `[...]`, sums over the batch divided by its objects.
   """
   logits, boxes = logits.astype(jnp.float32), boxes.astype(jnp.float32)
-  query = match_queries(logits, boxes, targets, settings)
+  query = match_queries(logits, boxes, targets, settings, box_terms)
   # [..., B, G, Q]: comparisons instead of a scatter.
   hit = query[..., None] == jnp.arange(logits.shape[-2])
   truth = jnp.max(jnp.where(hit, targets.labels[..., None], -1), axis=-2)
   found = jnp.take_along_axis(boxes, jnp.maximum(query, 0)[..., None], axis=-2)
   count = num_objects(targets)
-  l1, giou = _box_losses(found, targets.boxes, query >= 0)
+  l1, giou = _box_losses(found, targets.boxes, query >= 0, box_terms)
   of_class = _class_loss(logits, truth, jnp.ones(logits.shape[-2], bool), settings)
   return {"class": of_class / count, "l1": l1 / count, "giou": giou / count}
 
@@ -115,16 +132,20 @@ def denoising_losses(
   truth = jnp.where(queries.positive, own, -1)
   true_boxes = jnp.take_along_axis(targets.boxes, queries.target[..., None], axis=1)
   count = num_objects(targets) * queries.num_groups
-  l1, giou = _box_losses(boxes.astype(jnp.float32), true_boxes, queries.positive)
+  l1, giou = _box_losses(boxes.astype(jnp.float32), true_boxes, queries.positive, centre_terms)
   of_class = _class_loss(logits.astype(jnp.float32), truth, queries.counted, settings)
   return {"class": of_class / count, "l1": l1 / count, "giou": giou / count}
 
 
 def match_queries(
-  logits: jax.Array, boxes: jax.Array, targets: BoxTargets, settings: SetLossSettings
+  logits: jax.Array,
+  boxes: jax.Array,
+  targets: BoxTargets,
+  settings: SetLossSettings,
+  box_terms: BoxTerms = centre_terms,
 ) -> jax.Array:
   """The query of each object at the least cost, int32 `[..., B, G]`, -1 for none."""
-  costs = matching_costs(logits, boxes, targets, settings)
+  costs = matching_costs(logits, boxes, targets, settings, box_terms)
   valid = jnp.broadcast_to(targets.valid, costs.shape[:-1])
   # All axes become one there; with the batch in front each device keeps its part.
   found = linear_assignment(jnp.moveaxis(costs, -3, 0), jnp.moveaxis(valid, -2, 0))
@@ -132,7 +153,11 @@ def match_queries(
 
 
 def matching_costs(
-  logits: jax.Array, boxes: jax.Array, targets: BoxTargets, settings: SetLossSettings
+  logits: jax.Array,
+  boxes: jax.Array,
+  targets: BoxTargets,
+  settings: SetLossSettings,
+  box_terms: BoxTerms = centre_terms,
 ) -> jax.Array:
   """What it costs to give an object to a query, float32 `[..., B, G, Q]`, without a gradient.
 
@@ -141,19 +166,20 @@ def matching_costs(
     boxes: `[..., B, Q, 4]`.
     targets: what is there.
     settings: the weights.
+    box_terms: by which boxes are compared.
   """
   s = settings
   logits, boxes = lax.stop_gradient((logits, boxes))
   p = jax.nn.sigmoid(logits.astype(jnp.float32))
-  negative = (1 - s.alpha) * p**s.gamma * -jnp.log(1 - p + _LOG_EPSILON)
-  positive = s.alpha * (1 - p) ** s.gamma * -jnp.log(p + _LOG_EPSILON)
+  negative = (1 - s.alpha) * p**s.gamma * -jnp.log(1 - p + s.log_epsilon)
+  positive = s.alpha * (1 - p) ** s.gamma * -jnp.log(p + s.log_epsilon)
   chosen = jax.nn.one_hot(targets.labels, p.shape[-1])
   of_class = jnp.einsum(
     "bgk,...bqk->...bgq", chosen, positive - negative, precision=lax.Precision.HIGHEST
   )
   theirs, ours = targets.boxes[:, :, None], boxes[..., None, :, :]
-  of_l1 = jnp.sum(jnp.abs(theirs - ours), axis=-1)
-  return s.class_cost * of_class + s.l1_cost * of_l1 - s.giou_cost * _giou(theirs, ours)
+  of_l1, giou = box_terms(theirs, ours)
+  return s.class_cost * of_class + s.l1_cost * of_l1 - s.giou_cost * giou
 
 
 def weighted_losses(
@@ -177,11 +203,12 @@ def _class_loss(
   return jnp.sum(jnp.where(counted[:, None], losses, 0.0), axis=(-3, -2, -1))
 
 
-def _box_losses(found: jax.Array, true: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _box_losses(
+  found: jax.Array, true: jax.Array, there: jax.Array, box_terms: BoxTerms
+) -> tuple[jax.Array, jax.Array]:
   """Sums over `[..., B, N, 4]` where bool `[..., B, N]`: |d|, and 1 - GIoU."""
-  l1 = jnp.sum(jnp.abs(found - true), axis=-1)
-  giou = 1 - _giou(found, true)
-  return tuple(jnp.sum(jnp.where(there, x, 0.0), axis=(-2, -1)) for x in (l1, giou))  # type: ignore[return-value]
+  l1, giou = box_terms(found, true)
+  return tuple(jnp.sum(jnp.where(there, x, 0.0), axis=(-2, -1)) for x in (l1, 1 - giou))  # type: ignore[return-value]
 
 
 def _giou(first: jax.Array, second: jax.Array) -> jax.Array:

@@ -36,6 +36,7 @@ from hybrid_vit.heads.layers import check_levels
 from hybrid_vit.heads.sine_positions import box_sine_positions, padded_sine_positions
 from hybrid_vit.models import layers
 from hybrid_vit.models.registry import FeatureSpec
+from hybrid_vit.ops.top_places import top_places
 
 _xavier_uniform = nn.initializers.xavier_uniform()
 _NORMAL = nn.initializers.normal(1.0)
@@ -251,8 +252,7 @@ class DINONetwork(nn.Module):
     classify = class_head(self.num_outputs, "encoder_classifier")
     usable_memory = jnp.where(usable[..., None], memory, jnp.zeros((), memory.dtype))
     scores = jnp.max(classify(norm(dense(lax.stop_gradient(usable_memory)))), axis=-1)
-    # Scores alone are ranked: XLA gathers the whole batch for a top-k.
-    _, places = lax.top_k(lax.stop_gradient(scores), self.num_queries)
+    places = top_places(scores, self.num_queries)
     best = jnp.take_along_axis(usable_memory, places[..., None], axis=1)
     best = norm(dense(best))
     deltas = BoxHead(self.channels, self.dtype, name="encoder_boxes")(best)

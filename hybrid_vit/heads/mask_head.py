@@ -26,6 +26,9 @@ from hybrid_vit.ops.roi_align import roi_align
 
 # Boxes whose targets are cut from whole pictures at a time.
 _AT_ONCE = 16
+# Of `roi_align` of masks: one channel, and boxes that may be of any size against a mask's frame,
+# where reading cell by cell would take as many rounds.
+_FORM = "matrix"
 
 
 class MaskHead(nn.Module):
@@ -129,7 +132,7 @@ def _from_pictures(boxes, gt, masks, size, aligned) -> jax.Array:
       mask = masks[index].astype(jnp.float32)[None, :, :, None]
       return roi_align(
         mask, box[None, None], output_size=size, spatial_scale=1.0, sampling_ratio=0,
-        aligned=aligned,
+        aligned=aligned, form=_FORM,
       )[0, 0, ..., 0]  # fmt: skip
 
     return lax.map(one, (boxes, gt), batch_size=min(_AT_ONCE, boxes.shape[0]))
@@ -150,6 +153,6 @@ def _from_frames(boxes, gt, masks, gt_boxes, size) -> jax.Array:
   inside = (corners / sides[:, :, None] * cells + 1).reshape(batch * count, 1, 4)
   found = roi_align(
     chosen.reshape(batch * count, height + 2, width + 2, 1), inside, output_size=size,
-    spatial_scale=1.0, sampling_ratio=0, aligned=True,
+    spatial_scale=1.0, sampling_ratio=0, aligned=True, form=_FORM,
   )  # fmt: skip
   return found[:, 0, ..., 0].reshape(batch, count, size, size)

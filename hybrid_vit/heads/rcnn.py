@@ -28,6 +28,7 @@ from hybrid_vit.heads.rcnn_settings import (
   RCNNSettings,
   cascade_settings,
   level_anchors,
+  settings_of,
   usable_anchors,
 )
 from hybrid_vit.heads.registry import create_neck, neck_arguments
@@ -255,6 +256,7 @@ class RCNN(nn.Module):
       scores, offsets, boxes, proposals.valid, sizes, stds=s.stage_stds[-1],
       two_sided=s.two_sided_clamp, score_threshold=s.score_threshold, iou_threshold=s.nms,
       max_candidates=s.candidates, max_detections=s.detections, min_size=s.min_detection_size,
+      soft=s.soft_nms,
     )  # fmt: skip
     names = ("boxes", "scores", "labels", "valid", "truncated")
     answer = {name: getattr(found, name) for name in names}
@@ -429,11 +431,12 @@ def _mask_rcnn(
   backbone: nn.Module,
   num_classes: int,
   *,
+  implementation: str = "mmdetection",
   settings: Mapping[str, Any] | None = None,
   **arguments: Any,
 ) -> RCNN:
-  """`create_mask_rcnn` by plain values."""
-  made = RCNNSettings(**(settings or {}))
+  """`create_mask_rcnn` by plain values; whose numbers `settings` replace, `implementation` says."""
+  made = settings_of(implementation, 1, **(settings or {}))
   return create_mask_rcnn(backbone, num_classes, settings=made, **arguments)
 
 
@@ -442,9 +445,10 @@ def _cascade_mask_rcnn(
   backbone: nn.Module,
   num_classes: int,
   *,
+  implementation: str = "mmdetection",
   settings: Mapping[str, Any] | None = None,
   **arguments: Any,
 ) -> RCNN:
-  """`create_cascade_mask_rcnn` by plain values."""
-  made = cascade_settings(**(settings or {}))
+  """`create_cascade_mask_rcnn` by plain values, see `_mask_rcnn`."""
+  made = settings_of(implementation, 3, **(settings or {}))
   return create_cascade_mask_rcnn(backbone, num_classes, settings=made, **arguments)

@@ -23,8 +23,10 @@ from hybrid_vit.ops.anchors import (
   torchvision_anchors,
   valid_anchors,
 )
+from hybrid_vit.ops.nms import SoftNMS, soft_or_none
 
 BOX_LOSSES = ("l1", "giou")
+IMPLEMENTATIONS = ("mmdetection", "detectron2", "torchvision")
 CASCADE_SCORES = ("logits", "probabilities")
 _STAGE_STDS = (
   (0.1, 0.1, 0.2, 0.2),
@@ -85,6 +87,10 @@ class RCNNSettings:
     mask_weight: of the mask loss.
     score_threshold: of detections.
     nms: IoU of their suppression in each class.
+    nms_method: "hard" drops the overlapping; "linear" and "gaussian" lower their scores, one box
+      after the other (`ops.nms.soft_nms`).
+    nms_sigma: of "gaussian".
+    nms_min_score: of both, boxes are dropped once below.
     detections: D, so many of a picture.
     candidates: of `multiclass_nms`.
     min_detection_size: boxes with a side below are no detections; 0 for all.
@@ -134,6 +140,9 @@ class RCNNSettings:
   mask_weight: float = 1.0
   score_threshold: float = 0.05
   nms: float = 0.5
+  nms_method: str = "hard"
+  nms_sigma: float = 0.5
+  nms_min_score: float = 1e-3
   detections: int = 100
   candidates: int = 2000
   min_detection_size: float = 0.0
@@ -151,6 +160,7 @@ class RCNNSettings:
         raise ValueError(
           f"RCNNSettings: {name} is {getattr(self, name)!r}; one of {', '.join(known)} was expected"
         )
+    soft_or_none(self.nms_method, self.nms_sigma, self.nms_min_score)
     if self.rounded_anchors and self.anchor_sides is None:
       raise ValueError("RCNNSettings: rounded_anchors need anchor_sides, in pixels; there are none")
 
@@ -159,6 +169,11 @@ class RCNNSettings:
     """Anchors of a cell."""
     sides = self.anchor_scales if self.anchor_sides is None else self.anchor_sides[0]
     return len(sides) * len(self.anchor_ratios)
+
+  @property
+  def soft_nms(self) -> SoftNMS | None:
+    """How overlapping detections' scores are lowered; None where they are dropped."""
+    return soft_or_none(self.nms_method, self.nms_sigma, self.nms_min_score)
 
   @property
   def num_positives(self) -> int:
@@ -203,6 +218,29 @@ def torchvision_settings(**changes: Any) -> RCNNSettings:
     level_rule="torchvision", binary_masks=False, min_detection_size=1e-2,
   )  # fmt: skip
   return dataclasses.replace(made, **changes)
+
+
+def settings_of(implementation: str, stages: int, **changes: Any) -> RCNNSettings:
+  """An implementation's numbers; `changes` replace.
+
+  Args:
+    implementation: of `IMPLEMENTATIONS`.
+    stages: 1, or 3 of Cascade R-CNN, which torchvision does not have.
+    **changes: fields.
+
+  Raises:
+    ValueError: an unknown implementation, or stages that it does not have.
+  """
+  if implementation == "mmdetection":
+    return RCNNSettings(**changes) if stages == 1 else cascade_settings(**changes)
+  if implementation == "detectron2":
+    return detectron2_settings(stages, **changes)
+  if implementation == "torchvision" and stages == 1:
+    return torchvision_settings(**changes)
+  raise ValueError(
+    f"implementation {implementation!r} of {stages} stages; one of {', '.join(IMPLEMENTATIONS)} "
+    "was expected, torchvision with one stage alone"
+  )
 
 
 def level_anchors(

@@ -25,6 +25,7 @@ from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.assignment import max_iou_assign, random_sample
 from hybrid_vit.ops.boxes import decode_boxes, encode_boxes
 from hybrid_vit.ops.nms import nms, select_top
+from hybrid_vit.ops.top_places import top_places
 
 NORMALISERS = ("sampled", "fixed")
 # Offsets of padded boxes, whose sides are 0, must be finite.
@@ -120,7 +121,8 @@ def propose(
     boxes, scores, kept = [], [], []
     for logits, offsets, own in zip(objectness, deltas, anchors):
       logits = logits.reshape(-1)
-      best, places = lax.top_k(logits, min(most_before, logits.shape[0]))
+      places = top_places(logits, min(most_before, logits.shape[0]))
+      best = logits[places]
       offsets = offsets.reshape(-1, 4)[places]
       found = decode_boxes(jnp.asarray(own)[places], offsets, two_sided=two_sided, size=size)
       there = jnp.all(found[:, 2:] - found[:, :2] > min_size, axis=-1)

@@ -14,6 +14,7 @@ only a classifier reads. What the papers and the authors' code for dense tasks d
   shift (paper, section 4.2); smaller ones it reads globally.
 * ViT has no pyramid: four blocks' maps of one stride, at even distances in the last two thirds (3,
   5, 7, 11 of 12), as MAE's and BEiT's segmentation has it; positions for the picture's size.
+  `vitdet_arguments` is another form, for detection.
 * RevCol: the last column's maps, without heads and decoders, with plain gradients; the largest
   network's depthwise kernels are 7x7.
 * PVT has no class token. MCi has no last convolution before the pooling.
@@ -40,6 +41,7 @@ _LARGEST_GLOBAL = 641
 _MOAT_WINDOW = 14
 # The author's code for dense tasks takes no other; no parameter depends on it.
 _L2VIT_WINDOW = 7
+_VITDET_WINDOW, _VITDET_GLOBAL = 14, 4
 
 
 def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
@@ -86,6 +88,46 @@ def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
   if family == "PVT":
     return {"class_token": False}
   return {"head_expansion": None} if family == "MCi" else {}
+
+
+def vitdet_arguments(name: str, image_size: int) -> dict[str, Any]:
+  """Arguments of a plain transformer as the backbone of detection that ViTDet publishes.
+
+  Windows of 14x14, four blocks at even distances that attend globally, relative positions, the last
+  block's map alone, without a class token or last norm (arXiv:2203.16527, section 3). Absolute
+  positions keep the size of the pretraining and are resized within the network. The neck that
+  belongs to it is "simple_pyramid"; `heads.rcnn.VITDET` has it with the heads.
+
+  Args:
+    name: in the registry.
+    image_size: side of the square pictures in pixels that the network is trained on, published:
+      1024; it takes others too.
+
+  Raises:
+    ValueError: an unknown name, a network that is no ViT, a size below 1, or fewer blocks than
+      four.
+  """
+  if image_size < 1:
+    raise ValueError(f"vitdet_arguments: image_size is {image_size}; pixels are expected")
+  model: Any = create_model(name)
+  if type(model).__name__ != "VisionTransformer":
+    raise ValueError(f"vitdet_arguments: {name} is a {type(model).__name__}; a ViT is expected")
+  if model.depth < _VITDET_GLOBAL:
+    raise ValueError(
+      f"vitdet_arguments: {name} has {model.depth} blocks; {_VITDET_GLOBAL} attend globally"
+    )
+  return {
+    "class_token": False,
+    "distillation_token": False,
+    "pool": "mean",
+    "output_blocks": (model.depth - 1,),
+    "pad_maps": True,
+    "window_size": _VITDET_WINDOW,
+    "global_blocks": tuple(
+      model.depth * (i + 1) // _VITDET_GLOBAL - 1 for i in range(_VITDET_GLOBAL)
+    ),
+    "relative_size": -(-image_size // model.patch_size),
+  }
 
 
 def enlarged_windows(name: str, first: int | Sequence[int] = 9) -> tuple[int, ...]:

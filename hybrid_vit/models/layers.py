@@ -27,6 +27,7 @@ class BatchNorm(nn.Module):
       (torch's momentum is 1 minus this).
     num_groups: groups of the batch axis, in training only.
     unbiased_variance: the running variance takes n / (n - 1) of the batch's, as torch does.
+    scale_init: where the scale begins.
     dtype: of the result.
   """
 
@@ -34,6 +35,7 @@ class BatchNorm(nn.Module):
   momentum: float
   num_groups: int = 1
   unbiased_variance: bool = False
+  scale_init: Initializer = nn.initializers.ones
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -44,7 +46,7 @@ class BatchNorm(nn.Module):
       ValueError: where `num_groups` does not divide the batch.
     """
     channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)

@@ -39,6 +39,11 @@ def resize_square_grid(table: jax.Array, length: int) -> jax.Array:
   return resize_grid(table, (sides[0], sides[0]), (sides[1], sides[1]))
 
 
+def pair(size: tuple[int, int] | int) -> tuple[int, int]:
+  """(rows, columns) of a size that may be one number."""
+  return (size, size) if isinstance(size, int) else size
+
+
 def resize_sequence(table: jax.Array, length: int) -> jax.Array:
   """Resizes positions `[N, C]` to `[length, C]`, linear, half-pixel centres, no antialiasing."""
   if table.shape[0] == length:

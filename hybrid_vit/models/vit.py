@@ -4,7 +4,8 @@ Alexey Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv:201
 Touvron et al., "Training data-efficient image transformers", ICML 2021, arXiv:2012.12877. The CLIP
 forms follow open_clip (`ViT-B-16`) and apple/ml-mobileclip (`mobileclip/models/vit.py`).
 Differences: all linear layers begin normal with 0.02, as DeiT's (MobileCLIP's at torch's default,
-uniform of 0.021 at its width).
+uniform of 0.021 at its width). Windows and relative positions, for detection, are ViTDet's
+(`models.vitdet`).
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from hybrid_vit.models import layers, positions
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.models.vitdet import RELATIVE_TABLES, Reach, check_reach, relative_bias
 
 _INIT = nn.initializers.normal(0.02)
 _BATCH_NORM_EPSILON = 1e-5
@@ -60,6 +62,10 @@ class VisionTransformer(nn.Module):
       Where there are some and no classifier, there is no last norm: "pre_logits" is pooled from
       the last block. For dense tasks.
     pad_maps: pad images at the right and the bottom to whole patches, as dense tasks do.
+    window_size: side of the windows in which blocks attend, see `models.vitdet`; 0 for none.
+    global_blocks: numbers of the blocks that attend globally all the same.
+    relative_size: side of the maps that global blocks' tables of relative positions are made for;
+      the other blocks' are then made for their windows. 0 for none at all.
     pre_norm: a layer norm before the blocks, as in CLIP.
     activation: "gelu" (exact) or "quick_gelu" (OpenAI's CLIP weights).
     layer_norm_epsilon: of every layer norm.
@@ -87,6 +93,9 @@ class VisionTransformer(nn.Module):
   positions: str = "grid"
   output_blocks: tuple[int, ...] = ()
   pad_maps: bool = False
+  window_size: int = 0
+  global_blocks: tuple[int, ...] = ()
+  relative_size: int = 0
   pre_norm: bool = False
   activation: str = "gelu"
   layer_norm_epsilon: float = 1e-6
@@ -105,14 +114,15 @@ class VisionTransformer(nn.Module):
 
   def at_size(self, size: int, made_for: int) -> dict[str, Any]:
     """Arguments of the same network for square pictures of another size: its position table's."""
-    if _pair(self.position_size) != (made_for // self.patch_size,) * 2:
+    if positions.pair(self.position_size) != (made_for // self.patch_size,) * 2:
       return {}
     return {"position_size": size // self.patch_size}
 
   @property
   def takes_kept(self) -> bool:
     """Whether a call may say which patches the blocks see."""
-    return self.stem == "patch" and self.positions == "grid"
+    plain = not self.window_size and not self.relative_size
+    return plain and self.stem == "patch" and self.positions == "grid"
 
   @nn.compact
   def __call__(
@@ -157,6 +167,7 @@ class VisionTransformer(nn.Module):
         layer_norm_epsilon=self.layer_norm_epsilon,
         drop_path_rate=rates[i],
         causal=False,
+        reach=self._reach(i, (rows, columns)),
         dtype=self.dtype,
         name=f"stage1_block{i}",
       )(tokens, train)
@@ -184,6 +195,12 @@ class VisionTransformer(nn.Module):
         endpoints["distillation_logits"] = of_teacher
         logits = (logits + of_teacher) / 2
     return logits, endpoints
+
+  def _reach(self, block: int, grid: tuple[int, int]) -> Reach | None:
+    if not self.window_size and not self.relative_size:
+      return None
+    window = 0 if block in self.global_blocks else self.window_size
+    return Reach(grid, window, self.relative_size and (window or self.relative_size))
 
   def _head(self, x: jax.Array, name: str) -> jax.Array:
     # Float32 throughout: it is small, and logits are promised in float32.
@@ -216,7 +233,7 @@ class VisionTransformer(nn.Module):
   def _with_positions(self, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Patches `[B, N, C]` with positions, after the tokens that the network has besides."""
     batch, _, width = tokens.shape
-    made = _pair(self.position_size)
+    made = positions.pair(self.position_size)
     names = ["class_token"] * self.class_token + ["distillation_token"] * self.distillation_token
     on_tokens = len(names) if self.positions == "grid" else 0
     std = 0.02 if self.positions == "grid" and not self.pre_norm else width**-0.5
@@ -238,6 +255,7 @@ class VisionTransformer(nn.Module):
     return jnp.concatenate([*before, tokens], axis=1) if before else tokens
 
   def _check(self, size: tuple[int, ...]) -> None:
+    check_reach(self)
     known: dict[str, tuple[str, ...]] = {
       "stem": ("patch", "convolutions"),
       "pool": ("token", "mean"),
@@ -318,6 +336,7 @@ class EncoderBlock(nn.Module):
     layer_norm_epsilon: of both norms.
     drop_path_rate: of both branches.
     causal: a token attends to itself and those before it.
+    reach: what the cells of a map attend to; None for all tokens.
     dtype: of the computation.
   """
 
@@ -328,6 +347,7 @@ class EncoderBlock(nn.Module):
   drop_path_rate: float
   causal: bool
   dtype: Any
+  reach: Reach | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -341,24 +361,27 @@ class EncoderBlock(nn.Module):
     return x + layers.DropPath(self.drop_path_rate, name="mlp_drop_path")(y, train)
 
   def _attention(self, x: jax.Array) -> jax.Array:
-    batch, length, channels = x.shape
+    x = self.reach.split(x) if self.reach else x
+    *batch, length, channels = x.shape
     head_size = channels // self.num_heads
     qkv = self._dense(3 * channels, "qkv")(x)
-    qkv = qkv.reshape(batch, length, 3, self.num_heads, head_size)
+    qkv = qkv.reshape(*batch, length, 3, self.num_heads, head_size)
+    query, key, value = (qkv[..., i, :, :] for i in range(3))
     bias = None
     if self.causal:
       before = np.tril(np.ones((length, length), bool))
       bias = jnp.where(before, 0.0, -jnp.inf).astype(jnp.float32)
-    query, key, value = (qkv[:, :, i] for i in range(3))
+    if self.reach and self.reach.relative_size:
+      shape = (2 * self.reach.relative_size - 1, head_size)
+      zeros = nn.initializers.zeros
+      rows, columns = (self.param(name, zeros, shape, jnp.float32) for name in RELATIVE_TABLES)
+      bias = relative_bias(query, rows, columns, self.reach.size)
     y = layers.dot_product_attention(query, key, value, scale=head_size**-0.5, bias=bias)
-    return self._dense(channels, "proj")(y.reshape(x.shape))
+    y = self._dense(channels, "proj")(y.reshape(x.shape))
+    return self.reach.join(y) if self.reach else y
 
   def _dense(self, features: int, name: str) -> layers.PointwiseConv:
     return layers.PointwiseConv(features, kernel_init=_INIT, dtype=self.dtype, name=name)
-
-
-def _pair(size: tuple[int, int] | int) -> tuple[int, int]:
-  return (size, size) if isinstance(size, int) else size
 
 
 def _register_family() -> None:

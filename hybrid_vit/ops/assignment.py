@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_vit.ops.boxes import pairwise_iou
+from hybrid_vit.ops.top_places import top_places
 
 IGNORED, BACKGROUND = -1, 0
 LOW_QUALITY = ("none", "own", "best")
@@ -160,7 +161,7 @@ def atss_assign(
   places, start = [], 0
   for count in level_counts:
     own = apart[:, start : start + count]
-    places.append(start + lax.top_k(-own, min(candidates, count))[1])
+    places.append(start + top_places(-own, min(candidates, count)))
     start += count
   nearest = jnp.concatenate(places, axis=1)
   iou = pairwise_iou(gt_boxes, anchors)
@@ -211,7 +212,7 @@ def random_sample(
   lots = (jax.random.bits(key, (size,), jnp.uint32) >> 1).astype(jnp.int32)
 
   def draw(wanted, most):
-    _, places = lax.top_k(jnp.where(wanted, lots, -1), min(most, size))
+    places = top_places(jnp.where(wanted, lots, -1), min(most, size))
     places = jnp.pad(places, (0, max(most - size, 0)))
     return places, jnp.minimum(jnp.sum(wanted), most)
 

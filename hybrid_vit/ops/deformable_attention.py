@@ -6,9 +6,10 @@ in one sequence of tokens, map by map ("level-major"), each row by row.
 
 `by_gathers` reads the four neighbours of every place. `by_products` writes each query's samples as
 one dense row over the map's cells, an outer product of a row of the height and one of the width,
-and multiplies by the values: many more multiply-adds but no gather and no scatter, which is what
-TPUs want; queries are taken in chunks, so that these rows do not fill the memory. Both make their
-insides anew in the backward pass. Places, weights and sums are float32.
+and multiplies by the values: many more multiply-adds but no gather and no scatter; queries are
+taken in chunks, so that these rows do not fill the memory. By a TPU's compiler that takes ten times
+the gathers' cycles (docs/results/operations), so "gather" is the default everywhere. Both make
+their insides anew in the backward pass. Places, weights and sums are float32.
 """
 
 from __future__ import annotations

@@ -22,8 +22,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_vit.ops.boxes import pairwise_iou
+from hybrid_vit.ops.top_places import top_places
 
 SOFT_METHODS = ("linear", "gaussian")
+NMS_METHODS = ("hard", *SOFT_METHODS)
+
+
+class SoftNMS(NamedTuple):
+  """How `soft_nms` lowers scores, where it takes the place of `nms`; see there.
+
+  Attributes:
+    method: one of `SOFT_METHODS`.
+    sigma: of "gaussian".
+    min_score: boxes are dropped once below.
+  """
+
+  method: str
+  sigma: float = 0.5
+  min_score: float = 1e-3
 
 
 class Detections(NamedTuple):
@@ -36,7 +52,8 @@ class Detections(NamedTuple):
     indices: int32 `[D]`, the row of `boxes` that each came from.
     valid: bool `[D]`.
     truncated: bool `[]`, whether candidates beyond `max_candidates` were left out that might have
-      been among these: never where all D are valid.
+      been among these: never where all D are valid, and none of their scores was lowered below
+      that of the last candidate.
   """
 
   boxes: jax.Array
@@ -123,7 +140,7 @@ def select_top(scores: jax.Array, kept: jax.Array, count: int) -> tuple[jax.Arra
   """
   size = scores.shape[0]
   ranked = jnp.where(kept, scores, -jnp.inf)
-  _, indices = lax.top_k(ranked, min(count, size))
+  indices = top_places(ranked, min(count, size))
   indices = jnp.pad(indices, (0, max(count - size, 0)))
   return indices, jnp.arange(count) < jnp.sum(kept)
 
@@ -137,20 +154,23 @@ def multiclass_nms(
   max_candidates: int,
   max_detections: int,
   valid: jax.Array | None = None,
+  soft: SoftNMS | None = None,
 ) -> Detections:
   """A picture's detections: suppression in each class, then the best of all classes.
 
   Every class of every box above the score threshold is a candidate. The best `max_candidates` are
-  enough for the exact answer unless they hold fewer than `max_detections` that are kept.
+  enough for the exact answer unless they hold fewer than `max_detections` that are kept, or, with
+  `soft`, too few whose scores stay above that of the last candidate.
 
   Args:
     boxes: `[N, 4]`, or `[N, C, 4]` with a box for each class.
     scores: `[N, C]`.
     score_threshold: candidates are strictly above.
-    iou_threshold: of `nms`.
+    iou_threshold: of `nms`, or of `soft_nms`.
     max_candidates: K; time and memory go with its square.
     max_detections: D.
     valid: bool `[N]`, which boxes count; all by default.
+    soft: lowers scores instead of dropping boxes; None for `nms`.
 
   Returns:
     `Detections` of D.
@@ -164,17 +184,51 @@ def multiclass_nms(
   indices, labels = places // classes, places % classes
   found = boxes[indices] if boxes.ndim == 2 else boxes.reshape(-1, 4)[places]
   best = flat[places]
-  kept = nms(found, best, iou_threshold, there, labels)
-  chosen, filled = select_top(best, kept, max_detections)
+  lowered, kept = suppress(found, best, iou_threshold, there, labels, soft)
+  chosen, filled = select_top(lowered, kept, max_detections)
+  # What was left out has no more than the last candidate's score, and only what is below that,
+  # softly suppressed, might have had to stand behind it.
+  enough = filled[-1] & (lowered[chosen[-1]] >= best[-1])
   blank = lambda rows: jnp.where(filled.reshape(-1, *[1] * (rows.ndim - 1)), rows[chosen], 0)  # noqa: E731
   return Detections(
     blank(found),
-    blank(best),
+    blank(lowered),
     blank(labels),
     blank(indices),
     filled,
-    (jnp.sum(wanted) > max_candidates) & ~filled[-1],
+    (jnp.sum(wanted) > max_candidates) & ~enough,
   )
+
+
+def suppress(
+  boxes: jax.Array,
+  scores: jax.Array,
+  threshold: float,
+  valid: jax.Array | None = None,
+  labels: jax.Array | None = None,
+  soft: SoftNMS | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`nms`, or `soft_nms` where `soft` is given: scores `[N]`, bool `[N]` of what is kept."""
+  if soft is None:
+    return scores, nms(boxes, scores, threshold, valid, labels)
+  lowered = soft_nms(
+    boxes, scores, method=soft.method, iou_threshold=threshold, sigma=soft.sigma,
+    min_score=soft.min_score, valid=valid, labels=labels,
+  )  # fmt: skip
+  return lowered, lowered > 0
+
+
+def soft_or_none(method: str, sigma: float, min_score: float) -> SoftNMS | None:
+  """A detector's settings of suppression: None for "hard".
+
+  Raises:
+    ValueError: another method than `NMS_METHODS`, or a sigma that is not above 0.
+  """
+  if method not in NMS_METHODS:
+    raise ValueError(f"nms_method is {method!r}; one of {', '.join(NMS_METHODS)} was expected")
+  if sigma <= 0:
+    raise ValueError(f"nms_sigma is {sigma}; a number above 0 was expected")
+  return None if method == "hard" else SoftNMS(method, sigma, min_score)
 
 
 def soft_nms(
@@ -211,6 +265,9 @@ def soft_nms(
     raise ValueError(
       f"soft_nms: method is {method!r}; one of {', '.join(SOFT_METHODS)} was expected"
     )
+  # The loop indexes by its own numbers, which NumPy's arrays do not take.
+  boxes, scores = jnp.asarray(boxes), jnp.asarray(scores)
+  labels = labels if labels is None else jnp.asarray(labels)
   count = boxes.shape[0]
   start = scores if valid is None else jnp.where(valid, scores, -1)
 

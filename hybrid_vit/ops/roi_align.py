@@ -5,13 +5,12 @@ the centres of four cells. Its rules are torchvision's, mmcv's and detectron2's:
 or the map's length counts as 0 and stays in the mean, one nearer is moved onto the map. Weights of
 rows and of columns are independent, which gives two forms:
 
-- "gather" reads the four cells of every sample: least arithmetic, but its memory accesses, and its
-  gradient's, are scattered.
+- "gather" reads and adds one cell of every bin at a time: least arithmetic. Where sampling is
+  adaptive, boxes go in groups of as many cells.
 - "matrix" multiplies by a matrix of rows' weights and one of columns': no gather at all, in either
-  direction, which TPUs want; and the work does not grow with the number of samples, which differs
-  from box to box where it is adaptive.
+  direction; the work does not grow with the number of samples.
 
-Both compute in parts of the boxes, so that memory is bounded. Boxes get no gradient.
+Neither stores all that it read: the matrices go by parts of the boxes. Boxes get no gradient.
 
 Deviation: the adaptive number of samples ends at `max_samples`, which boxes of up to twice the
 map's longer side do not reach by default.
@@ -27,7 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.ops.separable_sums import Taps, separable_sums
+
 FORMS = ("gather", "matrix")
+# On CPUs a fifth to a twelfth of the matrices' time; by a TPU's compiler half of their cycles
+# (docs/results/operations).
+DEFAULT_FORM = "gather"
 LEVEL_RULES = ("mmdetection", "detectron2", "torchvision")
 # Numbers that a part of the boxes may take in between.
 _PART = 2**24
@@ -56,7 +60,7 @@ def roi_align(
       plus a half (mmdetection, detectron2); else sides are at least one cell (torchvision's own
       Mask R-CNN).
     max_samples: the largest adaptive s; None allows boxes of twice the map's longer side.
-    form: one of `FORMS`; None takes `default_form`.
+    form: one of `FORMS`; None takes `DEFAULT_FORM`.
 
   Returns:
     `[B, R, rows, columns, C]` of the features' dtype.
@@ -147,14 +151,6 @@ def roi_levels(
   return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
 
 
-def default_form(sampling_ratio: int) -> str:
-  """The form taken when none is named: the matrices on TPUs, and where sampling is adaptive.
-
-  On a CPU the gather takes a tenth of the matrices' time at four levels of 800 x 1344 and s = 2.
-  """
-  return "matrix" if not sampling_ratio or jax.default_backend() == "tpu" else "gather"
-
-
 def _align(
   features, boxes, level, output_size, scales, sampling_ratio, aligned, max_samples, form
 ) -> jax.Array:
@@ -165,7 +161,7 @@ def _align(
     raise ValueError(
       f"roi_align: boxes must be [B, R, 4], B of the maps, {shapes[0][0]}; got {boxes.shape}"
     )
-  form = default_form(sampling_ratio) if form is None else form
+  form = DEFAULT_FORM if form is None else form
   if form not in FORMS:
     raise ValueError(f"roi_align: unknown form {form!r}; known: {', '.join(FORMS)}")
   bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
@@ -179,7 +175,7 @@ def _align(
   if not boxes.shape[1]:
     return jnp.zeros((boxes.shape[0], 0, *bins, shapes[0][3]), features[0].dtype)
   if form == "gather":
-    return _gathered(features, boxes, level, bins, scales, samples, places)
+    return _gathered(features, boxes, level, bins, scales, samples, places, not sampling_ratio)
   return _multiplied(features, boxes, level, bins, scales, samples, places, not sampling_ratio)
 
 
@@ -226,39 +222,67 @@ def _by_parts(function, arrays, boxes: int, numbers: int) -> jax.Array:
   return y.reshape(y.shape[0], parts * size, *y.shape[3:])[:, :boxes]
 
 
-def _gathered(features, boxes, level, bins, scales, samples, places) -> jax.Array:
+def _gathered(features, boxes, level, bins, scales, samples, places, adaptive) -> jax.Array:
   batch, channels = features[0].shape[0], features[0].shape[3]
   flat = jnp.concatenate([f.reshape(batch, -1, channels) for f in features], axis=1)
   heights, widths = (jnp.array([f.shape[k] for f in features]) for k in (1, 2))
   offsets = jnp.cumsum(heights * widths) - heights * widths
-
-  def taps(axis, count, length):
-    """Cells `[B, r, count, 2 samples]` along an axis, and their weights."""
-    length = length[..., None].astype(jnp.float32)
-    cells, weights = [], []
-    for i in range(samples):
-      at, weight = _sample(axis, count, i, length)
-      lower = jnp.floor(at)
-      cells += [lower, jnp.minimum(lower + 1, length - 1)]
-      weights += [weight * (1 - (at - lower)), weight * (at - lower)]
-    return jnp.stack(cells, -1).astype(jnp.int32), jnp.stack(weights, -1)
-
-  def part(arrays):
-    boxes, level = arrays
-    scale = jnp.array(scales, jnp.float32)[level]
-    height, width, offset = heights[level], widths[level], offsets[level]
-    rows, row_weights = taps(places(boxes[..., 1], boxes[..., 3], scale, bins[0]), bins[0], height)
-    columns, column_weights = taps(
-      places(boxes[..., 0], boxes[..., 2], scale, bins[1]), bins[1], width
+  scale = jnp.array(scales, jnp.float32)[level]
+  height, width = heights[level], widths[level]
+  rows = places(boxes[..., 1], boxes[..., 3], scale, bins[0])
+  columns = places(boxes[..., 0], boxes[..., 2], scale, bins[1])
+  if adaptive:
+    longest = [max(f.shape[k] for f in features) for k in (1, 2)]
+    taps = (
+      _window(rows, bins[0], samples, height, longest[0]),
+      _window(columns, bins[1], samples, width, longest[1]),
     )
-    first = offset[..., None, None] + rows * width[..., None, None]
-    index = first[:, :, :, None, :, None] + columns[:, :, None, :, None, :]
-    cells = jax.vmap(lambda f, i: f[i])(flat, index).astype(jnp.float32)
-    weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None, :]
-    return jnp.sum(cells * weights[..., None], axis=(4, 5)).astype(flat.dtype)
+  else:
+    taps = _pairs(rows, bins[0], samples, height), _pairs(columns, bins[1], samples, width)
+  return separable_sums(flat, offsets[level], width, *taps).astype(flat.dtype)
 
-  numbers = batch * bins[0] * bins[1] * (2 * samples) ** 2 * channels
-  return _by_parts(part, (boxes, level), boxes.shape[1], numbers)
+
+def _pairs(axis, bins: int, samples: int, length) -> Taps:
+  """The two cells of each of a fixed number of samples."""
+  length = length[..., None]
+  cells, weights = [], []
+  for i in range(samples):
+    at, weight = _sample(axis, bins, i, length.astype(jnp.float32))
+    lower = jnp.floor(at)
+    for cell, part in ((lower, 1 - (at - lower)), (lower + 1, at - lower)):
+      cells.append(jnp.clip(cell.astype(jnp.int32), 0, length - 1))
+      weights.append(weight * part)
+  return Taps(jnp.stack(cells), jnp.stack(weights))
+
+
+def _window(axis, bins: int, samples: int, length, longest: int) -> Taps:
+  """All cells from the first sample's to the last one's: samples are close where many."""
+  length = length[..., None]
+  real = length.astype(jnp.float32)
+  count = axis[2]
+
+  def lower(i):
+    return jnp.floor(_sample(axis, bins, i, real)[0]).astype(jnp.int32)
+
+  first = lower(0.0)
+  last = lower(jnp.maximum(count - 1, 0)[..., None])
+  cells = first + jnp.arange(longest).reshape(-1, *[1] * first.ndim)
+
+  def add(i, weights):
+    at, weight = _sample(axis, bins, i, real)
+    return weights + weight * jnp.maximum(1 - jnp.abs(at - cells), 0)
+
+  weights = lax.fori_loop(
+    0, _most_samples(count, samples), add, jnp.zeros(cells.shape, jnp.float32)
+  )
+  number = jnp.clip(jnp.max(last - first, axis=-1) + 2, 0, longest)
+  number = jnp.where(count > 0, number, 0)
+  return Taps(jnp.clip(cells, 0, length - 1), weights, number)
+
+
+def _most_samples(count: jax.Array, samples: int) -> jax.Array:
+  """As many rounds as the largest box needs; boxes have no gradient, so a loop may end there."""
+  return jnp.minimum(jnp.max(count).astype(jnp.int32), samples)
 
 
 def _multiplied(features, boxes, level, bins, scales, samples, places, adaptive) -> jax.Array:
@@ -303,6 +327,4 @@ def _matrix(axis, bins: int, length: int, samples: int, adaptive: bool) -> jax.A
     for i in range(samples):
       start = add(i, start)
     return start
-  # Only as many rounds as the largest box needs; boxes have no gradient, so a loop may.
-  most = jnp.minimum(jnp.max(axis[2]).astype(jnp.int32), samples)
-  return lax.fori_loop(0, most, add, start)
+  return lax.fori_loop(0, _most_samples(axis[2], samples), add, start)

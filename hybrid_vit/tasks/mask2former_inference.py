@@ -12,7 +12,7 @@ class come first. Instances are sorted by their final scores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,7 +52,12 @@ class Segment:
 
 
 def restore_size(
-  maps: jax.Array, input_size: Sequence[int], picture_size: Sequence[int], size: Sequence[int]
+  maps: jax.Array,
+  input_size: Sequence[int],
+  picture_size: Sequence[int],
+  size: Sequence[int],
+  *,
+  align_corners: bool = False,
 ) -> jax.Array:
   """Takes maps of the padded input to the picture's own size, bilinear.
 
@@ -64,13 +69,14 @@ def restore_size(
     input_size: (height, width) of the input with its padding.
     picture_size: of the picture within it, at the upper left.
     size: of the picture before it was resized.
+    align_corners: of both resizings; Mask2Former has none.
 
   Returns:
     `[B, *size, C]`.
   """
-  maps = resize_bilinear(maps, input_size, align_corners=False)
+  maps = resize_bilinear(maps, input_size, align_corners=align_corners)
   maps = maps[:, : picture_size[0], : picture_size[1]]
-  return resize_bilinear(maps, size, align_corners=False)
+  return resize_bilinear(maps, size, align_corners=align_corners)
 
 
 def semantic_scores(class_logits: jax.Array, masks: jax.Array) -> jax.Array:
@@ -99,25 +105,48 @@ def instances(
 
   Args:
     class_logits: `[Q, K + 1]`.
-    masks: mask logits `[H, W, Q]`.
+    masks: mask logits `[H, W, Q]`, or what gives them one query at a time, as `masks[..., q]`.
     max_instances: pairs that are taken.
     things: classes that may be instances; others are dropped from the pairs that were taken. None
       for all.
   """
-  probabilities = _softmax(class_logits)[:, :-1]
+
+  def scored(query: int) -> tuple[np.ndarray, np.ndarray]:
+    logits = np.asarray(masks[..., query], np.float32)
+    return logits > 0, _sigmoid(logits)
+
+  return best_pairs(class_logits, scored, masks.shape[:2], max_instances, things)
+
+
+def best_pairs(
+  class_logits: np.ndarray,
+  scored: Callable[[int], tuple[np.ndarray, np.ndarray]],
+  size: Sequence[int],
+  max_instances: int,
+  things: Collection[int] | None,
+) -> Instances:
+  """`instances` for any rule of masks.
+
+  Args:
+    class_logits: `[Q, K + 1]`.
+    scored: from a query to its mask, bool `[H, W]`, and its score in each pixel, float32.
+    size: (H, W).
+    max_instances: see `instances`; so is `things`.
+    things: classes that may be instances.
+  """
+  probabilities = softmax(class_logits)[:, :-1]
   classes_count = probabilities.shape[1]
   order = np.argsort(-probabilities.reshape(-1), kind="stable")[:max_instances]
   queries, classes = order // classes_count, order % classes_count
   if things is not None:
     kept = np.isin(classes, list(things))
     queries, classes = queries[kept], classes[kept]
-  inside = np.zeros((len(queries), *masks.shape[:2]), bool)
+  inside = np.zeros((len(queries), *size), bool)
   means = np.zeros(len(queries), np.float32)
   # One at a time: hundreds of masks of a large picture do not fit in memory.
-  for i, query in enumerate(queries):
-    logits = np.asarray(masks[..., query], np.float32)
-    inside[i] = logits > 0
-    total = np.sum(_sigmoid(logits[inside[i]]), dtype=np.float32)
+  for i, query in enumerate(queries.tolist()):
+    inside[i], score = scored(query)
+    total = np.sum(score[inside[i]], dtype=np.float32)
     means[i] = total / (np.float32(inside[i].sum()) + np.float32(_AREA_EPSILON))
   scores = probabilities[queries, classes] * means
   order = np.argsort(-scores, kind="stable")
@@ -140,7 +169,7 @@ def panoptic_segments(
 
   Args:
     class_logits: `[Q, K + 1]`.
-    masks: mask logits `[H, W, Q]`.
+    masks: mask logits `[H, W, Q]`, or what gives them one query at a time, as `masks[..., q]`.
     things: classes that are countable; all others are stuff.
     object_threshold: a query's class probability has to be above it.
     overlap_threshold: least part of its mask that a query owns.
@@ -148,7 +177,7 @@ def panoptic_segments(
   Returns:
     (int32 `[H, W]` of ids, 0 for none; the segments by id).
   """
-  probabilities = _softmax(class_logits)
+  probabilities = softmax(class_logits)
   best, classes = probabilities.max(-1), probabilities.argmax(-1)
   kept = (classes != probabilities.shape[-1] - 1) & (best > object_threshold)
   found = np.zeros(masks.shape[:2], np.int32)
@@ -156,12 +185,10 @@ def panoptic_segments(
   if not kept.any():
     return found, segments
   best, classes = best[kept], classes[kept]
-  planes = np.moveaxis(np.asarray(masks)[..., kept], -1, 0)
-  mask_scores = _sigmoid(planes.astype(np.float32))
-  owners = np.argmax(best[:, None, None] * mask_scores, axis=0)
+  owners, inside = _owners(masks, np.flatnonzero(kept), best)
   stuff: dict[int, int] = {}
   for k, category in enumerate(classes.tolist()):
-    owned, whole = owners == k, mask_scores[k] >= 0.5
+    owned, whole = owners == k, inside[k]
     own = owned & whole
     # The part is of all that it owns, also outside its mask: so have the authors.
     if not own.any() or owned.sum() / whole.sum() < overlap_threshold:
@@ -178,7 +205,28 @@ def panoptic_segments(
   return found, segments
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def _owners(
+  masks: np.ndarray, queries: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Whose weighted probability is the highest in each pixel, and the mask of each of some queries.
+
+  One at a time, as `instances`. Returns int32 `[H, W]`, places in `queries`, the first of equal
+  ones; and bool `[H, W]` of each.
+  """
+  owners = np.zeros(masks.shape[:2], np.int32)
+  highest = np.full(masks.shape[:2], -1, np.float32)
+  inside = []
+  for k, query in enumerate(queries.tolist()):
+    scores = _sigmoid(np.asarray(masks[..., query], np.float32))
+    inside.append(scores >= 0.5)
+    weighted = weights[k] * scores
+    higher = weighted > highest
+    owners[higher], highest[higher] = k, weighted[higher]
+  return owners, inside
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+  """Over the last axis, float32."""
   x = np.asarray(logits, np.float32)
   x = np.exp(x - x.max(-1, keepdims=True))
   return x / x.sum(-1, keepdims=True)

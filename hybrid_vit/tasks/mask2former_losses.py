@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.ops.mask_forms import Masks, sample_any_masks
 from hybrid_vit.ops.matching import linear_assignment
 from hybrid_vit.ops.point_sampling import sample_masks, sample_points
+from hybrid_vit.ops.top_places import top_places
 
 
 class SegmentTargets(NamedTuple):
@@ -30,12 +32,12 @@ class SegmentTargets(NamedTuple):
   Attributes:
     labels: int32 `[B, G]`, classes from 0.
     masks: `[B, G, H, W]`, 0 or 1 of any type, over the whole input; any size, since points are
-      relative.
+      relative; or one of the smaller forms of `ops.mask_forms`.
     valid: bool `[B, G]`, which slots hold one.
   """
 
   labels: jax.Array
-  masks: jax.Array
+  masks: Masks
   valid: jax.Array
 
 
@@ -125,7 +127,7 @@ def mask2former_losses(
     ValueError: targets that do not belong together, or draws for another number of predictions.
   """
   predictions = [*answer.get("auxiliary", ()), answer]
-  _check(targets, predictions[-1]["class_logits"].shape[0])
+  check_targets(targets, predictions[-1]["class_logits"].shape[0])
   source: Any = points
   if isinstance(points, PointDraws):
     if len(points.matching) != len(predictions):
@@ -194,7 +196,7 @@ def matching_costs(
   labels = jnp.clip(targets.labels, 0, classes.shape[-1] - 1)
   of_class = -jnp.take_along_axis(classes.transpose(0, 2, 1), labels[:, :, None], axis=1)
   logits = sample_points(masks.transpose(0, 2, 3, 1), points)  # [B, N, Q]
-  truth = sample_masks(targets.masks, points[:, None])  # [B, G, N]
+  truth = sample_any_masks(targets.masks, points[:, None])  # [B, G, N]
   product = functools.partial(jnp.einsum, "bgn,bnq->bgq", precision=lax.Precision.HIGHEST)
   # -t log s(x) - (1 - t) log(1 - s(x)) = log(1 + exp(x)) - t x
   of_mask = jax.nn.softplus(logits).sum(1)[:, None] - product(truth, logits)
@@ -257,8 +259,8 @@ def semantic_targets(
   every = jnp.arange(num_classes)[None, :, None]
   # Comparisons, which fuse with their sum: counting by a scatter is slow on a TPU.
   counts = (labels.reshape(labels.shape[0], 1, -1) == every).sum(-1)
-  count, classes = lax.top_k(counts, slots)
-  valid = count > 0
+  classes = top_places(counts, slots)
+  valid = jnp.take_along_axis(counts, classes, axis=1) > 0
   masks = (labels[:, None] == classes[:, :, None, None]) & valid[:, :, None, None]
   return SegmentTargets(classes.astype(jnp.int32), masks.astype(jnp.uint8), valid)
 
@@ -266,21 +268,13 @@ def semantic_targets(
 def least_places(x: jax.Array, count: int) -> jax.Array:
   """Where the `count` least numbers of each row are: float `[..., N]` → int32 `[..., count]`.
 
-  Of equal ones the first come first. A sort stays within each device's part of a batch; XLA gathers
-  the whole batch for a top-k, whose speed only CPUs need.
+  Of equal ones the first come first.
   """
-
-  def by_sort(x: jax.Array) -> jax.Array:
-    places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    return lax.sort((x, places), num_keys=1, is_stable=True)[1][..., :count]
-
-  def by_top_k(x: jax.Array) -> jax.Array:
-    return lax.top_k(-x, count)[1]
-
-  return lax.platform_dependent(x, cpu=by_top_k, default=by_sort)
+  return top_places(-x, count)
 
 
-def _check(targets: SegmentTargets, batch: int) -> None:
+def check_targets(targets: SegmentTargets, batch: int) -> None:
+  """Raises ValueError for targets that do not belong together, or to another number of pictures."""
   shape = tuple(targets.labels.shape)
   if shape != tuple(targets.valid.shape) or shape != tuple(targets.masks.shape[:2]):
     raise ValueError(
@@ -308,7 +302,7 @@ def _point_losses(
   masks = jnp.take_along_axis(mask_logits, jnp.maximum(query, 0)[:, :, None, None], axis=1)
   places = _uncertain_points(lax.stop_gradient(masks), draws, settings)
   logits = sample_masks(masks, places)
-  truth = sample_masks(targets.masks, places)
+  truth = sample_any_masks(targets.masks, places)
   entropy = jnp.mean(jax.nn.softplus(logits) - truth * logits, axis=-1)
   probability = jax.nn.sigmoid(logits)
   shared = 2.0 * jnp.sum(probability * truth, axis=-1)

@@ -23,6 +23,7 @@ _MODULES = (
   "hybrid_vit.tasks.detection",
   "hybrid_vit.tasks.distillation",
   "hybrid_vit.tasks.intermediate_supervision",
+  "hybrid_vit.tasks.mask_classification",
   "hybrid_vit.tasks.masked_autoencoding",
   "hybrid_vit.tasks.segmentation",
 )

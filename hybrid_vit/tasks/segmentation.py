@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def build_segmentation(settings: SegmentationSettings, context: Context) -> Segm
     inference=settings.inference,
     num_classes=classes,
     map_class_names=names,
-    palette=_as_colors(palette, classes),
+    palette=as_colors(palette, classes),
     average=settings.average,
     class_weights=settings.class_weights,
     ohem=settings.ohem,
@@ -131,30 +131,16 @@ class Segmentation(DenseTask):
   @property
   def spec(self) -> Spec:
     """A picture and its map; in evaluation each of its own size."""
-    limits: dict[str, Any] = {"minimum": 0, "maximum": self.num_classes - 1, "besides": IGNORE}
-    return Spec(
-      {
-        "image": Field("image", shape=(None, None, 3)),
-        "map": Field("map", "int32", (None, None), pad=IGNORE, **limits),
-      },
-      {
-        "image": Field("image", shape=(None, None, 3), on_host=True),
-        "map": Field("map", "int32", (None, None), on_host=True),
-      },
-    )
+    return map_fields(self.num_classes)
 
   @property
   def measures(self) -> dict[str, str]:
     """See `Task`."""
-    return dict.fromkeys(("mean_iou", "mean_accuracy", "pixel_accuracy"), "max")
+    return map_measures()
 
   def stored_info(self) -> dict[str, Any]:
     """See `Task`."""
-    return {
-      "num_classes": self.num_classes,
-      "map_class_names": list(self.map_class_names),
-      "palette": [list(color) for color in self.palette],
-    }
+    return map_info(self)
 
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     """Normalises the pictures."""
@@ -217,10 +203,52 @@ class Segmentation(DenseTask):
     return [SegmentationEvaluator(self, item, inference) for item in data]
 
 
+def map_fields(num_classes: int) -> Spec:
+  """A picture and its map of classes; in evaluation each of its own size."""
+  limits: dict[str, Any] = {"minimum": 0, "maximum": num_classes - 1, "besides": IGNORE}
+  return Spec(
+    {
+      "image": Field("image", shape=(None, None, 3)),
+      "map": Field("map", "int32", (None, None), pad=IGNORE, **limits),
+    },
+    {
+      "image": Field("image", shape=(None, None, 3), on_host=True),
+      "map": Field("map", "int32", (None, None), on_host=True),
+    },
+  )
+
+
+def map_measures() -> dict[str, str]:
+  """What `SegmentationEvaluator` measures."""
+  return dict.fromkeys(("mean_iou", "mean_accuracy", "pixel_accuracy"), "max")
+
+
+class ClassesOfMaps(Protocol):
+  """What is known of the classes of maps, of a task or beside one."""
+
+  @property
+  def num_classes(self) -> int: ...
+
+  @property
+  def map_class_names(self) -> tuple[str, ...]: ...
+
+  @property
+  def palette(self) -> tuple[tuple[int, int, int], ...]: ...
+
+
+def map_info(task: ClassesOfMaps) -> dict[str, Any]:
+  """What goes with the weights, as `Task.stored_info`."""
+  return {
+    "num_classes": task.num_classes,
+    "map_class_names": list(task.map_class_names),
+    "palette": [list(color) for color in task.palette],
+  }
+
+
 class SegmentationEvaluator:
   """Mean IoU and accuracies over a set, from one confusion matrix."""
 
-  def __init__(self, task: Segmentation, data: EvaluationData, inference: MapInference):
+  def __init__(self, task: ClassesOfMaps, data: EvaluationData, inference: MapInference):
     self.name = data.name
     self._task, self._data, self._inference = task, data, inference
     names = data.info.get("map_class_names")
@@ -283,6 +311,7 @@ class SegmentationEvaluator:
     return True
 
 
-def _as_colors(palette: Any, classes: int) -> tuple[tuple[int, int, int], ...]:
+def as_colors(palette: Any, classes: int) -> tuple[tuple[int, int, int], ...]:
+  """The palette that the data has, else one of our own, as plain numbers."""
   colors = spread_palette(classes) if palette is None else np.asarray(palette)
   return tuple((int(r), int(g), int(b)) for r, g, b in colors)

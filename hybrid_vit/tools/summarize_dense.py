@@ -1,9 +1,10 @@
 """Parameters and multiply-adds of backbones with their decoders, beside the published figures.
 
 python -m hybrid_vit.tools.summarize_dense 'focalnet*'
+python -m hybrid_vit.tools.summarize_dense --task=detection '*swin_tiny*'
 
 With `--docs=docs` every system is counted, and `dense_models.md` and `dense_models.csv` are written
-there.
+there; with `--task=detection`, `detection_models.md` and `detection_models.csv`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hybrid_vit import detection_counts
 from hybrid_vit.dense_systems import DenseSystem, dense_systems
+from hybrid_vit.detection_systems import detection_systems
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
 
 
@@ -82,11 +86,11 @@ def summarize_dense(system: DenseSystem) -> DenseSummary:
   )
 
 
-def as_csv(rows: Sequence[DenseSummary]) -> str:
-  """Plain numbers."""
+def as_csv(rows: Sequence[Any]) -> str:
+  """Plain numbers: a column for each field of the dataclass that the rows are."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
-  writer.writerow([field.name for field in dataclasses.fields(DenseSummary)])
+  writer.writerow([field.name for field in dataclasses.fields(rows[0])])
   for row in rows:
     writer.writerow(["" if value is None else value for value in dataclasses.astuple(row)])
   return out.getvalue()
@@ -141,27 +145,37 @@ Written by `python -m hybrid_vit.tools.summarize_dense --docs=docs`.
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; 1 where no system is named so."""
   parser = argparse.ArgumentParser(prog="summarize_dense", description=__doc__.splitlines()[0])
-  parser.add_argument("patterns", nargs="*", default=["*"], help="names or patterns of backbones")
-  parser.add_argument("--docs", type=Path, help="directory to write dense_models.md and .csv into")
+  parser.add_argument("patterns", nargs="*", default=["*"], help="names or patterns of systems")
+  parser.add_argument("--task", choices=("segmentation", "detection"), default="segmentation")
+  parser.add_argument("--docs", type=Path, help="directory to write the page and its numbers into")
   args = parser.parse_args(argv)
   patterns = ["*"] if args.docs is not None else args.patterns
-  chosen = [
-    system
-    for system in dense_systems()
-    if any(fnmatch.fnmatchcase(system.backbone, pattern) for pattern in patterns)
-  ]
+  detection = args.task == "detection"
+  systems: list[Any] = detection_systems() if detection else dense_systems()
+
+  def name(system: Any) -> str:
+    return system.recipe if detection else system.backbone
+
+  chosen = [s for s in systems if any(fnmatch.fnmatchcase(name(s), p) for p in patterns)]
   if not chosen:
-    known = ", ".join(dict.fromkeys(system.backbone for system in dense_systems()))
-    print(f"error: no system has a backbone {' or '.join(patterns)}: {known}", file=sys.stderr)
+    known = ", ".join(dict.fromkeys(map(name, systems)))
+    what = "recipe" if detection else "backbone"
+    print(f"error: no system has a {what} {' or '.join(patterns)}: {known}", file=sys.stderr)
     return 1
-  rows = [summarize_dense(system) for system in chosen]
+  if detection:
+    found: list[Any] = [detection_counts.summarize_detection(system) for system in chosen]
+    table, head, file = (
+      detection_counts.as_markdown(found), detection_counts.PAGE_HEAD, "detection_models"
+    )  # fmt: skip
+  else:
+    found = [summarize_dense(system) for system in chosen]
+    table, head, file = as_markdown(found), _PAGE_HEAD, "dense_models"
   if args.docs is None:
-    print(as_markdown(rows))
+    print(table)
     return 0
   args.docs.mkdir(parents=True, exist_ok=True)
-  (args.docs / "dense_models.csv").write_text(as_csv(rows), encoding="utf-8")
-  page = f"{_PAGE_HEAD}\n{as_markdown(rows)}\n"
-  (args.docs / "dense_models.md").write_text(page, encoding="utf-8")
+  (args.docs / f"{file}.csv").write_text(as_csv(found), encoding="utf-8")
+  (args.docs / f"{file}.md").write_text(f"{head}\n{table}\n", encoding="utf-8")
   return 0
 
 

@@ -3,7 +3,9 @@
 The forms are those of `models.dense`. Kernels grow by zeros around the trained ones, so that the
 network answers as before until it is trained further: FocalNet's (see `focal_levels`), and RevCol's
 largest, whose depthwise kernels of 3x3 become 7x7 (megvii-research/RevCol, README of its
-segmentation). Norms of the outputs, which classification has not, begin anew.
+segmentation). Norms of the outputs, which classification has not, begin anew. For ViTDet's windows
+(`models.vitdet`) the positions of tokens that are no patches are left, and tables of relative
+positions begin at zero.
 """
 
 import re
@@ -12,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from hybrid_vit.models.vitdet import RELATIVE_TABLES
 from hybrid_vit.weights.focal_levels import fit_focal_levels, resize_kernel
 
 _OUTPUT_NORM = re.compile(r"params/stage\d+_norm/")
@@ -21,6 +24,9 @@ _HAS_OUTPUT_NORMS = re.compile(
   r"params/stage\d+_block\d+/"
   r"(depthwise_conv/|attention0/|modulation/projection_in/|position_conv/|attention/position_bias)"
 )
+_RELATIVE_TABLE = re.compile(rf"params/stage\d+_block\d+/(?:{'|'.join(RELATIVE_TABLES)})")
+_POSITIONS = "params/position_embedding"
+_TOKENS = ("params/class_token", "params/distillation_token")
 _COLUMN_KERNEL = re.compile(r"params/column\d+/level\d+/block\d+/depthwise_conv/kernel")
 
 
@@ -39,14 +45,21 @@ def fit_dense_form(
   """
   fitted, changes, new = fit_focal_levels(source, target)
   has_norms = any(_HAS_OUTPUT_NORMS.match(path) for path in source)
+  has_relative = any(_RELATIVE_TABLE.fullmatch(path) for path in source)
+  tokens = sum(path in source and path not in target for path in _TOKENS)
   for path, wanted in target.items():
     old = source.get(path)
     if old is None:
       if has_norms and _OUTPUT_NORM.match(path):
         new[path] = "a norm of the outputs"
+      elif not has_relative and _RELATIVE_TABLE.fullmatch(path):
+        new[path] = "relative positions, which begin at zero"
     elif _COLUMN_KERNEL.match(path) and _fits_inside(old.shape, wanted.shape):
       fitted[path] = resize_kernel(jnp.asarray(old), wanted.shape[:2])
       changes[path] = f"zeros around {old.shape[0]}x{old.shape[1]}"
+    elif path == _POSITIONS and tokens:
+      fitted[path] = old[tokens:]
+      changes[path] = f"without the positions of {tokens} tokens"
   return fitted, changes, new
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from hybrid_vit.weights import torch_keys
 from hybrid_vit.weights.convert import KeyMap, Layout, OfficialKey
 from hybrid_vit.weights.keymap_heads import HEAD_RULES, TORCHVISION_FPN, fpn_rules
+from hybrid_vit.weights.keymap_sparse_rcnn import sparse_rules
 
 _Rule = torch_keys.Rule
 _Factory = Callable[[str, str], OfficialKey]
@@ -165,7 +166,7 @@ def detector_key_map(model: Any, layout: str, backbone: KeyMap | None = None) ->
   """The key map of a whole detector, from "params/rpn/conv0/kernel" on.
 
   Args:
-    model: `RCNN`, `RetinaNet` or `ATSS`.
+    model: `RCNN`, `RetinaNet`, `ATSS` or `SparseRCNN`.
     layout: one of `LAYOUTS`.
     backbone: of the backbone alone, whose names stand behind "backbone.", in torchvision's files
       behind "backbone.body.", in detectron2's behind "backbone.bottom_up.", or "backbone.net." of a
@@ -193,7 +194,8 @@ def detector_key_map(model: Any, layout: str, backbone: KeyMap | None = None) ->
   elif layout != "mmdetection":
     raise ValueError(f"{type(model).__name__} has no layout {layout!r}; it has: mmdetection")
   else:
-    rules["head"] = _dense_head(model.head)
+    sparse = type(model.head).__name__ == "SparseHead"
+    rules["head"] = sparse_rules(model.head) if sparse else _dense_head(model.head)
   prefix = backbone_prefix(model, layout)
 
   def key_map(path: str) -> OfficialKey:

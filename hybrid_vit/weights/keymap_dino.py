@@ -72,7 +72,7 @@ def dino_layouts(model: Any, backbone_layouts: Mapping[str, Layout]) -> dict[str
   found = {}
   for layout in LAYOUTS:
     prefix = backbone_prefix(model, layout)
-    within = inner.not_weights.replace("^", "^" + prefix.replace(".", "[.]"))
+    within = torch_keys.pattern_below(inner.not_weights, prefix)
     found[layout] = Layout(
       key_map=functools.partial(_whole_of, inner, layout),
       not_weights=rf"(?:{within})|{torch_keys.BATCH_NORM_COUNTER}",
@@ -95,7 +95,7 @@ def _is_resnet(model: Any) -> bool:
 
 def _renamed(rename: Callable[[str], str], prefix: str, name: str) -> str:
   name = name.removeprefix("module.")  # of training on several devices
-  return prefix + rename(name.removeprefix(prefix)) if name.startswith(prefix) else name
+  return torch_keys.renamed_below(prefix, rename, name)
 
 
 def _constants(backbone: Layout, prefix: str, model: Any) -> dict[str, np.ndarray]:
@@ -105,19 +105,11 @@ def _constants(backbone: Layout, prefix: str, model: Any) -> dict[str, np.ndarra
 def _whole_of(backbone: Layout, layout: str, model: Any) -> KeyMap:
   head, inner = head_key_map(model.head, layout), backbone.key_map(model.backbone)
   prefix = backbone_prefix(model, layout)
-
-  def key_map(path: str) -> OfficialKey:
-    collection, part, rest = path.split("/", 2)
-    if part == "head":
-      return head(f"{collection}/{rest}")
-    if part != "backbone":
-      raise torch_keys.no_such_variable("DINO", path)
-    key = inner(f"{collection}/{rest}")
-    if layout == "detrex" and _is_resnet(model):
-      key = key.renamed(_of_detectron2)
-    return key.below(prefix)
-
-  return key_map
+  if layout == "detrex" and _is_resnet(model):
+    return torch_keys.with_backbone(
+      head, lambda path: inner(path).renamed(_of_detectron2), prefix, "DINO"
+    )
+  return torch_keys.with_backbone(head, inner, prefix, "DINO")
 
 
 def _of_detectron2(name: str) -> str:

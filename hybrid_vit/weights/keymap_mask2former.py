@@ -181,22 +181,13 @@ def mask2former_layouts(backbone: Any, backbone_layouts: Mapping[str, Layout]) -
 
 def _whole_of(head: KeyMap, backbone: KeyMap, prefix: str, model: Any) -> KeyMap:
   del model  # the parts are taken from it already
-
-  def key_map(path: str) -> OfficialKey:
-    collection, part, rest = path.split("/", 2)
-    if part == "head":
-      return head(f"{collection}/{rest}")
-    if part != "backbone":
-      raise torch_keys.no_such_variable("Mask2Former", path)
-    return backbone(f"{collection}/{rest}").below(prefix)
-
-  return key_map
+  return torch_keys.with_backbone(head, backbone, prefix, "Mask2Former")
 
 
 def _official_spelling(prefix: str, inner: Callable[[str], str], name: str) -> str:
   # Files of before the paper's final version.
   name = name.replace("sem_seg_head.predictor.static_query.", "sem_seg_head.predictor.query_feat.")
-  return prefix + inner(name.removeprefix(prefix)) if name.startswith(prefix) else name
+  return torch_keys.renamed_below(prefix, inner, name)
 
 
 def _transformers_spelling(prefix: str, inner: Callable[[str], str], name: str) -> str:

@@ -4,6 +4,9 @@
 with a norm before its blocks, and apple/ml-mobileclip for the one with the convolutional stem. timm
 puts a bias of zeros beside CLIP's projection: give `head_bias=True` to import it; without one, the
 zeros are written on export.
+
+detectron2's ViTDet keeps a row of positions for a class token that it has not: ours has none, and a
+row of zeros is written.
 """
 
 import dataclasses
@@ -11,7 +14,9 @@ import re
 
 import numpy as np
 
+from hybrid_vit.models import positions
 from hybrid_vit.models.vit import VisionTransformer
+from hybrid_vit.models.vitdet import RELATIVE_TABLES
 from hybrid_vit.weights import torch_keys
 from hybrid_vit.weights.convert import KeyMap, Layout, OfficialKey
 
@@ -27,6 +32,7 @@ class BlockNames:
     mlp_norm: the norm before the MLP.
     fc1: its first layer.
     fc2: its second layer.
+    relative: tables of relative positions, of rows and columns, where the library has them.
   """
 
   attention_norm: str
@@ -35,6 +41,7 @@ class BlockNames:
   mlp_norm: str
   fc1: str
   fc2: str
+  relative: tuple[str, str] = ("", "")
 
   def key(self, prefix: str, module: str, leaf: str) -> OfficialKey:
     """The tensor of one of our variables below the block `prefix`."""
@@ -69,7 +76,15 @@ TRANSFORMERS_CLIP_BLOCK = BlockNames(
   "mlp.fc1",
   "mlp.fc2",
 )
-_TIMM_BLOCK = BlockNames("norm1", ("attn.qkv",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+_TIMM_BLOCK = BlockNames(
+  "norm1",
+  ("attn.qkv",),
+  "attn.proj",
+  "norm2",
+  "mlp.fc1",
+  "mlp.fc2",
+  ("attn.rel_pos_h", "attn.rel_pos_w"),
+)
 _TRANSFORMERS_BLOCK = BlockNames(
   "layernorm_before",
   ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
@@ -178,7 +193,10 @@ def _key_map(model: VisionTransformer, names: _Names) -> KeyMap:
     parts = path.split("/")[1:]
     scope, modules, leaf = parts[0], parts[1:-1], parts[-1]
     block = torch_keys.block_of(scope)
-    if block:
+    if block and leaf in RELATIVE_TABLES and names.blocks.relative[0]:
+      table = names.blocks.relative[RELATIVE_TABLES.index(leaf)]
+      return torch_keys.same(f"{names.block.format(block[1])}.{table}")
+    if block and modules:
       return names.blocks.key(names.block.format(block[1]), modules[0], leaf)
     if path == "params/distillation_token" and names.distillation:
       return with_leading_ones(names.distillation[0], names.leading[0], 0)
@@ -186,6 +204,8 @@ def _key_map(model: VisionTransformer, names: _Names) -> KeyMap:
       return torch_keys.dense(names.distillation[1], leaf)
     if path == "params/class_token":
       return with_leading_ones(names.class_token, names.leading[0], 0)
+    if path == "params/position_embedding" and (model.window_size or model.relative_size):
+      return _after_class_token(names.positions, names.leading[1], model)
     if path in ("params/position_embedding", "params/position_sequence"):
       return with_leading_ones(names.positions, names.leading[1], 1)
     if scope == "stem" and modules:
@@ -212,6 +232,21 @@ def with_leading_ones(name: str, leading: int, kept: int) -> OfficialKey:
     return x.reshape(x.shape[x.ndim - kept - 1 :])
 
   return OfficialKey(name, to_ours, lambda x: x.reshape((1,) * leading + x.shape))
+
+
+def _after_class_token(name: str, leading: int, model: VisionTransformer) -> OfficialKey:
+  """Positions that have a row before those of the patches there, where there is no such token."""
+  key = with_leading_ones(name, leading, 1)
+  rows, columns = positions.pair(model.position_size)
+
+  def to_ours(x: np.ndarray) -> np.ndarray:
+    table = key.to_ours(x)
+    return table[1:] if len(table) == rows * columns + 1 else table
+
+  def to_theirs(x: np.ndarray) -> np.ndarray:
+    return key.to_theirs(np.concatenate([np.zeros_like(x[:1]), x]))
+
+  return OfficialKey(name, to_ours, to_theirs)
 
 
 def _official(model: VisionTransformer) -> KeyMap:

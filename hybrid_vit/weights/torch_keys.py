@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hybrid_vit.weights.convert import OfficialKey
+from hybrid_vit.weights.convert import KeyMap, OfficialKey
 
 # (pattern of a path without its leaf, replacement: the tensor's name, layout of the tensor).
 Rule = tuple[str, str, Callable[[str, str], OfficialKey]]
@@ -99,6 +99,37 @@ def by_rules(rules: Sequence[Rule], path: str, what: str) -> OfficialKey:
     if match:
       return factory(match.expand(replacement), leaf)
   raise no_such_variable(what, path)
+
+
+def with_backbone(head: KeyMap, backbone: KeyMap, prefix: str, what: str) -> KeyMap:
+  """The key map of a whole network, {"params": {"backbone": …, "head": …}, …}.
+
+  Args:
+    head: from "params/…" of the head on, with the checkpoint's names.
+    backbone: of the backbone alone, whose names stand behind `prefix`.
+    prefix: "backbone." or the like.
+    what: the network, named in the error of a path that it does not have.
+  """
+
+  def key_map(path: str) -> OfficialKey:
+    collection, part, rest = path.split("/", 2)
+    if part == "head":
+      return head(f"{collection}/{rest}")
+    if part != "backbone":
+      raise no_such_variable(what, path)
+    return backbone(f"{collection}/{rest}").below(prefix)
+
+  return key_map
+
+
+def renamed_below(prefix: str, rename: Callable[[str], str], name: str) -> str:
+  """A name behind `prefix` in another spelling; others as they are."""
+  return prefix + rename(name.removeprefix(prefix)) if name.startswith(prefix) else name
+
+
+def pattern_below(pattern: str, prefix: str) -> str:
+  """A pattern of names → of the same names behind a prefix."""
+  return rf"(?:{pattern.replace('^', '^' + re.escape(prefix))})"
 
 
 def block_of(scope: str) -> tuple[int, int] | None:

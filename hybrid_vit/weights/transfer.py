@@ -15,17 +15,23 @@ import numpy as np
 from hybrid_vit.models.layers import resize_relative_table
 from hybrid_vit.models.positions import resize_sequence, resize_square_grid
 from hybrid_vit.models.swin import resize_bicubic_table
+from hybrid_vit.models.vitdet import RELATIVE_TABLES
 from hybrid_vit.weights.dense_forms import fit_dense_form
 
-# By a leaf's name, how its tables `[heads, H, W]` of relative positions are resized.
-_RESIZED = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
-_POSITION_GRID = "position_embedding"
-_POSITION_SEQUENCE = "position_sequence"
+# By a leaf's name, how its table of positions is resized: those `[heads, H, W]` of relative ones to
+# (H, W), those `[N, C]` of grids and sequences to N.
+_OF_PAIRS = {"position_table": resize_relative_table, "position_bias": resize_bicubic_table}
+_OF_CELLS = {
+  "position_embedding": resize_square_grid,
+  "position_sequence": resize_sequence,
+  **dict.fromkeys(RELATIVE_TABLES, resize_sequence),
+}
 # The classifier, and the ones that supervise a network from within or learn from a teacher.
 _HEAD = r"[^/]+/(?:auxiliary_|distillation_)?head\d*/"
 # Of a backbone with a decoder or detector only the last layers go by the classes.
 _CLASSIFIER = (
-  r"[^/]+/(?:(?:auxiliary_)?head/(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding\b|"
+  r"[^/]+/(?:(?:auxiliary_)?head/(?:(?:stage\d+|(?:decoder/(?:layer\d+/)?)?predictor|"
+  r"semantic_decoder)/)?(?:auxiliary_|encoder_)?classifier\d*/|head/label_embedding\b|"
   r"box_head\d+/(?:classifier|deltas)/|mask_head\d+/classifier/)"
 )
 # Boxes of each class, or of all of them alike, whose width alone tells.
@@ -146,16 +152,7 @@ def transfer(
     if tuple(old.shape) == tuple(new.shape):
       result[name] = np.asarray(old, new.dtype)
       loaded.append(f"{name} ({fitted[name]})" if name in fitted else name)
-    elif parts[-1] in _RESIZED and old.shape[0] == new.shape[0]:
-      resized = _RESIZED[parts[-1]](jax.numpy.asarray(old), tuple(new.shape[1:]))
-      result[name] = np.asarray(resized, new.dtype)
-      loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
-    elif parts[-1] == _POSITION_GRID and old.shape[1:] == new.shape[1:]:
-      resized = resize_square_grid(jax.numpy.asarray(old), new.shape[0])
-      result[name] = np.asarray(resized, new.dtype)
-      loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
-    elif parts[-1] == _POSITION_SEQUENCE and old.shape[1:] == new.shape[1:]:
-      resized = resize_sequence(jax.numpy.asarray(old), new.shape[0])
+    elif (resized := _resized(parts[-1], old, tuple(new.shape))) is not None:
       result[name] = np.asarray(resized, new.dtype)
       loaded.append(f"{name} (resized from {tuple(old.shape)} to {tuple(new.shape)})")
     else:
@@ -215,6 +212,15 @@ def begins_anew(name: str, old_shape: tuple[int, ...] | None, new: Any) -> bool:
     new: the leaf, or its shape.
   """
   return not (_CLASS_BOXES.match(name) and old_shape == tuple(new.shape))
+
+
+def _resized(leaf: str, old: np.ndarray, shape: tuple[int, ...]) -> jax.Array | None:
+  """A table of positions in another shape; None for a leaf that is none, or does not fit."""
+  if leaf in _OF_PAIRS and old.shape[0] == shape[0]:
+    return _OF_PAIRS[leaf](jax.numpy.asarray(old), (shape[1], shape[2]))
+  if leaf in _OF_CELLS and old.shape[1:] == shape[1:]:
+    return _OF_CELLS[leaf](jax.numpy.asarray(old), shape[0])
+  return None
 
 
 def _fitted(

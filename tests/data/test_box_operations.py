@@ -95,6 +95,23 @@ def test_detr_augmentation_crops_half_of_the_time():
   assert len(always) > 10 and never == {(48, 64, 3)}
 
 
+def test_detr_augmentation_keeps_what_is_within_and_shrinks_what_is_not():
+  """A canvas of a lying picture: only crops that stand are other than without it."""
+  given = {"image": photo(0, 60, 80)}
+  text, smaller = "detr_augmentation((48, 52), 84, (50, 60), (30, 60){})", 0
+  for seed in range(80):
+    free = run(text.format(""), given, seed)["image"].shape[:2]
+    held = run(text.format(", within=(52, 84)"), given, seed)["image"].shape[:2]
+    if free[0] <= 52:
+      assert held == free
+      continue
+    smaller += 1
+    assert held[0] == 52 and abs(held[1] / held[0] - free[1] / free[0]) < 0.05
+  assert 3 < smaller < 40
+  with pytest.raises(ValueError, match="within"):
+    parse_transform("detr_augmentation(within=(0, 3))", kinds=KINDS)
+
+
 def test_detr_augmentation_takes_all_sizes_of_the_range():
   """Shape after a resize that changes nothing: the crop itself."""
   found = set()

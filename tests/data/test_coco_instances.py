@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -259,6 +260,76 @@ def test_a_mask_that_cannot_be_read_is_told_with_its_picture(tmp_path):
       np.asarray(source[0]["masks"])
 
 
+def test_numbers_that_are_none(tmp_path, caplog):
+  whole = encode_mask(rectangle(6, 5, 16, 25)).counts.tolist()
+  bad = [
+    thing(1, 1, bbox=[1, 2, 10**400, 3]),
+    thing(2, 1, bbox={"x": 1}),
+    thing(3, 1, category=[18]),
+    thing(4, 1, category="18"),
+    thing(5, [1]),
+  ]
+  mended = [
+    *(thing(10 + i, 1, area=area) for i, area in enumerate(("abc", [3], float("nan"), None))),
+    *(
+      thing(20 + i, 1, segmentation=dict(size=[40, 60], counts=counts))
+      for i, counts in enumerate((["a", 3], 5, [-5, 2405], [100.5, 2299.5], [[2400]]))
+    ),
+    thing(30, 1, segmentation=dict(size=[40, 60], counts=[float(n) for n in whole])),
+    thing(31, 1, iscrowd="0"),
+    thing(32, 1, iscrowd="1"),
+  ]
+  source = opened(write(tmp_path, [image(1)], [*bad, *mended]))
+  assert source.info["notes"] == {
+    instances.NO_NUMBERS: 2,
+    instances.NO_CATEGORY: 2,
+    instances.NO_PICTURE: 1,
+    instances.NO_AREA_GIVEN: 3,
+    instances.BAD_MASK: 5,
+  }
+  assert "e.g. annotation 10 of image 1" in caplog.text
+  example = source[0]
+  assert example["areas"].tolist() == [200] * 4 + [100] * 8
+  assert example["crowd"].tolist() == [False] * 11 + [True]
+  np.testing.assert_array_equal(np.asarray(example["masks"]), [rectangle(6, 5, 16, 25)] * 12)
+
+
+def test_a_polygon_far_away_is_told(tmp_path):
+  far = thing(1, 1, segmentation=[[1, 2, 1e12, 4, 5, 1e12]])
+  source = opened(write(tmp_path, [image(1)], [far]))
+  with pytest.raises(CorruptExampleError, match=r"1.jpg, object 0: a polygon that reaches to 1e"):
+    np.asarray(source[0]["masks"])
+  outside = thing(1, 1, segmentation=[[-100, -100, -50, -100, -50, -50]])
+  masks = np.asarray(opened(write(tmp_path, [image(1)], [outside]))[0]["masks"])
+  assert masks.shape == (1, *SIZE) and not masks.any()
+
+
+def test_a_thousand_objects(tmp_path):
+  things = [thing(i, 1, box=(i % 50, i % 30, 5, 6)) for i in range(1000)]
+  source = opened(write(tmp_path, [image(1)], things))
+  example = source[0]
+  assert source.info["most_objects"] == 1000 and not source.info["notes"]
+  np.testing.assert_array_equal(example["boxes"][999], [49, 9, 54, 15])
+  assert np.asarray(example["masks"]).sum() == 1000 * 30
+
+
+def test_names_that_are_no_utf8(tmp_path):
+  root = write(tmp_path, [image(1), image(2)], [thing(1, 1), thing(2, 2)])
+  photos = os.fsencode(root / "train2017")
+  os.rename(photos + b"/000000000001.jpg", photos + b"/caf\xe9.jpg")
+  described = json.loads((root / NAME).read_text())
+  described["images"][0]["file_name"] = "caf\xe9.jpg"
+  (root / NAME).write_text(json.dumps(described))
+  # The name in the file is another one: it is told, and the rest is read.
+  source = opened(root)
+  assert len(source) == 1 and source.info["notes"][instances.NO_PHOTO] == 1
+  described["images"][0]["file_name"] = os.fsdecode(b"caf\xe9.jpg")
+  (root / NAME).write_text(json.dumps(described))
+  source = opened(root)
+  assert len(source) == 2 and not source.info["notes"]
+  assert {example["image_id"] for example in (source[0], source[1])} == {1, 2}
+
+
 def test_odd_forms_of_masks(tmp_path):
   odd = [
     thing(1, 1, segmentation=[5, 6, 25, 6, 25, 16, 5, 16]),
@@ -320,7 +391,23 @@ def test_pictures_are_left_out_on_request(tmp_path):
     ('{"images": [], "annotations": [{"id": 1}], "categories": []}', r"\{'id': 1\} among its anno"),
     ('{"images": [{"name": 1}], "annotations": [], "categories": []}', "among its images"),
     ('{"images": [{"id": 1}, {"id": 1}], "annotations": [], "categories": []}', "have the id 1"),
+    ('{"images": [{"id": [1]}], "annotations": [], "categories": []}', "among its images"),
     ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', 'without "id" or "name"'),
+    ('{"images": [], "annotations": [], "categories": [3]}', 'categories whose "id" are not all'),
+    (
+      '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"},'
+      '{"id": "b", "name": "b"}]}',
+      'categories whose "id" are not all',
+    ),
+    (
+      '{"images": [], "annotations": [{"image_id": 1, "segments_info": null}], "categories": []}',
+      '"segments_info", each with',
+    ),
+    (
+      '{"images": [], "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info":'
+      '[{"id": 1}]}], "categories": []}',
+      '"segments_info", each with',
+    ),
     (
       '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"},'
       '{"id": 1, "name": "b"}]}',

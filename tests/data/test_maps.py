@@ -118,7 +118,11 @@ def panoptic(root, with_photo=True):
   ids = np.zeros(SIZE, np.int64)
   ids[:10], ids[10:20], ids[20:30] = 70_000, 5, 300
   colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
-  found = [dict(id=70_000, category_id=90), dict(id=5, category_id=1), dict(id=300, category_id=90)]
+  found = [
+    dict(id=70_000, category_id=90),
+    dict(id=5, category_id=1, iscrowd=1),
+    dict(id=300, category_id=90),
+  ]
   rug = dict(id=90, name="rug", color=[1, 2, 3])
   for part in ("train2017", "val2017"):
     put(root / f"annotations/panoptic_{part}/000000000009.png", encoded(colours, "PNG"))
@@ -145,6 +149,10 @@ def test_coco_panoptic(tmp_path, packed):
     classes = source[0]["map"]
     assert classes.dtype == np.int32
     np.testing.assert_array_equal(classes[::10, 0], [1, 0, 1, 255])
+    example = source[0]
+    np.testing.assert_array_equal(example["segments"][::10, 0], [0, 1, 2, 255])
+    np.testing.assert_array_equal(example["segment_labels"], [1, 0, 1])
+    np.testing.assert_array_equal(example["segment_crowd"], [False, True, False])
 
 
 def test_coco_without_its_photos_and_with_foreign_segments(tmp_path):

@@ -120,6 +120,11 @@ def test_pictures_are_left_out_on_request(tmp_path):
   put(root / "images/c.jpg", encoded(photo(0, 20, 30)))
   assert len(opened(root, options="?empty=false")) == 2
   assert len(opened(root, options="?empty=false,min_size=32")) == 1
+  put(root / "images/c.jpg", b"no photo")
+  source = opened(root, options="?min_size=32")
+  assert [source.describe(i)[-5] for i in range(len(source))] == ["a", "b"]
+  assert source.info["notes"] == {instances.BAD_PHOTO: 1, instances.EMPTY: 1}
+  assert len(source[0]["boxes"]) == 1
   with pytest.raises(MissingDataError, match="no photo is left with the options"):
     opened(root, options="?min_size=100")
 
@@ -131,6 +136,7 @@ def test_pictures_are_left_out_on_request(tmp_path):
     ("names: [a", "is no YAML"),
     ("names: {a: b}", "numbers of classes were expected"),
     ("names: 3", "nothing tells the classes"),
+    (b"names: [caf\xe9]", "is no YAML"),
   ],
 )
 def test_classes_that_are_not_told(tmp_path, classes, message):
@@ -138,6 +144,19 @@ def test_classes_that_are_not_told(tmp_path, classes, message):
   if classes:
     put(root / "data.yaml", classes)
   with pytest.raises((ValueError, MissingDataError), match=message):
+    opened(root)
+
+
+def test_texts_that_are_no_utf8(tmp_path):
+  latin, wide = b"caf\xe9 0.5 0.5 0.1 0.1\n", LINE.encode("utf-16")
+  root = write(tmp_path, {"a": latin + LINE.encode(), "b": wide})
+  source = opened(root)
+  # Of the second text the line, and the half of the line feed behind it.
+  assert source.info["notes"] == {yolo.NO_LINE: 3, instances.EMPTY: 1}
+  assert len(source[0]["boxes"]) == 1
+  (root / "data.yaml").unlink()
+  put(root / "classes.txt", b"caf\xe9\n")
+  with pytest.raises(ValueError, match=r"classes.txt is no text in UTF-8"):
     opened(root)
 
 

@@ -236,6 +236,8 @@ def test_sharded_as_unsharded():
   found = _losses(model, variables, images, targets)
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+  program = _losses.lower(model, variables, images, targets).compile().as_text()
+  assert not re.findall(r"= \S+ all-gather\(", program)
 
 
 def test_masks_in_frames_are_as_those_of_whole_pictures():

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit.ops.nms import multiclass_nms, nms, reference_nms, select_top, soft_nms
+from hybrid_vit.ops.nms import (
+  SoftNMS,
+  multiclass_nms,
+  nms,
+  reference_nms,
+  select_top,
+  soft_nms,
+  soft_or_none,
+)
 from tests import golden
 
 _NMS = jax.jit(nms)
@@ -154,6 +162,52 @@ def test_soft(method):
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_detections_of_several_classes(method):
+  boxes, _, rng = _random(6, 30)
+  scores = rng.permutation(90).reshape(30, 3).astype(np.float32) / 90
+  run = functools.partial(
+    multiclass_nms, score_threshold=0.2, iou_threshold=0.1, max_candidates=90, max_detections=40
+  )
+  soft = SoftNMS(method, sigma=0.4, min_score=0.1)
+  found, hard = (jax.jit(functools.partial(run, soft=s))(boxes, scores) for s in (soft, None))
+  rows = []
+  for label in range(3):
+    own = np.where(scores[:, label] > 0.2, scores[:, label], 0)
+    lowered = soft_nms(
+      boxes, own, method=method, iou_threshold=0.1, sigma=0.4, min_score=0.1, valid=own > 0
+    )
+    rows += [(float(x), label, i) for i, x in enumerate(lowered) if x > 0]
+  rows = sorted(rows, key=lambda row: -row[0])[:40]
+  assert len(rows) == 40
+  np.testing.assert_allclose(found.scores, [row[0] for row in rows], rtol=1e-6)
+  np.testing.assert_array_equal(found.labels, [row[1] for row in rows])
+  np.testing.assert_array_equal(found.indices, [row[2] for row in rows])
+  np.testing.assert_array_equal(found.boxes, boxes[[row[2] for row in rows]])
+  assert found.valid.all() and not found.truncated
+  assert not np.array_equal(found.indices, hard.indices)
+
+
+def test_soft_detections_that_fall_behind_what_was_left_out_are_reported():
+  boxes = np.array([[0, 0, 4, 4], [0, 0, 4, 3], [9, 9, 12, 12]], np.float32)
+  scores = np.array([[0.9], [0.8], [0.7]], np.float32)
+  run = functools.partial(
+    multiclass_nms, score_threshold=0.1, iou_threshold=0.5, soft=SoftNMS("linear")
+  )
+  # The second box is lowered to 0.2, below the third that was no candidate.
+  few = run(boxes, scores, max_candidates=2, max_detections=2)
+  assert few.truncated and few.valid.all()
+  np.testing.assert_allclose(few.scores, [0.9, 0.2], rtol=1e-5)
+  whole = run(boxes, scores, max_candidates=3, max_detections=2)
+  assert not whole.truncated and list(whole.indices) == [0, 2]
+  assert not run(boxes, scores, max_candidates=2, max_detections=1).truncated
+
+
 def test_an_unknown_method_is_named():
+  with pytest.raises(ValueError, match=r"nms_method is 'soft'; one of hard, linear, gaussian was"):
+    soft_or_none("soft", 0.5, 0.0)
+  with pytest.raises(ValueError, match="nms_sigma is 0; a number above 0 was expected"):
+    soft_or_none("gaussian", 0, 0.0)
+  assert soft_or_none("hard", 0.5, 0.0) is None
   with pytest.raises(ValueError, match=r"'hard'.*linear, gaussian"):
     soft_nms(jnp.zeros((1, 4)), jnp.zeros(1), method="hard")

@@ -14,6 +14,7 @@ from hybrid_vit.config import Config, load_config
 from hybrid_vit.data.lazy_masks import as_lazy
 from hybrid_vit.data.scenes import open_scenes
 from hybrid_vit.data.spec import on_device, row
+from hybrid_vit.heads.detectors import detector_names
 from hybrid_vit.metrics.coco_ap import coco_metrics, evaluate_coco
 from hybrid_vit.tasks.detection import DetectionEvaluator, Picture, as_rows
 
@@ -174,13 +175,14 @@ def test_bad_settings_are_named(scenes, changes, message):
     build.build(Config(config), facts(scenes))
 
 
-@pytest.mark.parametrize("name", ["retinanet", "atss", "dino", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("name", detector_names())
 def test_every_detector_traces_a_step(scenes, name):
   config = load_config(CONFIG, "runlocal")
   config.task.detector = {"name": name}
   if name == "dino":
     config.task.detector.head = {"num_queries": 30}
-  if name != "cascade_mask_rcnn":
+  has_masks = "mask" in name
+  if not has_masks:
     config.task.mask_size = 0
     config.data.transform = config.data.transform.replace("|crop_masks(28)", "")
   run = build.build(Config(config), facts(scenes))
@@ -191,7 +193,7 @@ def test_every_detector_traces_a_step(scenes, name):
   assert loss.shape == ()
   found = jax.eval_shape(task.predict, variables, {"image": run.batches[0]["image"]})
   assert {"boxes", "scores", "labels", "valid"} <= set(found)
-  assert ("masks" in found) == (name == "cascade_mask_rcnn")
+  assert ("masks" in found) == has_masks
 
 
 def test_masks_of_a_detector_that_has_none_are_an_error(scenes):

@@ -1,0 +1,65 @@
+"""Any registered network with Mask2Former's head on your own pictures: things, stuff and classes.
+
+    python -m hybrid_vit.main --workdir=runs/panoptic --config=configs/finetune_panoptic.py:\
+arch=swin_tiny,data=coco_panoptic:/path/to/coco,init=WEIGHTS
+
+    --config=configs/finetune_panoptic.py:runlocal                  drawn scenes, minutes
+    --config=configs/finetune_panoptic.py:runlocal,kind=instance    the same, objects alone
+
+`kind` is panoptic (data: coco_panoptic:, scenes), instance (coco:, scenes) or semantic (maps:,
+ade20k:, scenes); see docs/data.md. Pictures are jittered in scale onto a square canvas, and tested
+as large as fits into it. Own figures, no paper's.
+"""
+
+from ml_collections import ConfigDict
+
+from hybrid_vit import mask_recipes, recipes
+from hybrid_vit.config import ConfigError, parse_argument
+from hybrid_vit.models.dense import dense_arguments
+
+VARIANTS = ("pictures", "runlocal")
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """See the head of this file.
+
+  Keys: `arch`, `data`, `kind`, `init`, `res` (side of the canvas), `queries`, `batch_size`,
+  `epochs`, `lr`.
+  """
+  variant, keys = parse_argument(
+    argument,
+    VARIANTS,
+    "pictures",
+    arch="swin_tiny",
+    data="coco_panoptic:data/coco",
+    kind="panoptic",
+    init=None,
+    res=640,
+    queries=100,
+    batch_size=16,
+    epochs=50,
+    lr=1e-4,
+  )
+  kind, size = keys["kind"], keys["res"]
+  if kind not in mask_recipes.TASKS:
+    raise ConfigError(f"kind={kind!r}; one of {', '.join(mask_recipes.TASKS)} was expected")
+  name = "tiny_moat_0" if variant == "runlocal" else keys["arch"]
+  config = recipes.imagenet(
+    name, batch_size=keys["batch_size"], source=keys["data"], num_classes=None
+  )
+  config.total_epochs = keys["epochs"]
+  config.init_from = keys["init"]
+  config.reinitialize_head = True
+  config.model.arguments = dense_arguments(name, size)
+  config.data.image_size = size
+  config.data.interpolation = "bilinear"
+  config.data.transform = mask_recipes.jittered(kind)
+  config.task = mask_recipes.task(kind, queries=keys["queries"])
+  config.task.inference = dict(scale=(size, size))
+  config.optimizer = mask_recipes.optimizer(
+    keys["lr"], dict(name="cosine", warmup_steps=100, end_learning_rate=0.0)
+  )
+  config.checkpoint.best_metric = f"validation/{mask_recipes.BEST[kind]}"
+  if variant == "runlocal":
+    mask_recipes.run_locally(config, dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3))
+  return config

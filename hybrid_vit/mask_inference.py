@@ -1,0 +1,227 @@
+"""From a picture of any size to its segments, by a network that predicts a class and a mask each.
+
+A picture is seen on a canvas (`canvas_inference`). Its masks are brought to the size of the canvas,
+cut to the picture and brought to the original's size, bilinear, as `restore_size` does for a batch;
+here by one matrix for each axis, so that nothing is compiled for a picture's size, and one mask at
+a time, so that photos of any size fit in memory. Classes of all pixels are made on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hybrid_vit.box_inference import Objects
+from hybrid_vit.canvas_inference import CanvasSettings, Size
+from hybrid_vit.data import arguments as check
+from hybrid_vit.data.mask_encoding import encode_mask
+from hybrid_vit.ops.resize import bilinear_matrix
+from hybrid_vit.tasks.mask2former_inference import Segment, instances, panoptic_segments
+
+# Rows of a map of classes that are made at once; its columns are padded to a multiple of these.
+_STRIP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceInferenceSettings(CanvasSettings):
+  """How a picture is seen, and what is found in it.
+
+  Attributes:
+    max_instances: pairs of a query and a class that are taken.
+  """
+
+  max_instances: int = 100
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check.whole("inference.max_instances", self.max_instances)
+
+
+@dataclasses.dataclass(frozen=True)
+class PanopticInferenceSettings(InstanceInferenceSettings):
+  """See `InstanceInferenceSettings` and `panoptic_segments`.
+
+  Attributes:
+    object_threshold: a segment's class has to be surer than that.
+    overlap_threshold: least part of its mask that a segment owns.
+  """
+
+  object_threshold: float = 0.8
+  overlap_threshold: float = 0.8
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check.number("inference.object_threshold", self.object_threshold, 0, 1)
+    check.number("inference.overlap_threshold", self.overlap_threshold, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PanopticPicture:
+  """The segments of one picture, of which none overlap.
+
+  Attributes:
+    map: int32 `[H, W]` of ids, 0 for none.
+    segments: by id, from 1.
+  """
+
+  map: np.ndarray
+  segments: tuple[Segment, ...]
+
+
+class MaskInference:
+  """Segments of pictures by one network; compiled programs are kept."""
+
+  def __init__(
+    self,
+    answers: Callable[[Any, jax.Array], Mapping[str, jax.Array]],
+    settings: InstanceInferenceSettings,
+    fill: tuple[int, int, int],
+  ):
+    """
+    Args:
+      answers: pure, `(variables, images uint8 [B, H, W, 3]) → {"class_logits" [B, Q, K + 1],
+        "mask_logits" [B, Q, h, w]}`.
+      settings: how.
+      fill: colour of the padding.
+    """
+    self.settings = settings
+    self._answers = jax.jit(answers)
+    self._fill = np.array(fill, np.uint8)
+
+  def answer(self, variables: Any, image: np.ndarray) -> MaskAnswer:
+    """uint8 `[H, W, 3]` → what the network says of it, from which all else is made."""
+    canvas, seen = self.settings.place(image, self._fill)
+    found = self._answers(variables, canvas)
+    classes, masks = jax.device_get((found["class_logits"][0], found["mask_logits"][0]))
+    size = (image.shape[0], image.shape[1])
+    return MaskAnswer(
+      self.settings,
+      np.asarray(classes, np.float32),
+      RestoredMasks(np.asarray(masks, np.float32), (canvas.shape[1], canvas.shape[2]), seen, size),
+    )
+
+  def objects(self, variables: Any, image: np.ndarray) -> Objects:
+    """uint8 `[H, W, 3]` → its instances, each with the smallest box around its mask."""
+    return self.answer(variables, image).objects()
+
+  def panoptic(self, variables: Any, image: np.ndarray, things: Collection[int]) -> PanopticPicture:
+    """uint8 `[H, W, 3]` → its segments; `things` are the classes that are countable.
+
+    The settings have to be `PanopticInferenceSettings`.
+    """
+    return self.answer(variables, image).panoptic(things)
+
+
+class RestoredMasks:
+  """Mask logits at the picture's own size, made for one query when it is asked for.
+
+  Attributes:
+    maps: float32 `[Q, h, w]`, of the whole input.
+    rows: float32 `[H, h]`, what makes the picture's rows of a map's.
+    columns: float32 `[W, w]`.
+  """
+
+  def __init__(self, maps: np.ndarray, input_size: Size, picture_size: Size, size: Size):
+    """See `tasks.mask2former_inference.restore_size`."""
+    self.maps = maps
+    self.rows, self.columns = (
+      bilinear_matrix(seen, after, False) @ bilinear_matrix(length, whole, False)[:seen]
+      for length, whole, seen, after in zip(maps.shape[1:], input_size, picture_size, size)
+    )
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(H, W, Q)."""
+    return len(self.rows), len(self.columns), len(self.maps)
+
+  def __getitem__(self, place: tuple[Any, int]) -> np.ndarray:
+    """`masks[..., query]`: float32 `[H, W]`."""
+    return self.rows @ self.maps[place[1]] @ self.columns.T
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskAnswer:
+  """What the network says of one picture.
+
+  Attributes:
+    settings: of the inference.
+    class_logits: float32 `[Q, K + 1]`.
+    masks: of the queries.
+  """
+
+  settings: InstanceInferenceSettings
+  class_logits: np.ndarray
+  masks: RestoredMasks
+
+  def panoptic(self, things: Collection[int]) -> PanopticPicture:
+    """Segments that do not overlap."""
+    settings: Any = self.settings
+    found, segments = panoptic_segments(
+      self.class_logits,
+      self.masks,  # type: ignore[arg-type]
+      things=things,
+      object_threshold=settings.object_threshold,
+      overlap_threshold=settings.overlap_threshold,
+    )
+    return PanopticPicture(found, tuple(segments))
+
+  def objects(self, things: Collection[int] | None = None) -> Objects:
+    """Instances of `things`, or of all classes, that have a pixel; boxes are those of masks."""
+    found = instances(
+      self.class_logits,
+      self.masks,  # type: ignore[arg-type]
+      max_instances=self.settings.max_instances,
+      things=things,
+    )
+    kept = np.flatnonzero(found.masks.any((1, 2)))
+    masks = found.masks[kept]
+    return Objects(
+      boxes_around(masks),
+      found.scores[kept].astype(np.float32),
+      found.classes[kept].astype(np.int32),
+      tuple(encode_mask(mask) for mask in masks),
+    )
+
+  def classes(self) -> np.ndarray:
+    """The class of each pixel, int32 `[H, W]`, as `semantic_scores` has it."""
+    height, width, _ = self.masks.shape
+    columns = _padded(self.masks.columns)
+    strips = []
+    for top in range(0, height, _STRIP):
+      rows = _padded(self.masks.rows[top : top + _STRIP])
+      strips.append(_strip_classes(self.class_logits, self.masks.maps, rows, columns))
+    return np.concatenate([np.asarray(strip) for strip in strips])[:height, :width]
+
+
+def boxes_around(masks: np.ndarray) -> np.ndarray:
+  """The smallest boxes (x0, y0, x1, y1) around masks `[N, H, W]`, float32 `[N, 4]`; 0 for none."""
+  boxes = np.zeros((len(masks), 4), np.float32)
+  for box, mask in zip(boxes, masks):
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if rows.size:
+      box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+  return boxes
+
+
+def _padded(matrix: np.ndarray) -> np.ndarray:
+  """Rows of zeros behind, which are cut off later, so that fewer sizes are compiled for."""
+  return np.pad(matrix, ((0, -len(matrix) % _STRIP), (0, 0)))
+
+
+@jax.jit
+def _strip_classes(
+  class_logits: jax.Array, maps: jax.Array, rows: jax.Array, columns: jax.Array
+) -> jax.Array:
+  """Some rows of a map of classes, int32 `[rows, columns]`."""
+  high = lax.Precision.HIGHEST
+  masks = jnp.einsum("qhw,sh->qsw", maps, rows, precision=high)
+  masks = jax.nn.sigmoid(jnp.einsum("qsw,cw->qsc", masks, columns, precision=high))
+  classes = jax.nn.softmax(class_logits, axis=-1)[:, :-1]
+  scores = jnp.einsum("qsc,qk->sck", masks, classes, precision=high)
+  return jnp.argmax(scores, axis=-1).astype(jnp.int32)

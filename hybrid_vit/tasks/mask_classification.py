@@ -1,0 +1,467 @@
+"""Segmentation by queries of a class and a mask each: panoptic, of instances, and semantic.
+
+Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", CVPR 2022,
+arXiv:2112.01527. One network and one loss; the three tasks differ in what the segments of a picture
+are and in what is measured:
+
+    panoptic_segmentation   things and stuff, none overlapping: PQ, and mean IoU and AP beside it
+    instance_segmentation   objects, which may overlap: COCO's AP
+    mask_segmentation       classes of pixels (semantic segmentation): mean IoU
+
+Segments are in a batch in the least bytes (`ops.mask_forms`): one map of numbers, or of objects a
+bit a pixel. Deviations from the authors' code are listed in `mask2former_losses`,
+`mask2former_inference` and `data.segment_operations`; further: pictures of the semantic task are
+not padded to multiples of 32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_vit.data import arguments as check
+from hybrid_vit.data import segments
+from hybrid_vit.data.map_reading import IGNORE
+from hybrid_vit.data.spec import Field, Spec
+from hybrid_vit.heads.dense_model import DenseModel
+from hybrid_vit.heads.mask_model import create_mask_model
+from hybrid_vit.map_inference import InferenceSettings, MapInference
+from hybrid_vit.mask_inference import (
+  InstanceInferenceSettings,
+  MaskInference,
+  PanopticInferenceSettings,
+)
+from hybrid_vit.ops.mask_forms import LabelMasks, PackedMasks
+from hybrid_vit.ops.resize import resize_bilinear
+from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
+from hybrid_vit.tasks.detection import DetectionEvaluator
+from hybrid_vit.tasks.mask2former_inference import semantic_scores
+from hybrid_vit.tasks.mask2former_losses import (
+  Mask2FormerLoss,
+  SegmentTargets,
+  mask2former_losses,
+  semantic_targets,
+)
+from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator
+from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
+from hybrid_vit.tasks.registry import Context, count_classes, register_task
+from hybrid_vit.tasks.segmentation import (
+  SegmentationEvaluator,
+  as_colors,
+  map_fields,
+  map_info,
+  map_measures,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSettings:
+  """`config.task`; see `MaskTask`.
+
+  Attributes:
+    head: {"name": "mask2former", attributes of `heads.mask2former.Mask2Former`}.
+    neck: {"name": as registered in `heads.registry`, further attributes}; None for none, or for
+      what a plain transformer needs.
+    loss: its weights and numbers of points.
+    max_objects: segments of a training picture; of more the first ones are kept.
+  """
+
+  head: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "mask2former"})
+  neck: dict[str, Any] | None = None
+  loss: Mask2FormerLoss = dataclasses.field(default_factory=Mask2FormerLoss)
+  max_objects: int = 100
+
+  def __post_init__(self) -> None:
+    for name in ("head", "neck"):
+      given = getattr(self, name)
+      if given is not None and "name" not in given:
+        raise ValueError(f"config.task.{name} is {given}; a 'name' among its fields was expected")
+    check.whole("config.task.max_objects", self.max_objects)
+    if self.max_objects > segments.MOST:
+      raise ValueError(
+        f"config.task.max_objects is {self.max_objects}; at most {segments.MOST} was expected"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class PanopticSettings(MaskSettings):
+  """Further, `inference`: how pictures of any size are seen, in evaluation and prediction."""
+
+  inference: PanopticInferenceSettings = dataclasses.field(
+    default_factory=PanopticInferenceSettings
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceSettings(MaskSettings):
+  """Further, `inference`: how pictures of any size are seen, in evaluation and prediction."""
+
+  inference: InstanceInferenceSettings = dataclasses.field(
+    default_factory=InstanceInferenceSettings
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticSettings(MaskSettings):
+  """Further, `inference`: how pictures of any size are seen, in evaluation and prediction."""
+
+  inference: InferenceSettings = dataclasses.field(default_factory=InferenceSettings)
+
+
+@register_task("panoptic_segmentation", PanopticSettings)
+def build_panoptic(settings: PanopticSettings, context: Context) -> PanopticSegmentation:
+  """The task of `config.task.name = "panoptic_segmentation"`.
+
+  Raises:
+    ValueError: no number of classes, or one that is not the data's.
+  """
+  names = tuple(context.info.get("map_class_names", ()))
+  things = tuple(int(c) for c in context.info.get("thing_classes", ()))
+  classes = count_classes(context, names, "the segments of the training data have")
+  return PanopticSegmentation(
+    **_shared(settings, context, classes),
+    map_class_names=names,
+    palette=as_colors(context.info.get("palette"), classes),
+    thing_classes=things,
+  )
+
+
+@register_task("instance_segmentation", InstanceSettings)
+def build_instances(settings: InstanceSettings, context: Context) -> InstanceSegmentation:
+  """The task of `config.task.name = "instance_segmentation"`.
+
+  Raises:
+    ValueError: no number of classes, or one that is not the data's.
+  """
+  names = tuple(context.info.get("object_class_names", ()))
+  classes = count_classes(context, names, "the objects of the training data have")
+  return InstanceSegmentation(
+    **_shared(settings, context, classes),
+    object_class_names=names,
+    category_ids=tuple(context.info.get("category_ids", ())),
+  )
+
+
+@register_task("mask_segmentation", SemanticSettings)
+def build_semantic(settings: SemanticSettings, context: Context) -> MaskSegmentation:
+  """The task of `config.task.name = "mask_segmentation"`.
+
+  Raises:
+    ValueError: no number of classes, or one that is not the data's.
+  """
+  names = tuple(context.info.get("map_class_names", ()))
+  classes = count_classes(context, names, "the maps of the training data have")
+  return MaskSegmentation(
+    **_shared(settings, context, classes),
+    map_class_names=names,
+    palette=as_colors(context.info.get("palette"), classes),
+  )
+
+
+def _shared(settings: Any, context: Context, classes: int) -> dict[str, Any]:
+  try:
+    model = create_mask_model(
+      context.make_network(0),
+      classes,
+      head=settings.head,
+      neck=settings.neck,
+      batch_norm_groups=context.batch_norm_groups,
+    )
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"config.task: {error}") from error
+  return {
+    "model": model,
+    "num_classes": classes,
+    "mean": tuple(context.preprocessing.mean),
+    "std": tuple(context.preprocessing.std),
+    "loss_settings": settings.loss,
+    "max_objects": settings.max_objects,
+    "inference": settings.inference,
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskTask:
+  """Images `[B, H, W, 3]` and up to G segments of each; the three tasks add fields and measures.
+
+  Attributes:
+    model: backbone and head.
+    num_classes: without "no object".
+    mean: per channel.
+    std: per channel.
+    loss_settings: weights and numbers of points.
+    max_objects: G.
+    inference: how pictures of any size are seen.
+    separable: a batch's losses are divided by its own numbers of queries and segments.
+  """
+
+  model: DenseModel
+  num_classes: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  loss_settings: Mask2FormerLoss
+  max_objects: int
+  inference: Any
+  separable: bool = False
+
+  # Pictures keep their size: `inference` says what is done to them.
+  evaluation_transform = "decode"
+
+  def targets(self, batch: Batch) -> SegmentTargets:
+    """The segments of a batch."""
+    raise NotImplementedError
+
+  def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
+    """See `Task`; the parameters do not depend on the batch's values or its size."""
+    return initial_variables(self.model, rng, batch)
+
+  def normalize(self, images: jax.Array) -> jax.Array:
+    """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""
+    return normalized(images, self.mean, self.std)
+
+  def displayable(self, images: np.ndarray) -> np.ndarray:
+    """Images as uint8, the normalisation undone."""
+    return displayable(images, self.mean, self.std)
+
+  def fill(self) -> tuple[int, int, int]:
+    """The mean colour, with which pictures are padded."""
+    red, green, blue = (round(255 * value) for value in self.mean)
+    return red, green, blue
+
+  def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+    """Normalises the pictures."""
+    del rng, step
+    return {**batch, "image": self.normalize(batch["image"])}
+
+  def loss(
+    self, variables: Variables, batch: Batch, rng: jax.Array
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """See `Task`: the sum over all predictions; metrics beside it are of the last one."""
+    points, dropout = jax.random.split(rng)
+    (answer, _), updated = self._apply(variables, batch, dropout)
+    found = mask2former_losses(answer, self.targets(batch), self.loss_settings, points)
+    weight = jnp.asarray(batch["image"].shape[0], jnp.float32)
+    total = sum((x.sum() for x in found.values()), start=jnp.zeros((), jnp.float32))
+    metrics = {f"{name}_loss": (x[-1] * weight, weight) for name, x in found.items()}
+    metrics["loss"] = (total * weight, weight)
+    return total, {"metrics": metrics, "batch_stats": updated.get("batch_stats", {})}
+
+  def _apply(self, variables: Variables, batch: Batch, rng: jax.Array) -> Any:
+    return self.model.apply(
+      variables, batch["image"], train=True, rngs={"dropout": rng}, mutable=["batch_stats"]
+    )
+
+  def answers(self, variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
+    """uint8 `[B, H, W, 3]` → "class_logits" `[B, Q, K + 1]` and "mask_logits" `[B, Q, h, w]`."""
+    answer, _ = self.model.apply(variables, self.normalize(images), train=False)
+    return {name: answer[name] for name in ("class_logits", "mask_logits")}
+
+  def predict(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+    """ "image" uint8 or normalised float32 `[B, H, W, 3]` → see `answers`."""
+    return self.answers(variables, batch["image"])
+
+  def activations(self, variables: Variables, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+    """Image, the backbone's endpoints and every prediction in forward order."""
+    _, dropout = jax.random.split(rng)
+    (answer, found), _ = self._apply(variables, batch, dropout)
+    named = {name: value for name, value in found.items() if name != "answer"}
+    for i, prediction in enumerate([*answer["auxiliary"], answer]):
+      for name in ("class_logits", "mask_logits"):
+        named[f"{name}{i}"] = prediction[name]
+    return {"image": batch["image"], **named}
+
+
+@dataclasses.dataclass(frozen=True)
+class PanopticSegmentation(MaskTask):
+  """Segments of things and stuff, one map of their numbers, see `data.segments`.
+
+  Attributes:
+    map_class_names: of all classes; () where they are not known.
+    palette: a colour of each class.
+    thing_classes: those that are countable; () where they are not known.
+  """
+
+  map_class_names: tuple[str, ...] = ()
+  palette: tuple[tuple[int, int, int], ...] = ()
+  thing_classes: tuple[int, ...] = ()
+
+  @property
+  def spec(self) -> Spec:
+    """A picture and its segments; in evaluation at the picture's own size."""
+    limits: dict[str, Any] = {"minimum": 0, "maximum": self.num_classes - 1}
+    return Spec(
+      {
+        "image": Field("image", shape=(None, None, 3)),
+        segments.MAP: Field("map", "int32", (None, None), pad=IGNORE, minimum=0),
+        segments.LABELS: Field(
+          "value", "int32", (self.max_objects,), ragged=True, pad=-1, **limits
+        ),
+      },
+      {
+        "image": Field("image", shape=(None, None, 3), on_host=True),
+        segments.MAP: Field("map", "int32", (None, None), on_host=True),
+        segments.LABELS: Field("host"),
+        segments.CROWD: Field("host"),
+      },
+    )
+
+  def targets(self, batch: Batch) -> SegmentTargets:
+    """See `MaskTask`."""
+    labels = batch[segments.LABELS]
+    numbers = jnp.broadcast_to(jnp.arange(labels.shape[1], dtype=jnp.int32), labels.shape)
+    return SegmentTargets(labels, LabelMasks(batch[segments.MAP], numbers), labels >= 0)
+
+  @property
+  def measures(self) -> dict[str, str]:
+    """See `Task`: panoptic quality; mean IoU and COCO's AP of masks by the same weights."""
+    qualities = [f"{q}{of}" for of in ("", "_things", "_stuff") for q in ("pq", "sq", "rq")]
+    return dict.fromkeys((*qualities, "mean_iou", "mask_ap", "mask_ap50", "mask_ap75"), "max")
+
+  def stored_info(self) -> dict[str, Any]:
+    """See `Task`."""
+    return {**map_info(self), "thing_classes": list(self.thing_classes)}
+
+  def picture_inference(self) -> MaskInference:
+    """What makes segments of pictures: `panoptic(variables, photo, thing_classes)`."""
+    return MaskInference(self.answers, self.inference, self.fill())
+
+  def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
+    """See `Task`."""
+    inference = self.picture_inference()
+    return [PanopticEvaluator(self, item, inference) for item in data]
+
+
+class _Detector(NamedTuple):
+  """What `DetectionEvaluator` asks of a task."""
+
+  num_classes: int
+  object_class_names: tuple[str, ...]
+  category_ids: tuple[int, ...]
+  # Any but 0: masks are compared, too.
+  mask_size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceSegmentation(MaskTask):
+  """Objects, of which each has a mask of a bit a pixel.
+
+  Attributes:
+    object_class_names: in their order; () where they are not known.
+    category_ids: of the classes, as their data numbers them; () where they have none.
+  """
+
+  object_class_names: tuple[str, ...] = ()
+  category_ids: tuple[int, ...] = ()
+
+  @property
+  def spec(self) -> Spec:
+    """A picture and its objects; in evaluation at the picture's own size."""
+    count = self.max_objects
+    limits: dict[str, Any] = {"minimum": 0, "maximum": self.num_classes - 1}
+    return Spec(
+      {
+        "image": Field("image", shape=(None, None, 3)),
+        "masks": Field("masks", "uint8", (count, None, None), ragged=True),
+        "box_labels": Field("value", "int32", (count,), ragged=True, pad=-1, **limits),
+      },
+      {
+        "image": Field("image", shape=(None, None, 3), on_host=True),
+        "boxes": Field("boxes", "float32", (None, 4), ragged=True, on_host=True),
+        "box_labels": Field("host"),
+        "crowd": Field("host"),
+        "masks": Field("masks", shape=(None, None, None), ragged=True, on_host=True),
+      },
+    )
+
+  def targets(self, batch: Batch) -> SegmentTargets:
+    """See `MaskTask`.
+
+    Raises:
+      ValueError: masks that are not packed.
+    """
+    masks, labels = PackedMasks(batch["masks"]), batch["box_labels"]
+    if masks.shape[2:] != batch["image"].shape[1:3]:
+      raise ValueError(
+        f"masks are {list(batch['masks'].shape[1:])} and pictures {batch['image'].shape[1]} x "
+        f"{batch['image'].shape[2]}: end the transform with pack_masks"
+      )
+    return SegmentTargets(labels, masks, labels >= 0)
+
+  @property
+  def measures(self) -> dict[str, str]:
+    """See `Task`: COCO's AP of masks, and of the boxes around them."""
+    names = (f"{kind}_{name}" for kind in ("mask", "box") for name in ("ap", "ap50", "ap75"))
+    return dict.fromkeys(names, "max")
+
+  def stored_info(self) -> dict[str, Any]:
+    """See `Task`."""
+    return {
+      "num_classes": self.num_classes,
+      "object_class_names": list(self.object_class_names),
+      "category_ids": list(self.category_ids),
+    }
+
+  def picture_inference(self) -> MaskInference:
+    """What makes objects of pictures: `objects(variables, photo)`."""
+    return MaskInference(self.answers, self.inference, self.fill())
+
+  def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
+    """See `Task`."""
+    inference: Any = self.picture_inference()
+    own: Any = _Detector(self.num_classes, self.object_class_names, self.category_ids)
+    return [DetectionEvaluator(own, item, inference) for item in data]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSegmentation(MaskTask):
+  """Maps of classes; each class that a picture has is one segment.
+
+  Attributes:
+    map_class_names: in the order of the classes; () where they are not known.
+    palette: a colour of each class.
+  """
+
+  map_class_names: tuple[str, ...] = ()
+  palette: tuple[tuple[int, int, int], ...] = ()
+
+  @property
+  def spec(self) -> Spec:
+    """A picture and its map; in evaluation each of its own size."""
+    return map_fields(self.num_classes)
+
+  def targets(self, batch: Batch) -> SegmentTargets:
+    """See `MaskTask`; of more classes than there is room for those of the most pixels are kept."""
+    labels = batch["map"]
+    found = semantic_targets(labels, self.num_classes, self.max_objects)
+    # The map says where they are; bitmaps that nothing reads are not made.
+    return found._replace(masks=LabelMasks(labels, found.labels))
+
+  @property
+  def measures(self) -> dict[str, str]:
+    """See `Task`."""
+    return map_measures()
+
+  def stored_info(self) -> dict[str, Any]:
+    """See `Task`."""
+    return map_info(self)
+
+  def scores(self, variables: Variables, images: jax.Array) -> jax.Array:
+    """uint8 `[B, H, W, 3]` → scores of the classes in each pixel, float32 `[B, H, W, K]`."""
+    answer = self.answers(variables, images)
+    masks = answer["mask_logits"].transpose(0, 2, 3, 1)
+    masks = resize_bilinear(masks, images.shape[1:3], align_corners=False)
+    return semantic_scores(answer["class_logits"], masks)
+
+  def picture_inference(self) -> MapInference:
+    """What makes maps of pictures: `classes(variables, photo)`."""
+    return MapInference(self.scores, self.inference, softmax=False)
+
+  def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
+    """See `Task`."""
+    inference = self.picture_inference()
+    return [SegmentationEvaluator(self, item, inference) for item in data]
