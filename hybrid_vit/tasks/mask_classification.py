@@ -344,6 +344,7 @@ class _Detector(NamedTuple):
   num_classes: int
   object_class_names: tuple[str, ...]
   category_ids: tuple[int, ...]
+  measures: dict[str, str]
   # Any but 0: masks are compared, too.
   mask_size: int = 1
 
@@ -415,7 +416,9 @@ class InstanceSegmentation(MaskTask):
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
     inference: Any = self.picture_inference()
-    own: Any = _Detector(self.num_classes, self.object_class_names, self.category_ids)
+    own: Any = _Detector(
+      self.num_classes, self.object_class_names, self.category_ids, self.measures
+    )
     return [DetectionEvaluator(own, item, inference) for item in data]
 
 
