@@ -9,6 +9,7 @@ a time, so that photos of any size fit in memory. Classes of all pixels are made
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -18,47 +19,18 @@ import numpy as np
 from jax import lax
 
 from hybrid_vit.box_inference import Objects
-from hybrid_vit.canvas_inference import CanvasSettings, Size
-from hybrid_vit.data import arguments as check
+from hybrid_vit.canvas_inference import Size
 from hybrid_vit.data.mask_encoding import encode_mask
+from hybrid_vit.mask_rules import MASK2FORMER, MaskRules
+
+# Named here, too: what is in this file is made of them.
+from hybrid_vit.mask_rules import InstanceInferenceSettings as InstanceInferenceSettings
+from hybrid_vit.mask_rules import PanopticInferenceSettings as PanopticInferenceSettings
 from hybrid_vit.ops.resize import bilinear_matrix
-from hybrid_vit.tasks.mask2former_inference import Segment, instances, panoptic_segments
+from hybrid_vit.tasks.mask2former_inference import Segment
 
 # Rows of a map of classes that are made at once; its columns are padded to a multiple of these.
 _STRIP = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class InstanceInferenceSettings(CanvasSettings):
-  """How a picture is seen, and what is found in it.
-
-  Attributes:
-    max_instances: pairs of a query and a class that are taken.
-  """
-
-  max_instances: int = 100
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check.whole("inference.max_instances", self.max_instances)
-
-
-@dataclasses.dataclass(frozen=True)
-class PanopticInferenceSettings(InstanceInferenceSettings):
-  """See `InstanceInferenceSettings` and `panoptic_segments`.
-
-  Attributes:
-    object_threshold: a segment's class has to be surer than that.
-    overlap_threshold: least part of its mask that a segment owns.
-  """
-
-  object_threshold: float = 0.8
-  overlap_threshold: float = 0.8
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    check.number("inference.object_threshold", self.object_threshold, 0, 1)
-    check.number("inference.overlap_threshold", self.overlap_threshold, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +54,18 @@ class MaskInference:
     answers: Callable[[Any, jax.Array], Mapping[str, jax.Array]],
     settings: InstanceInferenceSettings,
     fill: tuple[int, int, int],
+    rules: MaskRules = MASK2FORMER,
   ):
     """
     Args:
       answers: pure, `(variables, images uint8 [B, H, W, 3]) → {"class_logits" [B, Q, K + 1],
         "mask_logits" [B, Q, h, w]}`.
-      settings: how.
+      settings: how; for `panoptic` the rules' `panoptic_settings`.
       fill: colour of the padding.
+      rules: of the head.
     """
     self.settings = settings
+    self._rules = rules
     self._answers = jax.jit(answers)
     self._fill = np.array(fill, np.uint8)
 
@@ -99,22 +74,21 @@ class MaskInference:
     canvas, seen = self.settings.place(image, self._fill)
     found = self._answers(variables, canvas)
     classes, masks = jax.device_get((found["class_logits"][0], found["mask_logits"][0]))
-    size = (image.shape[0], image.shape[1])
-    return MaskAnswer(
-      self.settings,
-      np.asarray(classes, np.float32),
-      RestoredMasks(np.asarray(masks, np.float32), (canvas.shape[1], canvas.shape[2]), seen, size),
+    restored = RestoredMasks(
+      np.asarray(masks, np.float32),
+      (canvas.shape[1], canvas.shape[2]),
+      seen,
+      (image.shape[0], image.shape[1]),
+      align_corners=self._rules.align_corners(canvas.shape[2]),
     )
+    return MaskAnswer(self.settings, np.asarray(classes, np.float32), restored, self._rules)
 
   def objects(self, variables: Any, image: np.ndarray) -> Objects:
     """uint8 `[H, W, 3]` → its instances, each with the smallest box around its mask."""
     return self.answer(variables, image).objects()
 
   def panoptic(self, variables: Any, image: np.ndarray, things: Collection[int]) -> PanopticPicture:
-    """uint8 `[H, W, 3]` → its segments; `things` are the classes that are countable.
-
-    The settings have to be `PanopticInferenceSettings`.
-    """
+    """uint8 `[H, W, 3]` → its segments; `things` are the classes that are countable."""
     return self.answer(variables, image).panoptic(things)
 
 
@@ -127,11 +101,20 @@ class RestoredMasks:
     columns: float32 `[W, w]`.
   """
 
-  def __init__(self, maps: np.ndarray, input_size: Size, picture_size: Size, size: Size):
+  def __init__(
+    self,
+    maps: np.ndarray,
+    input_size: Size,
+    picture_size: Size,
+    size: Size,
+    *,
+    align_corners: bool = False,
+  ):
     """See `tasks.mask2former_inference.restore_size`."""
     self.maps = maps
     self.rows, self.columns = (
-      bilinear_matrix(seen, after, False) @ bilinear_matrix(length, whole, False)[:seen]
+      bilinear_matrix(seen, after, align_corners)
+      @ bilinear_matrix(length, whole, align_corners)[:seen]
       for length, whole, seen, after in zip(maps.shape[1:], input_size, picture_size, size)
     )
 
@@ -153,32 +136,22 @@ class MaskAnswer:
     settings: of the inference.
     class_logits: float32 `[Q, K + 1]`.
     masks: of the queries.
+    rules: of the head; for `panoptic` the settings have to be theirs.
   """
 
   settings: InstanceInferenceSettings
   class_logits: np.ndarray
   masks: RestoredMasks
+  rules: MaskRules = MASK2FORMER
 
   def panoptic(self, things: Collection[int]) -> PanopticPicture:
     """Segments that do not overlap."""
-    settings: Any = self.settings
-    found, segments = panoptic_segments(
-      self.class_logits,
-      self.masks,  # type: ignore[arg-type]
-      things=things,
-      object_threshold=settings.object_threshold,
-      overlap_threshold=settings.overlap_threshold,
-    )
+    found, segments = self.rules.panoptic(self.class_logits, self.masks, things, self.settings)
     return PanopticPicture(found, tuple(segments))
 
   def objects(self, things: Collection[int] | None = None) -> Objects:
     """Instances of `things`, or of all classes, that have a pixel; boxes are those of masks."""
-    found = instances(
-      self.class_logits,
-      self.masks,  # type: ignore[arg-type]
-      max_instances=self.settings.max_instances,
-      things=things,
-    )
+    found = self.rules.instances(self.class_logits, self.masks, things, self.settings)
     kept = np.flatnonzero(found.masks.any((1, 2)))
     masks = found.masks[kept]
     return Objects(
@@ -189,13 +162,17 @@ class MaskAnswer:
     )
 
   def classes(self) -> np.ndarray:
-    """The class of each pixel, int32 `[H, W]`, as `semantic_scores` has it."""
+    """The class of each pixel, int32 `[H, W]`, the highest of the rules' scores."""
     height, width, _ = self.masks.shape
     columns = _padded(self.masks.columns)
     strips = []
     for top in range(0, height, _STRIP):
       rows = _padded(self.masks.rows[top : top + _STRIP])
-      strips.append(_strip_classes(self.class_logits, self.masks.maps, rows, columns))
+      strips.append(
+        _strip_classes(
+          self.class_logits, self.masks.maps, rows, columns, self.rules.semantic_scores
+        )
+      )
     return np.concatenate([np.asarray(strip) for strip in strips])[:height, :width]
 
 
@@ -214,14 +191,17 @@ def _padded(matrix: np.ndarray) -> np.ndarray:
   return np.pad(matrix, ((0, -len(matrix) % _STRIP), (0, 0)))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=4)
 def _strip_classes(
-  class_logits: jax.Array, maps: jax.Array, rows: jax.Array, columns: jax.Array
+  class_logits: jax.Array,
+  maps: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  semantic_scores: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
   """Some rows of a map of classes, int32 `[rows, columns]`."""
   high = lax.Precision.HIGHEST
   masks = jnp.einsum("qhw,sh->qsw", maps, rows, precision=high)
-  masks = jax.nn.sigmoid(jnp.einsum("qsw,cw->qsc", masks, columns, precision=high))
-  classes = jax.nn.softmax(class_logits, axis=-1)[:, :-1]
-  scores = jnp.einsum("qsc,qk->sck", masks, classes, precision=high)
+  masks = jnp.einsum("qsw,cw->scq", masks, columns, precision=high)
+  scores = semantic_scores(class_logits[None], masks[None])[0]
   return jnp.argmax(scores, axis=-1).astype(jnp.int32)

@@ -27,14 +27,16 @@ TRANSFORMS = {
 SCENES = SceneSource("train", size=32, count=64)
 
 
-def make_task(name="panoptic_segmentation", info=None, num_classes=None, **fields):
+def make_task(
+  name="panoptic_segmentation", info=None, num_classes=None, arguments=ARGUMENTS, **fields
+):
   """A task by its settings, as a configuration would give them."""
   given = {"head": HEAD, "loss": {"num_points": 32}, "max_objects": 5, **fields}
   context = Context(
     info=SCENES.info if info is None else info,
     num_classes=num_classes,
     preprocessing=dense.EXPECTS,
-    make_network=lambda classes: create_model(dense.NETWORK, num_classes=classes, **ARGUMENTS),
+    make_network=lambda classes: create_model(dense.NETWORK, num_classes=classes, **arguments),
   )
   return create_task(name, Config(given, "config.task").as_dataclass(task_settings(name)), context)
 

@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from hybrid_vit import build, mask_recipes
 from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, ConfigError, load_config
 from hybrid_vit.data.scenes import SceneSource
 from hybrid_vit.optimizers import match_rules
+from hybrid_vit.tasks.kmax_losses import KMaXLoss
 from hybrid_vit.tools.summarize import count_parameters
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOCALNET, OWN = CONFIGS / "focalnet_mask2former.py", CONFIGS / "finetune_panoptic.py"
+MOAT = CONFIGS / "moat_panoptic.py"
 
 
 def shapes_of(config, size=64):
@@ -39,6 +42,43 @@ def test_whole_systems_have_their_published_size(variant, queries, classes, para
   assert sum(name.startswith("decoder") for name in head) == 9
   assert count_parameters(params) == parameters
   assert task.loss_settings.num_points == 12_544 and task.loss_settings.num_candidates == 37_632
+
+
+@pytest.mark.parametrize(
+  ("variant", "whole", "backbone"),
+  [
+    ("tiny_moat_0", 37_072_618, 3_097_836),
+    ("moat_0", 66_523_266, 27_076_356),
+    # As wide as a ResNet-50, over which kMaX's head has as many as published.
+    ("moat_4", 48_928_830 + 481_161_088, 481_161_088),
+  ],
+)
+def test_moat_under_kmax_has_the_parameters_of_both(variant, whole, backbone):
+  task, params = shapes_of(load_config(MOAT, variant))
+  head = params["head"]
+  assert count_parameters(params) == whole and count_parameters(params["backbone"]) == backbone
+  assert head["decoder"]["cluster_centers"].shape == (128, 256)
+  assert sum(name.startswith("layer") for name in head["decoder"]) == 6
+  assert task.loss_settings == KMaXLoss() and task.separable
+  # Attention is global, whatever the picture, over plain maps.
+  model = task.model.backbone
+  assert set(model.window_sizes) == {None} and model.pool_size == 3
+  assert model.output_activation == "none"
+
+
+def test_figures_of_kmax_are_those_of_the_authors_files():
+  config = load_config(MOAT)
+  optimizer, schedule = config.optimizer, config.optimizer.schedule
+  assert (config.total_steps, config.data.batch_size, config.data.image_size) == (150_000, 64, 1281)
+  assert (optimizer.learning_rate, optimizer.weight_decay) == (5e-4, 0.05)
+  assert (schedule.name, schedule.power, schedule.warmup_steps) == ("polynomial", 0.9, 5000)
+  assert dict(optimizer.learning_rate_rules) == {"^backbone/": 0.1, ".*": 1.0}
+  assert config.task.head == ConfigDict(dict(name="kmax", drop_path_rate=0.2))
+  assert config.task.inference.scale == (1281, 1281)
+  assert config.task.inference.canvases == ((1281, 1281),)
+  assert "large_scale_jitter({image_size}, (0.3, 1.7))|pad_to({image_size})" in (
+    config.data.transform
+  )
 
 
 def test_figures_of_coco_are_those_of_the_authors_files():
@@ -92,13 +132,26 @@ def test_what_is_decayed_and_how_fast_the_backbone_learns():
   assert np.isclose(sum(rates.values()), len(rates) - 0.9 * sum(v < 1 for v in rates.values()))
 
 
-@pytest.mark.parametrize("kind", mask_recipes.TASKS)
-def test_every_kind_of_local_try_builds_on_scenes(kind):
+def locally(path, argument):
+  """What a local try builds on scenes."""
   scenes = SceneSource("train", size=64, count=64)
-  config = Config(load_config(OWN, f"runlocal,kind={kind}"))
+  config = Config(load_config(path, argument))
   facts = DataFacts(info=scenes.info, num_examples=64, example=lambda: scenes[0])
   made = build.build(config, facts)
   config.assert_all_read()
+  return made
+
+
+def test_the_local_try_of_kmax_builds_on_scenes():
+  made = locally(MOAT, "runlocal")
+  assert made.settings.best_metric == "validation/pq"
+  shapes = jax.eval_shape(made.task.init, jax.random.key(0), made.batches[0])["params"]
+  assert shapes["head"]["decoder"]["cluster_centers"].shape == (16, 64)
+
+
+@pytest.mark.parametrize("kind", mask_recipes.TASKS)
+def test_every_kind_of_local_try_builds_on_scenes(kind):
+  made = locally(OWN, f"runlocal,kind={kind}")
   assert made.task.measures[mask_recipes.BEST[kind]] == "max"
   assert made.settings.best_metric == f"validation/{mask_recipes.BEST[kind]}"
   shapes = {name: leaf.shape[1:] for name, leaf in made.batches[0].items()}

@@ -130,7 +130,7 @@ def test_every_file_with_a_recipe_of_a_paper_has_its_figures():
     named |= {row["recipe"].partition(":")[0] for row in csv.DictReader(file)}
   own = {"cifar10", "quickstart", "finetune"}
   own |= {f"finetune_{task}" for task in ("segmentation", "depth", "detection", "panoptic")}
-  named.add("focalnet_mask2former")  # tests/test_mask_recipes.py
+  named |= {"focalnet_mask2former", "moat_panoptic"}  # tests/test_mask_recipes.py
   assert named | own == {path.stem for path in CONFIGS.glob("*.py")}
 
 

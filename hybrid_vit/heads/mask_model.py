@@ -1,7 +1,7 @@
 """Any backbone of the registry under a head that predicts a class and a mask of each query.
 
 backbone → its pyramid → neck, where there is one → head: a `DenseModel` whose answer is a dict, see
-`heads.mask2former.Mask2Former`.
+`heads.mask2former.Mask2Former` and `heads.kmax.KMaX`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import flax.linen as nn
 
 from hybrid_vit.heads.dense_model import DenseModel, neck_over, shared_attributes, with_shared
+from hybrid_vit.heads.kmax import KMaX
 from hybrid_vit.heads.mask2former import Mask2Former
 from hybrid_vit.heads.registry import as_attribute, check_arguments, find_in
 
 # By the name in a configuration.
-_HEADS: Mapping[str, type[nn.Module]] = {"mask2former": Mask2Former}
+_HEADS: Mapping[str, type[nn.Module]] = {"mask2former": Mask2Former, "kmax": KMaX}
 
 
 def create_mask_model(
@@ -33,7 +34,7 @@ def create_mask_model(
   Args:
     backbone: with `features`; built with `num_classes=0`.
     num_classes: without "no object".
-    head: {"name": "mask2former", further attributes}.
+    head: {"name": "mask2former" or "kmax", further attributes}.
     neck: {"name": as registered, further attributes}; None for none, or for what a plain
       transformer needs.
     batch_norm_groups: of the neck's batch norms; None for what the backbone has.

@@ -80,6 +80,23 @@ def bitmaps(masks: Masks) -> jax.Array:
   return jnp.asarray(masks).astype(jnp.uint8)
 
 
+def every_cell(masks: Masks, steps: tuple[int, int]) -> Masks:
+  """Every s-th row and column of masks in any form, from the first on.
+
+  Only what is left is unpacked: bits are read of the rows that stay.
+
+  Args:
+    masks: `[B, G, H, W]`.
+    steps: of rows and of columns, at least 1.
+  """
+  down, right = steps
+  if isinstance(masks, LabelMasks):
+    return masks._replace(map=masks.map[:, ::down, ::right])
+  if isinstance(masks, PackedMasks):
+    return bitmaps(PackedMasks(masks.bits[:, :, ::down]))[..., ::right]
+  return masks[:, :, ::down, ::right]
+
+
 def _sampled_labels(masks: LabelMasks, points: jax.Array) -> jax.Array:
   batch, count, height, width = masks.shape
   flat = masks.map.reshape(batch, 1, -1)

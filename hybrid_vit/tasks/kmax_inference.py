@@ -29,8 +29,13 @@ def restore_size(
 ) -> jax.Array:
   """`mask2former_inference.restore_size`, with corners aligned where the input's width is odd."""
   return mask2former_inference.restore_size(
-    maps, input_size, picture_size, size, align_corners=input_size[1] % 2 == 1
+    maps, input_size, picture_size, size, align_corners=aligns_corners(input_size[1])
   )
+
+
+def aligns_corners(width: int) -> bool:
+  """Whether maps of an input of that width are resized with aligned corners."""
+  return width % 2 == 1
 
 
 def semantic_scores(class_logits: jax.Array, masks: jax.Array) -> jax.Array:

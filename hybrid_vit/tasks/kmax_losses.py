@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_vit.heads.kmax_layers import resize_map
+from hybrid_vit.ops.mask_forms import bitmaps, every_cell
 from hybrid_vit.tasks.mask2former_losses import (
   SegmentTargets,
   check_targets,
@@ -333,16 +334,17 @@ def draw_pixels(
 
 def _masks_at(targets: SegmentTargets, size: tuple[int, int]) -> jax.Array:
   """Masks as float32 `[B, G, *size]`, 0 in slots that are not valid."""
-  masks = targets.masks
-  for axis, new in ((2, size[0]), (3, size[1])):
-    old = masks.shape[axis]
-    stride = (old - 1) // (new - 1) if new > 1 else old
-    if not stride or -(-old // stride) != new:
+  shape = targets.masks.shape
+  steps = []
+  for old, new in zip(shape[2:], size):
+    step = (old - 1) // (new - 1) if new > 1 else old
+    if not step or -(-old // step) != new:
       raise ValueError(
-        f"masks of {list(targets.masks.shape[2:])} pixels for mask logits of {list(size)}: the "
-        "same size was expected, or every s-th row and column making it"
+        f"masks of {list(shape[2:])} pixels for mask logits of {list(size)}: the same size was "
+        "expected, or every s-th row and column making it"
       )
-    masks = lax.slice_in_dim(masks, 0, old, stride, axis=axis)
+    steps.append(step)
+  masks = bitmaps(every_cell(targets.masks, (steps[0], steps[1])))
   return jnp.where(targets.valid[:, :, None, None], masks.astype(jnp.float32), 0.0)
 
 

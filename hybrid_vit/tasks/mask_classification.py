@@ -8,10 +8,14 @@ are and in what is measured:
     instance_segmentation   objects, which may overlap: COCO's AP
     mask_segmentation       classes of pixels (semantic segmentation): mean IoU
 
+kMaX-DeepLab (arXiv:2207.04044) is another head of the same tasks, with losses and rules of its own:
+`mask_methods`.
+
 Segments are in a batch in the least bytes (`ops.mask_forms`): one map of numbers, or of objects a
 bit a pixel. Deviations from the authors' code are listed in `mask2former_losses`,
-`mask2former_inference` and `data.segment_operations`; further: pictures of the semantic task are
-not padded to multiples of 32.
+`mask2former_inference`, `kmax_losses`, `kmax_inference` and `data.segment_operations`; further:
+pictures of the semantic task are not padded to multiples of 32, and kMaX's class scores, not its
+mask logits, are brought to their size.
 """
 
 from __future__ import annotations
@@ -31,22 +35,13 @@ from hybrid_vit.data.spec import Field, Spec
 from hybrid_vit.heads.dense_model import DenseModel
 from hybrid_vit.heads.mask_model import create_mask_model
 from hybrid_vit.map_inference import InferenceSettings, MapInference
-from hybrid_vit.mask_inference import (
-  InstanceInferenceSettings,
-  MaskInference,
-  PanopticInferenceSettings,
-)
+from hybrid_vit.mask_inference import MaskInference
 from hybrid_vit.ops.mask_forms import LabelMasks, PackedMasks
 from hybrid_vit.ops.resize import resize_bilinear
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
 from hybrid_vit.tasks.detection import DetectionEvaluator
-from hybrid_vit.tasks.mask2former_inference import semantic_scores
-from hybrid_vit.tasks.mask2former_losses import (
-  Mask2FormerLoss,
-  SegmentTargets,
-  mask2former_losses,
-  semantic_targets,
-)
+from hybrid_vit.tasks.mask2former_losses import SegmentTargets, semantic_targets
+from hybrid_vit.tasks.mask_methods import MaskMethod, method_of, read_settings
 from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator
 from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
 from hybrid_vit.tasks.registry import Context, count_classes, register_task
@@ -64,16 +59,18 @@ class MaskSettings:
   """`config.task`; see `MaskTask`.
 
   Attributes:
-    head: {"name": "mask2former", attributes of `heads.mask2former.Mask2Former`}.
+    head: {"name": "mask2former", attributes of `heads.mask2former.Mask2Former`}, or "kmax" and
+      those of `heads.kmax.KMaX`. It decides the losses and what becomes of the answers.
     neck: {"name": as registered in `heads.registry`, further attributes}; None for none, or for
       what a plain transformer needs.
-    loss: its weights and numbers of points.
+    loss: its weights and numbers of points: fields of `mask2former_losses.Mask2FormerLoss`, or of
+      `kmax_losses.KMaXLoss`.
     max_objects: segments of a training picture; of more the first ones are kept.
   """
 
   head: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "mask2former"})
   neck: dict[str, Any] | None = None
-  loss: Mask2FormerLoss = dataclasses.field(default_factory=Mask2FormerLoss)
+  loss: dict[str, Any] = dataclasses.field(default_factory=dict)
   max_objects: int = 100
 
   def __post_init__(self) -> None:
@@ -89,21 +86,15 @@ class MaskSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PanopticSettings(MaskSettings):
-  """Further, `inference`: how pictures of any size are seen, in evaluation and prediction."""
+class SegmentSettings(MaskSettings):
+  """Further, of panoptic segments and of instances:
 
-  inference: PanopticInferenceSettings = dataclasses.field(
-    default_factory=PanopticInferenceSettings
-  )
+  Attributes:
+    inference: how pictures of any size are seen, in evaluation and prediction, and what becomes of
+      the head's answers: fields of the head's settings in `mask_rules`.
+  """
 
-
-@dataclasses.dataclass(frozen=True)
-class InstanceSettings(MaskSettings):
-  """Further, `inference`: how pictures of any size are seen, in evaluation and prediction."""
-
-  inference: InstanceInferenceSettings = dataclasses.field(
-    default_factory=InstanceInferenceSettings
-  )
+  inference: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +104,8 @@ class SemanticSettings(MaskSettings):
   inference: InferenceSettings = dataclasses.field(default_factory=InferenceSettings)
 
 
-@register_task("panoptic_segmentation", PanopticSettings)
-def build_panoptic(settings: PanopticSettings, context: Context) -> PanopticSegmentation:
+@register_task("panoptic_segmentation", SegmentSettings)
+def build_panoptic(settings: SegmentSettings, context: Context) -> PanopticSegmentation:
   """The task of `config.task.name = "panoptic_segmentation"`.
 
   Raises:
@@ -125,14 +116,15 @@ def build_panoptic(settings: PanopticSettings, context: Context) -> PanopticSegm
   classes = count_classes(context, names, "the segments of the training data have")
   return PanopticSegmentation(
     **_shared(settings, context, classes),
+    inference=_inference(settings, method_of(settings.head["name"]).rules.panoptic_settings),
     map_class_names=names,
     palette=as_colors(context.info.get("palette"), classes),
     thing_classes=things,
   )
 
 
-@register_task("instance_segmentation", InstanceSettings)
-def build_instances(settings: InstanceSettings, context: Context) -> InstanceSegmentation:
+@register_task("instance_segmentation", SegmentSettings)
+def build_instances(settings: SegmentSettings, context: Context) -> InstanceSegmentation:
   """The task of `config.task.name = "instance_segmentation"`.
 
   Raises:
@@ -142,6 +134,7 @@ def build_instances(settings: InstanceSettings, context: Context) -> InstanceSeg
   classes = count_classes(context, names, "the objects of the training data have")
   return InstanceSegmentation(
     **_shared(settings, context, classes),
+    inference=_inference(settings, method_of(settings.head["name"]).rules.instance_settings),
     object_class_names=names,
     category_ids=tuple(context.info.get("category_ids", ())),
   )
@@ -158,13 +151,15 @@ def build_semantic(settings: SemanticSettings, context: Context) -> MaskSegmenta
   classes = count_classes(context, names, "the maps of the training data have")
   return MaskSegmentation(
     **_shared(settings, context, classes),
+    inference=settings.inference,
     map_class_names=names,
     palette=as_colors(context.info.get("palette"), classes),
   )
 
 
-def _shared(settings: Any, context: Context, classes: int) -> dict[str, Any]:
+def _shared(settings: MaskSettings, context: Context, classes: int) -> dict[str, Any]:
   try:
+    method = method_of(settings.head["name"])
     model = create_mask_model(
       context.make_network(0),
       classes,
@@ -179,10 +174,15 @@ def _shared(settings: Any, context: Context, classes: int) -> dict[str, Any]:
     "num_classes": classes,
     "mean": tuple(context.preprocessing.mean),
     "std": tuple(context.preprocessing.std),
-    "loss_settings": settings.loss,
+    "method": method,
+    "loss_settings": read_settings(settings.loss, method.loss_settings, "config.task.loss"),
     "max_objects": settings.max_objects,
-    "inference": settings.inference,
+    "separable": method.separable,
   }
+
+
+def _inference(settings: SegmentSettings, kind: type) -> Any:
+  return read_settings(settings.inference, kind, "config.task.inference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,20 +194,22 @@ class MaskTask:
     num_classes: without "no object".
     mean: per channel.
     std: per channel.
+    method: losses and rules of the head.
     loss_settings: weights and numbers of points.
     max_objects: G.
     inference: how pictures of any size are seen.
-    separable: a batch's losses are divided by its own numbers of queries and segments.
+    separable: see `Task`; the method's.
   """
 
   model: DenseModel
   num_classes: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
-  loss_settings: Mask2FormerLoss
+  method: MaskMethod
+  loss_settings: Any
   max_objects: int
   inference: Any
-  separable: bool = False
+  separable: bool
 
   # Pictures keep their size: `inference` says what is done to them.
   evaluation_transform = "decode"
@@ -244,7 +246,7 @@ class MaskTask:
     """See `Task`: the sum over all predictions; metrics beside it are of the last one."""
     points, dropout = jax.random.split(rng)
     (answer, _), updated = self._apply(variables, batch, dropout)
-    found = mask2former_losses(answer, self.targets(batch), self.loss_settings, points)
+    found = self.method.losses(answer, self.targets(batch), self.loss_settings, points)
     weight = jnp.asarray(batch["image"].shape[0], jnp.float32)
     total = sum((x.sum() for x in found.values()), start=jnp.zeros((), jnp.float32))
     metrics = {f"{name}_loss": (x[-1] * weight, weight) for name, x in found.items()}
@@ -328,7 +330,7 @@ class PanopticSegmentation(MaskTask):
 
   def picture_inference(self) -> MaskInference:
     """What makes segments of pictures: `panoptic(variables, photo, thing_classes)`."""
-    return MaskInference(self.answers, self.inference, self.fill())
+    return MaskInference(self.answers, self.inference, self.fill(), self.method.rules)
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
@@ -342,6 +344,7 @@ class _Detector(NamedTuple):
   num_classes: int
   object_class_names: tuple[str, ...]
   category_ids: tuple[int, ...]
+  measures: dict[str, str]
   # Any but 0: masks are compared, too.
   mask_size: int = 1
 
@@ -408,12 +411,14 @@ class InstanceSegmentation(MaskTask):
 
   def picture_inference(self) -> MaskInference:
     """What makes objects of pictures: `objects(variables, photo)`."""
-    return MaskInference(self.answers, self.inference, self.fill())
+    return MaskInference(self.answers, self.inference, self.fill(), self.method.rules)
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
     inference: Any = self.picture_inference()
-    own: Any = _Detector(self.num_classes, self.object_class_names, self.category_ids)
+    own: Any = _Detector(
+      self.num_classes, self.object_class_names, self.category_ids, self.measures
+    )
     return [DetectionEvaluator(own, item, inference) for item in data]
 
 
@@ -454,8 +459,10 @@ class MaskSegmentation(MaskTask):
     """uint8 `[B, H, W, 3]` → scores of the classes in each pixel, float32 `[B, H, W, K]`."""
     answer = self.answers(variables, images)
     masks = answer["mask_logits"].transpose(0, 2, 3, 1)
-    masks = resize_bilinear(masks, images.shape[1:3], align_corners=False)
-    return semantic_scores(answer["class_logits"], masks)
+    rules = self.method.rules
+    aligned = rules.align_corners(images.shape[2])
+    masks = resize_bilinear(masks, images.shape[1:3], align_corners=aligned)
+    return rules.semantic_scores(answer["class_logits"], masks)
 
   def picture_inference(self) -> MapInference:
     """What makes maps of pictures: `classes(variables, photo)`."""

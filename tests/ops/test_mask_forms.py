@@ -44,3 +44,16 @@ def test_bitmaps_stay_what_they_are():
   points = _points(True, np.random.default_rng(3))
   np.testing.assert_array_equal(mask_forms.bitmaps(whole), whole)
   np.testing.assert_allclose(_sampled(whole, points), sample_masks(whole, points), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (2, 4), (3, 5), (7, 20)])
+def test_every_cell_is_that_of_the_bitmaps(steps):
+  rng = np.random.default_rng(4)
+  labels = rng.integers(0, 5, (2, 7, 16)).astype(np.int32)
+  by_number = mask_forms.LabelMasks(labels, np.array([[0, 3, 9], [4, 4, 1]], np.int32))
+  whole = rng.integers(0, 2, (2, 3, 7, 16)).astype(np.uint8)
+  for masks in (by_number, mask_forms.PackedMasks(np.packbits(whole, axis=-1)), whole):
+    expected = np.asarray(mask_forms.bitmaps(masks))[:, :, :: steps[0], :: steps[1]]
+    found = mask_forms.every_cell(masks, steps)
+    assert tuple(found.shape) == expected.shape
+    np.testing.assert_array_equal(mask_forms.bitmaps(found), expected)

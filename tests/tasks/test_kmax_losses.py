@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_vit.ops.mask_forms import LabelMasks, PackedMasks
 from hybrid_vit.tasks import kmax_losses as losses
 from hybrid_vit.tasks.mask2former_losses import SegmentTargets
 from tests import golden
@@ -252,3 +253,29 @@ def test_wrong_arguments_are_told():
     losses.KMaXLoss(contrast_pixels=0)
   with pytest.raises(ValueError, match=r"contrast_temperature is 0\.0; above 0"):
     losses.KMaXLoss(contrast_temperature=0.0)
+
+
+@pytest.mark.parametrize("form", ["labels", "bits"])
+def test_masks_of_fewer_bytes_are_their_bitmaps(form):
+  """Where no slot is valid bitmaps are ones, and in a map of numbers nothing is."""
+  whole = _stripes([[0, 2, 1], [1]], (16, 32), slots=4)
+  maps = np.where(whole.valid[:, :, None, None], whole.masks, 0)
+  numbers = np.broadcast_to(np.arange(4, dtype=np.int32), (2, 4))
+  labelled = np.where(maps.any(1), maps.argmax(1), 255)
+  smaller = {
+    "labels": lambda: LabelMasks(jnp.asarray(labelled), jnp.asarray(numbers)),
+    "bits": lambda: PackedMasks(jnp.asarray(np.packbits(whole.masks, axis=-1))),
+  }[form]()
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(2, 4, 8, 6)).astype(np.float32)
+  answer = {
+    "class_logits": rng.normal(size=(2, 5, 4)).astype(np.float32),
+    "mask_logits": rng.normal(size=(2, 5, 4, 8)).astype(np.float32),
+    "pixel_features": features / np.linalg.norm(features, axis=-1, keepdims=True),
+    "semantic_logits": rng.normal(size=(2, 4, 8, 4)).astype(np.float32),
+  }
+  expected = _losses(answer, whole, _SETTINGS, jax.random.key(0))
+  found = _losses(answer, whole._replace(masks=smaller), _SETTINGS, jax.random.key(0))
+  assert set(found) == set(expected)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
