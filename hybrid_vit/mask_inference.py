@@ -2,8 +2,9 @@
 
 A picture is seen on a canvas (`canvas_inference`). Its masks are brought to the size of the canvas,
 cut to the picture and brought to the original's size, bilinear, as `restore_size` does for a batch;
-here by one matrix for each axis, so that nothing is compiled for a picture's size, and one mask at
-a time, so that photos of any size fit in memory. Classes of all pixels are made on the device.
+here by one matrix for each axis, so that nothing is compiled for a picture's size, and of large
+photos one mask at a time, so that those of any size fit in memory. Classes of all pixels are made
+on the device.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from hybrid_vit.tasks.mask2former_inference import Segment
 
 # Rows of a map of classes that are made at once; its columns are padded to a multiple of these.
 _STRIP = 64
+# Numbers of all masks of a picture that are kept in memory together: 256 MB.
+_AT_ONCE = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,10 @@ class MaskInference:
 
 
 class RestoredMasks:
-  """Mask logits at the picture's own size, made for one query when it is asked for.
+  """Mask logits at the picture's own size, made when they are asked for.
+
+  Of a photo of usual size all at once, by two large products: many small ones take longer by far
+  where cores are shared. Of a larger one each by itself.
 
   Attributes:
     maps: float32 `[Q, h, w]`, of the whole input.
@@ -125,7 +131,16 @@ class RestoredMasks:
 
   def __getitem__(self, place: tuple[Any, int]) -> np.ndarray:
     """`masks[..., query]`: float32 `[H, W]`."""
-    return self.rows @ self.maps[place[1]] @ self.columns.T
+    if int(np.prod(self.shape)) > _AT_ONCE:
+      return self.rows @ self.maps[place[1]] @ self.columns.T
+    return self._planes[:, place[1]]
+
+  @functools.cached_property
+  def _planes(self) -> np.ndarray:
+    """float32 `[H, Q, W]`."""
+    queries, height, width = self.maps.shape
+    lines = self.rows @ self.maps.transpose(1, 0, 2).reshape(height, queries * width)
+    return (lines.reshape(-1, width) @ self.columns.T).reshape(len(self.rows), queries, -1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,10 @@ def restored(answer):
   return np.asarray(rules.restore_size(maps, INPUT, SEEN, SIZE)[0])
 
 
-def test_each_mask_is_that_of_a_batch(answer, restored):
+@pytest.mark.parametrize("large", [False, True])
+def test_each_mask_is_that_of_a_batch(answer, restored, large, monkeypatch):
+  if large:
+    monkeypatch.setattr(mask_inference, "_AT_ONCE", 0)
   assert answer.masks.shape == restored.shape == (*SIZE, 5)
   for query in range(5):
     np.testing.assert_allclose(answer.masks[..., query], restored[..., query], atol=1e-5)

@@ -250,7 +250,9 @@ def test_what_it_says_of_itself():
   assert "thing_classes" not in masks.make_task("mask_segmentation").stored_info()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
+)
 def test_a_run_goes_on_bit_for_bit(name, tmp_path, shared_programs):
   whole, values = tmp_path / "whole", masks.config(name)
   results = main.train(values, whole)
