@@ -22,7 +22,15 @@ from hybrid_vit.weights.readers import CheckpointFile
 from hybrid_vit.weights.torch_file import is_tensor, to_array
 
 # How a task's classes are called; one that is not here has none.
-_NAMES = {"segmentation": "map_class_names", "detection": "object_class_names"}
+_NAMES = {
+  "segmentation": "map_class_names",
+  "mask_segmentation": "map_class_names",
+  "panoptic_segmentation": "map_class_names",
+  "detection": "object_class_names",
+  "instance_segmentation": "object_class_names",
+}
+# Checkpoints do not say which classes are things. COCO's panoptic classes begin with its things.
+_COCO_PANOPTIC, _COCO_THINGS = 133, 80
 # OpenMMLab's, before and since MMEngine.
 _CLASSES, _PALETTE = ("CLASSES", "classes"), ("PALETTE", "palette")
 
@@ -79,6 +87,14 @@ def import_dense_task(
     raise ValueError(f"--num_classes={num_classes}: {name} has no classes")
   kept = classes == in_file
   info = _said_by(file.meta, classes, _NAMES[name]) if kept and classes else {}
+  if name == "panoptic_segmentation":
+    if classes != _COCO_PANOPTIC:
+      raise ValueError(
+        f"which of {classes} classes are things a checkpoint does not say; {_COCO_PANOPTIC}, "
+        f"COCO's, of which the first {_COCO_THINGS} are, was expected. A training that begins "
+        "with `init_from` reads it for other classes"
+      )
+    info["thing_classes"] = tuple(range(_COCO_THINGS))
   task, metadata = _task(recipe, classes, info)
   imported = dense_checkpoints.import_dense(
     file.weights,

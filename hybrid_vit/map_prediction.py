@@ -11,7 +11,7 @@ import numpy as np
 from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.dense_plots import plot_depths, plot_segmentations, save_depth, save_map
-from hybrid_vit.photos import for_each_photo
+from hybrid_vit.photos import for_each_photo, unused_names
 from hybrid_vit.stored_tasks import StoredTask
 
 # Photos on one sheet.
@@ -50,7 +50,7 @@ def predict_maps(
   """
 
   def predicted(photo: Path, image: np.ndarray) -> PredictedMap:
-    if stored.name == "segmentation":
+    if stored.name != "depth":
       values = stored.classes(image)
       return PredictedMap(photo, image, values, _areas(stored, values, top))
     values = stored.depth(image)
@@ -64,7 +64,7 @@ def draw_maps(stored: StoredTask, predictions: Sequence[PredictedMap], png: str 
   """Draws photos and their maps; of more than a dozen, so many spread evenly."""
   shown = [predictions[i] for i in sample_indices(len(predictions), _MOST)]
   photos, values = [p.image for p in shown], [p.values for p in shown]
-  if stored.name == "segmentation":
+  if stored.name != "depth":
     names = names_or_numbers(stored.task.map_class_names, stored.task.num_classes)
     plot_segmentations(photos, values, names, np.array(stored.task.palette, np.uint8), png)
   else:
@@ -75,20 +75,15 @@ def save_maps(
   stored: StoredTask, predictions: Sequence[PredictedMap], directory: str | Path
 ) -> list[Path]:
   """Writes `<photo>.png` for each: classes in the palette, or depth in millimetres of 16 bits."""
-  written: list[Path] = []
-  for prediction in predictions:
-    path = Path(directory) / f"{prediction.photo.stem}.png"
-    number = 1
-    while path in written:
-      number += 1
-      path = Path(directory) / f"{prediction.photo.stem}_{number}.png"
-    if stored.name == "segmentation":
+  names = unused_names([prediction.photo for prediction in predictions], ".png")
+  written = [Path(directory) / name for name in names]
+  for prediction, path in zip(predictions, written):
+    if stored.name != "depth":
       save_map(prediction.values, np.array(stored.task.palette, np.uint8), path)
     else:
       # What 16 bits hold at this scale; KITTI's 80 m do not fit in millimetres.
       scale = 1000.0 if stored.task.protocol.max_depth < 65.0 else 256.0
       save_depth(prediction.values, path, scale)
-    written.append(path)
   return written
 
 

@@ -62,6 +62,18 @@ def for_each_photo(
   return found, skipped
 
 
+def unused_names(photos: Sequence[Path], suffix: str) -> list[str]:
+  """A file name of each photo's, numbered where two photos' are the same."""
+  names: list[str] = []
+  for photo in photos:
+    name, number = f"{photo.stem}{suffix}", 1
+    while name in names:
+      number += 1
+      name = f"{photo.stem}_{number}{suffix}"
+    names.append(name)
+  return names
+
+
 def read_photos(
   photos: Sequence[str | Path], preprocessing: Preprocessing
 ) -> tuple[dict[Path, np.ndarray], dict[Path, str]]:

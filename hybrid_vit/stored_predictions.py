@@ -9,6 +9,7 @@ from typing import Any
 
 from hybrid_vit.map_prediction import draw_maps, predict_maps, save_maps
 from hybrid_vit.object_prediction import draw_objects, predict_objects, save_objects
+from hybrid_vit.panoptic_prediction import draw_segments, predict_segments, save_segments
 from hybrid_vit.stored_tasks import StoredTask
 
 Photos = Sequence[str | Path]
@@ -47,5 +48,18 @@ _OBJECTS = Asked(
   save=lambda *given: [save_objects(*given)],
   has_scores=True,
 )
-ASKED: Mapping[str, Asked] = {"segmentation": _MAPS, "depth": _MAPS, "detection": _OBJECTS}
+_SEGMENTS = Asked(
+  predict=lambda stored, photos, top, _: predict_segments(stored, photos, top),
+  draw=draw_segments,
+  output="maps",
+  save=save_segments,
+)
+ASKED: Mapping[str, Asked] = {
+  "segmentation": _MAPS,
+  "mask_segmentation": _MAPS,
+  "depth": _MAPS,
+  "detection": _OBJECTS,
+  "instance_segmentation": _OBJECTS,
+  "panoptic_segmentation": _SEGMENTS,
+}
 OUTPUTS = tuple(dict.fromkeys(asked.output for asked in ASKED.values()))

@@ -4,6 +4,7 @@ stored = load_task("runs/segmenter")
 classes = stored.classes(photo)               uint8 [H, W, 3] → int32 [H, W]
 metres = load_task("runs/depth").depth(photo)   → float32 [H, W]
 found = load_task("runs/detector").objects(photo)   → `box_inference.Objects`
+segments = load_task("runs/panoptic").panoptic(photo)   → `mask_inference.PanopticPicture`
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hybrid_vit.config import Config
 from hybrid_vit.data.classes import CLASS_FACTS
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.map_inference import MapInference
+from hybrid_vit.mask_inference import PanopticPicture
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.tasks.registry import Context, create_task, task_settings
 from hybrid_vit.weights.stored import described_network, task_of, task_settings_of
@@ -32,6 +34,10 @@ _INFERENCES: Mapping[str, Callable[[Any], Any]] = {
   "segmentation": lambda task: MapInference(task.answers, task.inference, softmax=True),
   "depth": lambda task: MapInference(task.answers, task.inference, softmax=False),
   "detection": lambda task: BoxInference(task.detect, task.inference, task.fill()),
+  **dict.fromkeys(
+    ("mask_segmentation", "instance_segmentation", "panoptic_segmentation"),
+    lambda task: task.picture_inference(),
+  ),
 }
 DENSE_TASKS = tuple(_INFERENCES)
 
@@ -67,7 +73,7 @@ class StoredTask:
 
   def classes(self, photo: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, 3]` → the class of each pixel, int32 `[H, W]`."""
-    self._check("segmentation")
+    self._check("segmentation", "mask_segmentation")
     return self.inference.classes(self._on_device, photo)
 
   def depth(self, photo: np.ndarray) -> np.ndarray:
@@ -77,12 +83,18 @@ class StoredTask:
 
   def objects(self, photo: np.ndarray) -> Objects:
     """uint8 `[H, W, 3]` → what was found in it, in its own pixels, the surest first."""
-    self._check("detection")
+    self._check("detection", "instance_segmentation")
     return self.inference.objects(self._on_device, photo)
 
-  def _check(self, name: str) -> None:
-    if self.name != name:
-      raise ValueError(f"these weights are of the task {self.name!r}, not of {name!r}")
+  def panoptic(self, photo: np.ndarray) -> PanopticPicture:
+    """uint8 `[H, W, 3]` → its segments of things and stuff."""
+    self._check("panoptic_segmentation")
+    return self.inference.panoptic(self._on_device, photo, self.task.thing_classes)
+
+  def _check(self, *names: str) -> None:
+    if self.name not in names:
+      wanted = " or ".join(map(repr, names))
+      raise ValueError(f"these weights are of the task {self.name!r}, not of {wanted}")
 
 
 def load_task(directory: str | Path, *, raw: bool = False) -> StoredTask:

@@ -64,7 +64,7 @@ def test_an_export_is_the_task_that_was_trained(tmp_path):
 def test_what_cannot_be_read_is_told(tmp_path):
   classifier = written(tmp_path / "c", "segmentation", task="classification")
   with pytest.raises(
-    ValueError, match=r"of the task 'classification'; segmentation or depth or detection was"
+    ValueError, match=r"of the task 'classification'; segmentation or depth or detection or"
   ):
     stored_tasks.load_task(classifier)
   _, variables, metadata = made("depth")

@@ -11,7 +11,7 @@ import numpy as np
 # What data and weights say of their classes: of pictures, of maps and of objects.
 CLASS_NAMES = ("class_names", "map_class_names", "object_class_names")
 # These, and what else tasks ask for.
-CLASS_FACTS = (*CLASS_NAMES, "palette", "category_ids")
+CLASS_FACTS = (*CLASS_NAMES, "palette", "category_ids", "thing_classes")
 
 _AROUND = 3  # names shown on either side of a difference
 

@@ -1,4 +1,4 @@
-"""What a network sees in photos: the likeliest classes, a map of classes or depth, or objects.
+"""What a network sees in photos: likeliest classes, a map of classes or depth, objects, segments.
 
 python -m hybrid_vit.tools.predict --weights=DIR photo.jpg another.png
 python -m hybrid_vit.tools.predict --weights=DIR --zero_shot="a cat,a dog" photo.jpg
@@ -13,7 +13,8 @@ Weights of segmentation or depth give a map of each photo, at its own size, over
 these as PNG, too: classes in their palette, depth in millimetres (KITTI's: 1/256 m). Weights of
 detection give boxes, masks, names and scores of what they find with a score of at least
 --min_score; --objects writes these as COCO's results, too, in which "image_id" is the photo's place
-in the command, from 0. --task is what the weights say where it is left out.
+in the command, from 0. Of panoptic weights --maps writes COCO's format, colours that are segments'
+numbers and a panoptic.json. --task is what the weights say where it is left out.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--output", default="predictions.png", help="the picture to write")
   parser.add_argument("--zero_shot", help='texts instead of classes, e.g. "a cat,a dog"')
   parser.add_argument("--task", choices=TASKS, help="default: as the weights say")
-  parser.add_argument("--maps", help="directory to write maps of classes or depth into")
+  parser.add_argument("--maps", help="directory to write maps of classes, depth or segments into")
   parser.add_argument("--objects", help="file to write COCO's results (.json) into")
   parser.add_argument(
     "--min_score", type=float, help=f"least score of detected objects (default: {MIN_SCORE})"

@@ -19,19 +19,23 @@ from flax import traverse_util
 from hybrid_vit.heads.dense_detection import DenseDetector
 from hybrid_vit.heads.dense_model import DenseModel
 from hybrid_vit.heads.dino import DINO
+from hybrid_vit.heads.kmax import KMaX
+from hybrid_vit.heads.mask2former import Mask2Former
 from hybrid_vit.heads.rcnn import RCNN
 from hybrid_vit.weights import convert, families
 from hybrid_vit.weights.convert import ImportReport, Layout, OfficialKey
 from hybrid_vit.weights.keymap_detectors import detector_layouts
 from hybrid_vit.weights.keymap_dino import dino_layouts
 from hybrid_vit.weights.keymap_heads import dense_layouts
+from hybrid_vit.weights.keymap_kmax import kmax_layouts
+from hybrid_vit.weights.keymap_mask2former import mask2former_layouts
 from hybrid_vit.weights.transfer import begins_anew, is_head
 
 Weights = Mapping[str, np.ndarray]
 
 # By the class of a whole model: `(model, layouts of its backbone) → layouts of its checkpoints`.
 _LAYOUTS: Mapping[type, Callable[[Any, Mapping[str, Layout]], dict[str, Layout]]] = {
-  DenseModel: dense_layouts,
+  DenseModel: lambda model, backbone: _decoder_layouts(model, backbone),
   RCNN: detector_layouts,
   DenseDetector: detector_layouts,
   DINO: dino_layouts,
@@ -232,14 +236,22 @@ def export_dense(
   return {**families.with_counters(exported), **known[layout].constants(model)}, layout
 
 
+def _decoder_layouts(model: Any, backbone: Mapping[str, Layout]) -> dict[str, Layout]:
+  if isinstance(model.head, Mask2Former):
+    return mask2former_layouts(model.backbone, backbone)
+  if isinstance(model.head, KMaX):
+    return kmax_layouts(model.backbone, backbone)
+  return dense_layouts(model, backbone)
+
+
 def _title(model: Any, network: str) -> str:
   return f"{network} under {type(model.head if isinstance(model, DenseModel) else model).__name__}"
 
 
 def _number_of_classes(model: Any, width: int) -> int:
   """Of a classifier so wide."""
-  if isinstance(model, RCNN):
-    return width - 1  # the background
+  if isinstance(model, RCNN) or isinstance(model.head, Mask2Former | KMaX):
+    return width - 1  # the background, or no object
   return width // model.head.num_anchors if isinstance(model, DenseDetector) else width
 
 
