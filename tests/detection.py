@@ -43,6 +43,18 @@ DETECTORS = {
     ),
     settings=dict(denoising_number=4, detections=5),
   ),
+  "sparse_rcnn": dict(
+    neck=dict(name="fpn", channels=16),
+    head=dict(
+      num_proposals=8,
+      num_stages=2,
+      num_heads=2,
+      hidden=16,
+      dynamic_hidden=8,
+      pool_size=3,
+      finest_scale=8.0,
+    ),
+  ),
 }
 WITH_MASKS = ("mask_rcnn", "cascade_mask_rcnn")
 

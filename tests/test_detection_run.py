@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_vit import checkpoints, main
+from hybrid_vit.heads.detectors import detector_names
 from hybrid_vit.reporting import read_metrics
 from tests import detection
 
@@ -32,9 +33,13 @@ def test_it_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
   assert len(losses) == 4 and np.isfinite(losses).all()
   (weights, metadata), (others, _) = (checkpoints.load_weights(d) for d in (whole, broken))
   assert metadata["object_class_names"][0] == "circle"
-  jax_equal = [np.array_equal(a, b) for a, b in zip(_leaves(weights), _leaves(others))]
-  assert jax_equal and all(jax_equal)
+  equal = [np.array_equal(a, b) for a, b in zip(_leaves(weights), _leaves(others))]
+  assert equal and all(equal)
   assert (whole / "predictions.png").is_file()
+
+
+def test_every_detector_is_among_them():
+  assert set(detection.DETECTORS) == set(detector_names())
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_told_before_anything_else(tmp_path):
