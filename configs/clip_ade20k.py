@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 VITS = ("vit_b16", "vit_base_patch16_clip_224", "vit_base_patch16_224")
@@ -33,19 +33,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant.startswith("mci") or variant == "runlocal_mci":
     config = semantic_fpn("mci2" if variant == "runlocal_mci" else variant, keys["batch_size"])
     if variant == "runlocal_mci":
-      tiny = dict(
-        depths=(1, 1, 1),
-        widths=(32, 64, 64),
-        mlp_ratios=(3, 3, 3),
-        mlp_kernel_size=3,
-        token_mixers=("repmixer", "repmixer", "attention"),
-        downsamples=(True, False, True),
-        se_downsamples=(False, False, True),
-        position_kernel_sizes=(None, None, 3),
-        layer_scale=0.1,
-        head_expansion=None,
-        drop_path_rate=0.0,
-      )
+      tiny = tiny_networks.MCI
       dense_recipes.run_locally(config, tiny, head=dict(channels=32), neck=dict(channels=32))
     return config
   name = "vit_base_patch16_224" if variant == "runlocal" else variant

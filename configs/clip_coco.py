@@ -13,7 +13,7 @@ scale, is recalled.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, detection_recipes
+from hybrid_vit import dense_recipes, detection_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 MCIS = ("mci0", "mci1", "mci2")
@@ -37,18 +37,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     detection_recipes.run_locally(
       config,
-      dict(
-        depths=(1, 1, 1),
-        widths=(32, 64, 64),
-        mlp_ratios=(3, 3, 3),
-        mlp_kernel_size=3,
-        token_mixers=("repmixer", "repmixer", "attention"),
-        downsamples=(True, False, True),
-        se_downsamples=(False, False, True),
-        position_kernel_sizes=(None, None, 3),
-        layer_scale=0.1,
-        head_expansion=None,
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.MCI,
     )
   return config

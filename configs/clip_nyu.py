@@ -15,7 +15,7 @@ get them normalised here, as their own `mean` and `std` say (--config.data.mean=
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 VITS = ("vit_b16", "vit_base_patch16_clip_224", "vit_base_patch16_224")
@@ -42,16 +42,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     dense_recipes.run_locally(
       config,
-      dict(
-        width=24,
-        depths=(1, 1, 2),
-        num_heads=(1, 2, 4),
-        patch_size=4,
-        window_size=4,
-        output_norms=(1, 2, 3),
-        shrink_windows=False,
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.SWIN,
       head=dict(channels=32),
     )
   return config

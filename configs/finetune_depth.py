@@ -12,7 +12,7 @@ figures, no paper's.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
 
 VARIANTS = ("pictures", "runlocal")
@@ -70,6 +70,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.task.loss = "sig_loss"
     config.task.chamfer_weight = 0.1
   if local:
-    dense_recipes.run_locally(config, dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3))
+    dense_recipes.run_locally(config, tiny_networks.MOAT)
     config.task.head = dict(name="glpn", channels=32)
   return config

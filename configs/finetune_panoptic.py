@@ -13,7 +13,7 @@ as large as fits into it. Own figures, no paper's.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import mask_recipes, recipes
+from hybrid_vit import mask_recipes, recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
 from hybrid_vit.models.dense import dense_arguments
 
@@ -61,5 +61,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
   )
   config.checkpoint.best_metric = f"validation/{mask_recipes.BEST[kind]}"
   if variant == "runlocal":
-    mask_recipes.run_locally(config, dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3))
+    mask_recipes.run_locally(config, tiny_networks.MOAT)
   return config

@@ -13,7 +13,7 @@ authors' file. Own figures, no paper's.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
 
 VARIANTS = ("pictures", "runlocal")
@@ -78,7 +78,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   del schedule["warmup_steps"]
   schedule.warmup_epochs = keys["epochs"] / 50
   if local:
-    dense_recipes.run_locally(config, dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3))
+    dense_recipes.run_locally(config, tiny_networks.MOAT)
     config.task.head = dict(name="segformer", channels=64)
     config.task.auxiliary = None
   return config

@@ -13,7 +13,7 @@ The weights of ImageNet-1K come by `init_from`: a work directory, an export, or 
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 from hybrid_vit.models.dense import enlarged_windows
 
@@ -44,16 +44,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     dense_recipes.run_locally(
       config,
-      dict(
-        embed_dim=32,
-        depths=(1, 1, 2),
-        focal_levels=(2, 2, 2),
-        focal_windows=(3, 3, 3),
-        patch_size=4,
-        pad_maps=True,
-        output_norms=(1, 2, 3),
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.FOCALNET,
       head=dict(channels=32),
       auxiliary=dict(channels=32),
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, detection_recipes
+from hybrid_vit import dense_recipes, detection_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 from hybrid_vit.models.dense import enlarged_windows
 
@@ -70,16 +70,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     detection_recipes.run_locally(
       config,
-      dict(
-        embed_dim=32,
-        depths=(1, 1, 2),
-        focal_levels=(2, 2, 2),
-        focal_windows=(3, 3, 3),
-        patch_size=4,
-        pad_maps=True,
-        output_norms=(1, 2, 3),
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.FOCALNET,
     )
   return config
 

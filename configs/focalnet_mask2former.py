@@ -13,22 +13,12 @@ the training than that it is Mask2Former's: figures are those of the authors' Sw
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import mask_recipes
+from hybrid_vit import mask_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 NETWORK = "focalnet_large_fl3"  # paper: three levels, of ImageNet-22K at 384 x 384
 VARIANTS = ("coco_panoptic", "ade20k", "runlocal")
-_TINY = dict(
-  embed_dim=32,
-  depths=(1, 1, 2),
-  focal_levels=(2, 2, 2),
-  focal_windows=(3, 3, 3),
-  conv_embed=False,
-  patch_size=4,
-  pad_maps=True,
-  output_norms=(1, 2, 3),
-  drop_path_rate=0.0,
-)
+_TINY = dict(tiny_networks.FOCALNET, conv_embed=False)
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

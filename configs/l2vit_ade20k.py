@@ -11,7 +11,7 @@ Results: the code prints none, and the paper's were not at hand.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 VARIANTS = ("l2vit_tiny", "l2vit_small", "l2vit_base", "runlocal")
@@ -36,15 +36,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     dense_recipes.run_locally(
       config,
-      dict(
-        widths=(16, 32, 48),
-        depths=(2, 2, 2),
-        num_heads=(1, 2, 3),
-        mlp_ratios=(2, 2, 2),
-        window_size=4,
-        output_norms=(1, 2, 3),
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.L2VIT,
       head=dict(channels=32),
       auxiliary=dict(channels=32),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, detection_recipes
+from hybrid_vit import dense_recipes, detection_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 SIZES = ("tiny", "small", "base")
@@ -54,15 +54,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     detection_recipes.run_locally(
       config,
-      dict(
-        widths=(16, 32, 48),
-        depths=(2, 2, 2),
-        num_heads=(1, 2, 3),
-        mlp_ratios=(2, 2, 2),
-        window_size=4,
-        output_norms=(1, 2, 3),
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.L2VIT,
     )
     config.batch_norm_groups = 1
   return config

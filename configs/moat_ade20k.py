@@ -12,7 +12,7 @@ ours, after deeplab2's configurations of kMaX-DeepLab.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 TINY = tuple(f"tiny_moat_{i}" for i in range(4))
@@ -46,7 +46,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     dense_recipes.run_locally(
       config,
-      dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3, output_activation="gelu"),
+      dict(tiny_networks.MOAT, output_activation="gelu"),
       head=dict(
         aspp_channels=32,
         decoder_channels=32,

@@ -13,7 +13,7 @@ head, and a coarsest level by convolution give 65, 79, 110 and 227 million.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import detection_recipes, recipes
+from hybrid_vit import detection_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 SIZES = tuple(f"moat_{i}" for i in range(4))
@@ -47,5 +47,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     scale=(SIDE, SIDE),
   )
   if variant == "runlocal":
-    detection_recipes.run_locally(config, dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3))
+    detection_recipes.run_locally(config, tiny_networks.MOAT)
   return config

@@ -14,7 +14,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 
@@ -68,14 +68,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     dense_recipes.run_locally(
       config,
-      dict(
-        widths=(16, 24, 32, 48),
-        depths=(1, 1, 1, 1),
-        layer_scale_init=1.0,
-        drop_path_rate=0.0,
-        intermediate_supervision=False,
-        reversible=False,
-      ),
+      tiny_networks.REVCOL,
       head=dict(channels=32),
       auxiliary=dict(channels=32),
     )

@@ -12,7 +12,7 @@ Objects365, whose recipe is not published. Gradients are plain, not reversible, 
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import detection_recipes
+from hybrid_vit import detection_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 # Learning rate, drop path, factor of the rate from layer to layer.
@@ -46,13 +46,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     detection_recipes.run_locally(
       config,
-      dict(
-        widths=(16, 24, 32, 48),
-        depths=(1, 1, 1, 1),
-        layer_scale_init=1.0,
-        drop_path_rate=0.0,
-        intermediate_supervision=False,
-        reversible=False,
-      ),
+      tiny_networks.REVCOL,
     )
   return config

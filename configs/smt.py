@@ -13,7 +13,7 @@ sources.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import recipes
+from hybrid_vit import recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 SCRATCH = ("smt_t", "smt_s", "smt_b", "smt_l")
@@ -33,15 +33,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     return recipes.run_locally(
       from_scratch("smt_t", 1024),
-      dict(
-        depths=(1, 2, 1),
-        widths=(16, 32, 48),
-        block_types=("modulation", "hybrid", "attention"),
-        modulation_heads=(4, 4, None),
-        attention_heads=(None, 4, 6),
-        mlp_ratios=(4.0, 4.0, 2.0),
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.SMT,
     )
   if variant in FINE_TUNING:
     return fine_tuning(variant, batch_size or 512)

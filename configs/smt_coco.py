@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, detection_recipes
+from hybrid_vit import dense_recipes, detection_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 DROP_PATH = {"smt_s": 0.2, "smt_b": 0.3}
@@ -58,14 +58,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     detection_recipes.run_locally(
       config,
-      dict(
-        depths=(1, 2, 1),
-        widths=(16, 32, 48),
-        block_types=("modulation", "hybrid", "attention"),
-        modulation_heads=(4, 4, None),
-        attention_heads=(None, 4, 6),
-        mlp_ratios=(4.0, 4.0, 2.0),
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.SMT,
     )
   return config

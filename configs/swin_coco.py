@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import detection_recipes
+from hybrid_vit import detection_recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 
 SWIN_DROP_PATH = {"tiny": 0.2, "small": 0.2, "base": 0.3}
@@ -68,16 +68,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if variant == "runlocal":
     detection_recipes.run_locally(
       config,
-      dict(
-        width=24,
-        depths=(1, 1, 2),
-        num_heads=(1, 2, 4),
-        patch_size=4,
-        window_size=4,
-        output_norms=(1, 2, 3),
-        shrink_windows=False,
-        drop_path_rate=0.0,
-      ),
+      tiny_networks.SWIN,
     )
   return config
 

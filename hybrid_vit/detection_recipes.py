@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, recipes
+from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.heads.rcnn import VITDET
 from hybrid_vit.models.dense import vitdet_arguments
 
@@ -265,7 +265,7 @@ def tiny_detection(config: ConfigDict) -> ConfigDict:
   )
   if "canvases" in config.data:
     del config.data["canvases"]
-  config.model.arguments = dict(recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3)
+  config.model.arguments = tiny_networks.MOAT
   config.task.detector = dict(
     name="mask_rcnn",
     neck=dict(name="fpn", channels=64, extra="none", num_extra=0),

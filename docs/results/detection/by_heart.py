@@ -9,9 +9,8 @@ themselves, by a network of a million parameters. DINO finds boxes alone.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import recipes
+from hybrid_vit import recipes, tiny_networks
 from hybrid_vit.config import parse_argument
-from hybrid_vit.models.dense import dense_arguments
 
 VARIANTS = ("mask_rcnn", "dino")
 PHOTOS, OBJECTS = 16, 20
@@ -57,9 +56,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   name, masks, size = "tiny_moat_0", variant == "mask_rcnn", keys["size"]
   config = recipes.imagenet(name, batch_size=4, source=keys["data"], num_classes=None)
   config.precision = "float32"
-  config.model.arguments = dict(
-    dense_arguments(name, size) | recipes.TINY_MOAT, strides=(2, 2, 2), pool_size=3
-  )
+  config.model.arguments = dict(tiny_networks.MOAT)
   config.data.split = f"train[:{PHOTOS}]"
   config.data.image_size = size
   config.data.interpolation = "bilinear"
