@@ -33,7 +33,7 @@ import numpy as np
 
 from hybrid_vit.data import instances
 from hybrid_vit.data.archives import ZipReader
-from hybrid_vit.data.coco_panoptic import is_thing, panoptic_masks
+from hybrid_vit.data.coco_panoptic import check_segments, is_crowd, is_thing, panoptic_masks
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.folders import FolderReader, Reader, choose_part
 from hybrid_vit.data.instances import Collector, InstanceSource, Notes, Picture, Size
@@ -151,7 +151,7 @@ def _lean(read: dict[str, Any]) -> Any:
       read.get("category_id"),
       read.get("bbox"),
       mask,
-      _is_crowd(read),
+      is_crowd(read),
       read.get("area"),
     )
   if "counts" in read and "size" in read:
@@ -160,11 +160,6 @@ def _lean(read: dict[str, Any]) -> Any:
     kept = ("id", "file_name", "coco_url", "height", "width", "image_id", "segments_info")
     return {key: read[key] for key in kept if key in read}
   return read
-
-
-def _is_crowd(read: Mapping[str, Any]) -> bool:
-  """Some tools write the number as a text, of which "0" would be true."""
-  return str(read.get("iscrowd") or 0).lower() not in ("0", "false")
 
 
 def _packed(values: Any, code: str) -> Any:
@@ -271,7 +266,7 @@ def _parsed(reader: Reader, name: str) -> dict[str, Any]:
       raise ValueError(f'{full}: {image} among its images; "id" and "file_name" were expected')
   if all(isinstance(item, dict) and "segments_info" in item for item in read["annotations"]):
     for item in read["annotations"]:
-      _check_segments(item, full)
+      check_segments(item, full)
     return read
   kept = [item for item in read["annotations"] if isinstance(item, _Annotation)]
   if len(kept) != len(read["annotations"]):
@@ -283,30 +278,13 @@ def _parsed(reader: Reader, name: str) -> dict[str, Any]:
   return read
 
 
-def _check_segments(item: Mapping[str, Any], name: str) -> None:
-  """Raises ValueError for a panoptic annotation without what is asked of it."""
-  segments = item["segments_info"]
-  good = isinstance(segments, list) and all(
-    isinstance(segment, dict)
-    and isinstance(segment.get("id"), int)
-    and isinstance(segment.get("category_id"), int | str)
-    for segment in segments
-  )
-  if not good or not isinstance(item.get("file_name"), str):
-    raise ValueError(
-      f'{name}: {str(item)[:100]} among its annotations; "file_name" of a PNG and "segments_info", '
-      'each with "id" and "category_id", were expected'
-    )
-
-
 def _categories(read: Sequence[Any], name: str) -> list[dict[str, Any]]:
   """Sorted by their ids."""
   kinds = {type(item.get("id")) if isinstance(item, dict) else None for item in read}
   if len(kinds) > 1 or not kinds <= {int, str, type(None)}:
     raise ValueError(f'{name}: categories whose "id" are not all numbers, or all texts')
   kept = [
-    {key: item[key] for key in ("id", "name", "isthing", "color") if key in (item or ())}
-    for item in read
+    {key: item[key] for key in ("id", "name", "isthing", "color") if key in item} for item in read
   ]
   if not all("id" in item and "name" in item for item in kept):
     raise ValueError(f'{name}: categories without "id" or "name"')
@@ -343,7 +321,7 @@ def _things(
           segment["category_id"],
           segment.get("bbox"),
           segment["id"],
-          _is_crowd(segment),
+          is_crowd(segment),
           segment.get("area"),
         )
 
@@ -378,10 +356,7 @@ def _add(
   box = instances.usable_box(given, size, notes, name)
   if box is None:
     return None
-  area = annotation.area
-  if area is not None and not instances.is_numbers([area]):
-    notes.add(instances.NO_AREA_GIVEN, name)
-    area = None
+  area = instances.usable_area(annotation.area, notes, name)
   collector.add(
     index,
     given,

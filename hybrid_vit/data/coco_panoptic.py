@@ -19,7 +19,15 @@ import numpy as np
 
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.folders import Reader, choose_part
-from hybrid_vit.data.instances import NO_CATEGORY, MaskForm, Notes, Picture, Size, usable_box
+from hybrid_vit.data.instances import (
+  NO_CATEGORY,
+  MaskForm,
+  Notes,
+  Picture,
+  Size,
+  usable_area,
+  usable_box,
+)
 from hybrid_vit.data.lazy_masks import LazyMasks, Read
 from hybrid_vit.data.map_reading import IGNORE, check_size, read_segments
 from hybrid_vit.data.palettes import spread_palette
@@ -130,6 +138,7 @@ def open_panoptic(reader: Reader, names: Sequence[str], split: str) -> PanopticS
     photo_of = _photos(names, f"{match[2]}{match[3]}")
     image_of = {image["id"]: image for image in read["images"]}
     for item in read["annotations"]:
+      check_segments(item, reader.full_name(name))
       path = f"{name.removesuffix('.json')}/{item['file_name']}"
       image = image_of.get(item["image_id"], {})
       photo = photo_of.get(image.get("file_name", ""))
@@ -160,6 +169,27 @@ def open_panoptic(reader: Reader, names: Sequence[str], split: str) -> PanopticS
 def is_thing(category: Mapping[str, Any]) -> bool:
   """Whether a category's objects can be counted; so can all of a file that does not say."""
   return bool(category.get("isthing", 1))
+
+
+def is_crowd(read: Mapping[str, Any]) -> bool:
+  """Whether an object or segment is one; of a text, as some tools write it, "0" would be true."""
+  return str(read.get("iscrowd") or 0).lower() not in ("0", "false")
+
+
+def check_segments(item: Mapping[str, Any], name: str) -> None:
+  """Raises ValueError for a panoptic annotation without what is asked of it."""
+  segments = item["segments_info"]
+  good = isinstance(segments, list) and all(
+    isinstance(segment, dict)
+    and isinstance(segment.get("id"), int)
+    and isinstance(segment.get("category_id"), int | str)
+    for segment in segments
+  )
+  if not good or not isinstance(item.get("file_name"), str):
+    raise ValueError(
+      f'{name}: {str(item)[:100]} among its annotations; "file_name" of a PNG and "segments_info", '
+      'each with "id" and "category_id", were expected'
+    )
 
 
 def panoptic_masks(reader: Reader) -> MaskForm:
@@ -200,15 +230,15 @@ def _segments(
     size = image.get("height", math.inf), image.get("width", math.inf)
     box = usable_box(given, size, notes, name)
     if box is not None:
-      area = segment.get("area", given[2] * given[3])
-      crowd = bool(segment.get("iscrowd", 0))
-      rows.append((segment["id"], labels[category], crowd, area, *given, *box))
+      area = usable_area(segment.get("area"), notes, name)
+      area = given[2] * given[3] if area is None else area
+      rows.append((segment["id"], labels[category], is_crowd(segment), area, *given, *box))
   table = np.array(rows, np.float64).reshape(-1, 12)
   return Segments(
     item["image_id"],
     np.array([segment["id"] for segment in found], np.int32),
     np.array([number.get(segment["category_id"], IGNORE) for segment in found], np.int32),
-    np.array([bool(segment.get("iscrowd", 0)) for segment in found], bool),
+    np.array([is_crowd(segment) for segment in found], bool),
     {
       "ids": table[:, 0].astype(np.int32),
       "boxes": table[:, 8:].astype(np.float32),

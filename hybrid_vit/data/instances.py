@@ -308,6 +308,20 @@ def usable_box(given: Any, size: Size, notes: Notes, name: str) -> list[float] |
   return box
 
 
+def usable_area(given: Any, notes: Notes, name: str) -> float | None:
+  """An area as the file has it; None for none, and a note for what is no number.
+
+  Args:
+    given: what the file has.
+    notes: takes what is wrong.
+    name: of the object.
+  """
+  if given is None or is_numbers([given]):
+    return given
+  notes.add(NO_AREA_GIVEN, name)
+  return None
+
+
 def is_numbers(values: Any) -> bool:
   """Whether it is a sequence of finite numbers."""
   try:

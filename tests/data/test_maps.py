@@ -164,6 +164,25 @@ def test_coco_without_its_photos_and_with_foreign_segments(tmp_path):
     create_source(f"coco_panoptic:{root}", "train")[0]
 
 
+def test_odd_numbers_of_panoptic_annotations(tmp_path, caplog):
+  root = panoptic(tmp_path)
+  place = root / "annotations/panoptic_train2017.json"
+  described = json.loads(place.read_text())
+  first, crowd, last = described["annotations"][0]["segments_info"]
+  crowd["iscrowd"] = "0"
+  first |= {"bbox": [0, 0, 20, 10], "area": "many"}
+  last["iscrowd"] = "1"
+  place.write_text(json.dumps(described))
+  example = create_source(f"coco_panoptic:{root}", "train")[0]
+  np.testing.assert_array_equal(example["segment_crowd"], [False, False, True])
+  np.testing.assert_array_equal(example["areas"], [200])
+  assert "whose area is no number" in caplog.text
+  del crowd["category_id"]
+  place.write_text(json.dumps(described))
+  with pytest.raises(ValueError, match=r'panoptic_train2017.json: .* each with "id" and'):
+    create_source(f"coco_panoptic:{root}", "train")
+
+
 MILLIMETRES = np.tile(np.array([0, 1000, 20_000], np.uint16), (40, 20))
 
 
