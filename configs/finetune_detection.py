@@ -13,7 +13,7 @@ Pictures are resized by mmdetection's 1x recipe onto a square canvas. Own figure
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import detection_recipes, recipes
+from hybrid_vit import detection_recipes, recipes, tiny_networks
 from hybrid_vit.config import parse_argument
 from hybrid_vit.heads.rcnn import VITDET
 from hybrid_vit.models.dense import dense_arguments, vitdet_arguments
@@ -86,5 +86,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     schedule=dict(name="cosine", warmup_epochs=0.1, end_learning_rate=0.0),
   )
   if local:
-    detection_recipes.tiny_detection(config)
+    detection_recipes.run_locally(config, tiny_networks.MOAT)
   return config

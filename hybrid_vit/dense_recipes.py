@@ -269,40 +269,79 @@ def run_locally(
     auxiliary: likewise.
     total_steps: of 32 scenes.
   """
-  depth = config.task.name == "depth"
+  on_scenes(
+    config,
+    arguments,
+    transform="decode|random_crop({image_size})|flip_lr",
+    total_steps=total_steps,
+    batch_size=32,
+    learning_rate=4e-3,
+    warmup_steps=25,
+    gradient_clip_norm=1.0,
+  )
+  for name, own in (("head", head), ("neck", neck), ("auxiliary", auxiliary)):
+    if own and config.task.get(name) is not None:
+      config.task[name].update(dict(own))
+  config.task.inference = dict(mode="whole")
+  if config.task.name == "depth":
+    config.task.protocol.crop = "none"
+  return config
+
+
+def on_scenes(
+  config: ConfigDict,
+  arguments: Mapping[str, Any],
+  *,
+  transform: str,
+  total_steps: int,
+  learning_rate: float,
+  gradient_clip_norm: float,
+  batch_size: int = 16,
+  warmup_steps: int = 50,
+  validation: int = 200,
+) -> None:
+  """Makes a recipe one of a tiny network on drawn scenes of 64 x 64, evaluated twice.
+
+  Args:
+    config: a recipe of a dense task, of whose optimizer kind, decay and rules of the rate stay, but
+      no decay from layer to layer; changed in place.
+    arguments: of the network, to make it tiny.
+    transform: of a training scene.
+    total_steps: of the training.
+    learning_rate: peak.
+    gradient_clip_norm: of all gradients.
+    batch_size: scenes of a step.
+    warmup_steps: of the rate, which then falls to 0 as a polynomial.
+    validation: scenes held out.
+  """
   config.precision = "float32"
-  if "total_epochs" in config:
-    del config["total_epochs"]
+  for name in ("total_epochs", "evaluate_every_epochs"):
+    if name in config:
+      del config[name]
   config.total_steps = total_steps
-  config.log_every_steps = 50
-  del config["evaluate_every_epochs"]
   config.evaluate_every_steps = total_steps // 2
+  config.log_every_steps = 50
   config.model.num_classes = None
   config.model.arguments = dict(arguments)
   config.data.update(
     dict(
       source=f"scenes:size={_LOCAL_SIZE}",
-      batch_size=32,
-      transform="decode|random_crop({image_size})|flip_lr",
+      batch_size=batch_size,
       image_size=_LOCAL_SIZE,
+      transform=transform,
     )
   )
-  config.evaluation.sets.validation = dict(split="validation[:200]", batch_size=40)
-  for name, own in (("head", head), ("neck", neck), ("auxiliary", auxiliary)):
-    if own and config.task.get(name) is not None:
-      config.task[name].update(dict(own))
-  config.task.inference = dict(mode="whole")
-  if depth:
-    config.task.protocol.crop = "none"
-  config.optimizer.learning_rate = 4e-3
-  config.optimizer.gradient_clip_norm = 1.0
+  config.evaluation.sets.validation = dict(
+    split=f"validation[:{validation}]", batch_size=validation // 5
+  )
+  config.optimizer.learning_rate = learning_rate
+  config.optimizer.gradient_clip_norm = gradient_clip_norm
   if "layer_decay" in config.optimizer:
     del config.optimizer["layer_decay"]
   config.optimizer.schedule = dict(
-    name="polynomial", power=0.9, warmup_steps=25, end_learning_rate=0.0
+    name="polynomial", power=0.9, warmup_steps=warmup_steps, end_learning_rate=0.0
   )
   config.checkpoint.every_minutes = 1
-  return config
 
 
 def _copied(value: Any) -> Any:

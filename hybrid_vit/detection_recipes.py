@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import dense_recipes, tiny_networks
+from hybrid_vit import dense_recipes
 from hybrid_vit.heads.rcnn import VITDET
 from hybrid_vit.models.dense import vitdet_arguments
 
@@ -239,35 +239,28 @@ def run_locally(config: ConfigDict, arguments: Mapping[str, Any]) -> ConfigDict:
   Args:
     config: a recipe of R-CNN; changed in place.
     arguments: of the network, to make it tiny.
+
+  Raises:
+    ValueError: a recipe of another detector.
   """
   name = config.task.detector.name
-  tiny_detection(config)
-  if name == "cascade_mask_rcnn":
-    config.task.detector.name = name
-    config.task.detector.box_head.update(dict(conv_channels=32, num_convs=1))
-  config.precision = "float32"
-  config.model.num_classes = None
-  config.model.arguments = dict(arguments)
-  for field in ("layer_decay", "learning_rate_rules"):
-    if field in config.optimizer:
-      del config.optimizer[field]
-  config.checkpoint.every_minutes = 1
-  return config
-
-
-def tiny_detection(config: ConfigDict) -> ConfigDict:
-  """A recipe of detection on scenes of 64 x 64, with a tiny Mask R-CNN; changed in place."""
-  config.data.source = "scenes:size=64"
-  config.data.image_size = 64
-  config.data.batch_size = 16
-  config.data.transform = (
-    "decode|random_crop({image_size})|flip_lr|keep_largest(8)|pad_to({image_size})|crop_masks(28)"
+  if name not in WITH_MASKS:
+    raise ValueError(f"a local try of {name!r}; one of {', '.join(WITH_MASKS)} was expected")
+  dense_recipes.on_scenes(
+    config,
+    arguments,
+    transform=(
+      "decode|random_crop({image_size})|flip_lr|keep_largest(8)|pad_to({image_size})|crop_masks(28)"
+    ),
+    total_steps=600,
+    learning_rate=2e-3,
+    gradient_clip_norm=5.0,
   )
-  if "canvases" in config.data:
-    del config.data["canvases"]
-  config.model.arguments = tiny_networks.MOAT
+  for group, field in ((config.data, "canvases"), (config.optimizer, "learning_rate_rules")):
+    if field in group:
+      del group[field]
   config.task.detector = dict(
-    name="mask_rcnn",
+    name=name,
     neck=dict(name="fpn", channels=64, extra="none", num_extra=0),
     box_head=dict(fc_channels=128),
     mask_head=dict(channels=32, num_convs=2),
@@ -285,18 +278,9 @@ def tiny_detection(config: ConfigDict) -> ConfigDict:
       rpn_size_divisor=0,
     ),
   )
+  if name == "cascade_mask_rcnn":
+    config.task.detector.box_head.update(dict(conv_channels=32, num_convs=1))
   config.task.max_objects = 8
   config.task.mask_size = 28
   config.task.inference = dict(scale=None)
-  del config["total_epochs"]
-  config.total_steps = 600
-  del config["evaluate_every_epochs"]
-  config.evaluate_every_steps = 300
-  config.log_every_steps = 50
-  config.evaluation.sets.validation = dict(split="validation[:200]", batch_size=40)
-  config.optimizer.learning_rate = 2e-3
-  config.optimizer.gradient_clip_norm = 5.0
-  config.optimizer.schedule = dict(
-    name="polynomial", power=0.9, warmup_steps=50, end_learning_rate=0.0
-  )
   return config

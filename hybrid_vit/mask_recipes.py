@@ -41,7 +41,6 @@ _BACKBONE_RATE = 0.1
 # Of 50 epochs, 368,750 steps.
 _COCO_DROPS = (327_778, 355_092)
 _CLIP_NORM = 0.01
-_LOCAL_SIZE = 64
 # By the head: what makes it tiny, and fewer points for its losses.
 _LOCAL_HEADS: Mapping[str, Mapping[str, Any]] = {
   "mask2former": dict(
@@ -276,26 +275,17 @@ def run_locally(
     arguments: of the network, to make it tiny.
     total_steps: of 16 scenes.
   """
-  size, kind = _LOCAL_SIZE, {name: kind for kind, name in TASKS.items()}[config.task.name]
-  config.precision = "float32"
-  for name in ("total_epochs", "evaluate_every_epochs"):
-    if name in config:
-      del config[name]
-  config.total_steps = total_steps
-  config.evaluate_every_steps = total_steps // 2
-  config.log_every_steps = 50
-  config.model.num_classes = None
-  config.model.arguments = dict(arguments)
+  kind = {name: kind for kind, name in TASKS.items()}[config.task.name]
   crop = "random_crop_map({image_size}, 1.0)" if kind == "semantic" else "random_crop({image_size})"
-  config.data.update(
-    dict(
-      source=f"scenes:size={size}",
-      batch_size=16,
-      image_size=size,
-      transform="|".join(("decode", crop, "flip_lr", *_chosen(kind, _LOCAL_SEGMENTS))),
-    )
+  dense_recipes.on_scenes(
+    config,
+    arguments,
+    transform="|".join(("decode", crop, "flip_lr", *_chosen(kind, _LOCAL_SEGMENTS))),
+    total_steps=total_steps,
+    learning_rate=1e-3,
+    gradient_clip_norm=1.0,
+    validation=100,
   )
-  config.evaluation.sets.validation = dict(split="validation[:100]", batch_size=20)
   head = config.task.head.name
   config.task.head.update(dict(_LOCAL_HEADS[head]))
   config.task.loss = dict(_LOCAL_LOSSES[head])
@@ -304,13 +294,7 @@ def run_locally(
   if kind == "panoptic" and head == "mask2former":
     # Masks are right long before their classes are sure.
     config.task.inference.object_threshold = 0.5
-  config.optimizer.learning_rate = 1e-3
   config.optimizer.learning_rate_rules = ((".*", 1.0),)
-  config.optimizer.gradient_clip_norm = 1.0
-  config.optimizer.schedule = dict(
-    name="polynomial", power=0.9, warmup_steps=50, end_learning_rate=0.0
-  )
-  config.checkpoint.every_minutes = 1
   return config
 
 

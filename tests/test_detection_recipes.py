@@ -238,3 +238,12 @@ def test_vitdet_trains_as_detectron2_does():
     assert model.settings == detectron2_settings(stages)
     assert len(model.mask_heads) == 1 and len(model.stages) == stages
     assert model.stages[0].class_agnostic == (stages == 3)
+
+
+def test_a_local_try_is_of_the_detector_asked_for_or_refused():
+  def local(detector):
+    return load(f"finetune_detection:runlocal,detector={detector}").task.detector.name
+
+  assert local("cascade_mask_rcnn") == "cascade_mask_rcnn"
+  with pytest.raises(ValueError, match="a local try of 'dino'; one of mask_rcnn, cascade"):
+    local("dino")
