@@ -29,7 +29,7 @@ DROP_PATH = {
 }
 # Stages' first kernels, of all detectors but Mask R-CNN, which has 9 in all stages.
 WINDOWS = (11, 9, 9, 7)
-DETREX = {  # the backbone's output has norms of the levels that are read
+DETREX: dict[str, dict[str, Any]] = {  # the backbone's output has norms of the levels that are read
   "dino_focalnet_large_fl3_1x": dict(drop_path_rate=0.3),
   "dino_focalnet_large_fl3_3x": dict(drop_path_rate=0.3, schedule="3x"),
   "dino_focalnet_large_fl4_1x": dict(drop_path_rate=0.3),
@@ -68,10 +68,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     return detrex(f"focalnet_{network}", detector, keys["batch_size"], DETREX[name])
   config = mmdetection(f"focalnet_{network}", detector, last, keys["batch_size"])
   if variant == "runlocal":
-    detection_recipes.run_locally(
-      config,
-      tiny_networks.FOCALNET,
-    )
+    detection_recipes.run_locally(config, tiny_networks.FOCALNET)
   return config
 
 

@@ -22,8 +22,7 @@ from hybrid_vit.curriculum import Curriculum, Phase
 from hybrid_vit.curriculum_reading import curriculum_phases
 from hybrid_vit.data.pipeline import EvaluationSettings, TrainingSettings
 from hybrid_vit.data.spec import Field, batch_shapes
-from hybrid_vit.example_reading import Reading, fill_canvases, fill_transform
-from hybrid_vit.example_reading import read_transform as read_transform
+from hybrid_vit.example_reading import Reading, fill_canvases, fill_transform, read_transform
 from hybrid_vit.models.registry import (
   Preprocessing,
   as_preprocessing,

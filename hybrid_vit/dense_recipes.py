@@ -331,9 +331,7 @@ def on_scenes(
       transform=transform,
     )
   )
-  config.evaluation.sets.validation = dict(
-    split=f"validation[:{validation}]", batch_size=validation // 5
-  )
+  config.evaluation.sets.validation = dict(split=f"validation[:{validation}]", batch_size=40)
   config.optimizer.learning_rate = learning_rate
   config.optimizer.gradient_clip_norm = gradient_clip_norm
   if "layer_decay" in config.optimizer:

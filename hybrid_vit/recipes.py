@@ -56,8 +56,9 @@ def eval_transform(preprocessing: Preprocessing) -> str:
 def train_transform(*augmentations: str, scale: tuple[float, float] = (0.08, 1.0)) -> str:
   """Random resized crop, flip, then `augmentations`, as a transform string.
 
-  Its size and interpolation stand in braces, which the run fills in (`build.fill_transform`), so
-  that `--config.data.image_size=…` and `--config.model.name=…` change them.
+  Its size and interpolation stand in braces, which the run fills in
+  (`example_reading.fill_transform`), so that `--config.data.image_size=…` and
+  `--config.model.name=…` change them.
 
   Args:
     *augmentations: further operations, e.g. "randaugment(2, 9, magnitude_std=0.5)".

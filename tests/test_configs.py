@@ -11,6 +11,7 @@ import pytest
 from hybrid_vit import build, config_files, dry_run, mask_recipes
 from hybrid_vit.build import DataFacts
 from hybrid_vit.config import Config, ConfigError, load_config
+from hybrid_vit.example_reading import read_transform
 from hybrid_vit.tasks.base import evaluation_kind
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -78,13 +79,11 @@ def test_every_variant_builds_its_network_and_transforms(path, variant):
     assert network.num_classes == metadata.get("num_classes", metadata.get("embedding_size"))
   decoder = config.data.as_dataclass(build.TrainingSettings).decoder
   for phase, task in zip(curriculum.phases, tasks):
-    build.read_transform(phase.transform, decoder, task.spec.train, None)
+    read_transform(phase.transform, decoder, task.spec.train, None)
   evaluation = build.read_evaluation(config, preprocessing, tasks[-1])
   assert evaluation
   for item in evaluation:
-    build.read_transform(
-      item.transform, item.decoder, evaluation_kind(tasks[-1], item.kind).fields, None
-    )
+    read_transform(item.transform, item.decoder, evaluation_kind(tasks[-1], item.kind).fields, None)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from hybrid_vit.data.transform_registry import (
   Transform,
   only_key,
   register_transform,
+  value_of,
 )  # fmt: skip
 
 # What else is known of each object, besides keys of kind "boxes" and "masks".
@@ -211,17 +212,11 @@ def keep_largest(count: int = 100, *, kinds: Mapping[str, str]) -> Transform:
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
     boxes = np.asarray(example[name])
-    left_out = max(len(boxes) - count, 0)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    rows, left_out = largest_rows(areas, count, "keep_largest", "objects")
     if left_out:
-      areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-      rows = np.sort(np.argsort(-areas, kind="stable")[:count])
       example = take_rows(example, rows, kinds)
-      tell_once(
-        f"keep_largest({count})",
-        f"a picture has {len(boxes):,} objects, of which the {count} largest stay; of this one and "
-        'others "objects_left_out" says how many did not',
-      )
-    return {**example, "objects_left_out": np.array(left_out, np.int32)}
+    return {**example, "objects_left_out": left_out}
 
   return transform
 
@@ -232,7 +227,7 @@ def boxes_from_masks(*, kinds: Mapping[str, str]) -> Transform:
 
   Of an empty mask it has no area: `filter_boxes` behind it.
   """
-  name, masks_name = only_key(kinds, "boxes"), _masks_of(kinds, "boxes_from_masks")
+  name, masks_name = only_key(kinds, "boxes"), only_key(kinds, "masks")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -261,7 +256,7 @@ def crop_masks(size: int = 112, *, kinds: Mapping[str, str]) -> Transform:
   a batch, where their bitmaps at 800 x 1344 are 107 MB. Nothing on the plane may follow it.
   """
   check.whole("size", size)
-  name, masks_name = only_key(kinds, "boxes"), _masks_of(kinds, "crop_masks")
+  name, masks_name = only_key(kinds, "boxes"), only_key(kinds, "masks")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -319,10 +314,9 @@ def decode_objects(source: str = "objects", *, kinds: Mapping[str, str]) -> Tran
     del rng
     if name in example:  # noise on which shapes are tried
       return example
-    if source not in example:
-      raise ValueError(f"the examples have no {source!r}; they have: {', '.join(sorted(example))}")
+    objects = value_of(example, source)
     images = {key: kind for key, kind in kinds.items() if kind == "image"}
-    found = _objects(example[source], plane_size(example, images), name, kinds)
+    found = _objects(objects, plane_size(example, images), name, kinds)
     if "image/id" in example:
       found["image_id"] = int(example["image/id"])
     return {**example, **found}
@@ -351,6 +345,30 @@ def _objects(
   return out
 
 
+def largest_rows(
+  areas: np.ndarray, count: int, operation: str, what: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Which of some areas are the `count` largest, rising, and how many are left out, int32.
+
+  Where some are, that is told once.
+
+  Args:
+    areas: of a picture's objects.
+    count: at most so many stay.
+    operation: the transform's name, for people.
+    what: "objects" or what else has these areas, for people.
+  """
+  left_out = max(len(areas) - count, 0)
+  if left_out:
+    tell_once(
+      f"{operation}({count})",
+      f"a picture has {len(areas):,} {what}, of which the {count} largest stay; of this one and "
+      'others "objects_left_out" says how many did not',
+    )
+  chosen = np.sort(np.argsort(-areas, kind="stable")[:count])
+  return chosen, np.array(left_out, np.int32)
+
+
 def take_rows(example: Example, rows: np.ndarray, kinds: Mapping[str, str]) -> Example:
   """The example with chosen objects, in the order of `rows`: whole numbers, or bool for each.
 
@@ -363,13 +381,3 @@ def take_rows(example: Example, rows: np.ndarray, kinds: Mapping[str, str]) -> E
   if len(set(lengths.values())) > 1:
     raise ValueError(f"the objects have other numbers of rows each: {lengths}")
   return {**example, **{name: example[name][rows] for name in there}}
-
-
-def _masks_of(kinds: Mapping[str, str], operation: str) -> str:
-  names = [name for name, kind in kinds.items() if kind == "masks"]
-  if len(names) != 1:
-    raise ValueError(
-      f"{operation} needs masks, and the task has {len(names)} keys of kind 'masks'; one was "
-      "expected"
-    )
-  return names[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,11 @@ _AROUND = 3  # names shown on either side of a difference
 
 class ClassesError(ValueError):
   """Two sets of data give their numbers to different classes."""
+
+
+def class_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """Of what lies beside weights that which data of the same classes would say."""
+  return {name: metadata[name] for name in CLASS_FACTS if metadata.get(name)}
 
 
 def sort_classes(names: Iterable[str]) -> list[str]:

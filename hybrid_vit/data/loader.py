@@ -26,8 +26,7 @@ from hybrid_vit.data.ahead import Ahead, available_cores
 from hybrid_vit.data.canvases import Turn, turns
 from hybrid_vit.data.corrupt import Corrupt
 from hybrid_vit.data.errors import CorruptDataError, CorruptExampleError, DataReadError
-from hybrid_vit.data.orders import Order as _Order
-from hybrid_vit.data.orders import members_of
+from hybrid_vit.data.orders import Order, members_of
 from hybrid_vit.data.replaying import KeptRows, replayed_step
 from hybrid_vit.data.sources import Source
 
@@ -188,7 +187,7 @@ def train_batches(
   corrupt = Corrupt(source, max_corrupt_fraction, length / process_count / repeats)
   members = members_of(groups, length)
   _check_groups(readings, len(members))
-  orders = [_Order(own, (seed, 0), repeats, (g,) * (g > 0)) for g, own in enumerate(members)]
+  orders = [Order(own, (seed, 0), repeats, (g,) * (g > 0)) for g, own in enumerate(members)]
 
   def find(reading: Reading, position: int, place: Turn) -> tuple[dict[str, Any], int, bool]:
     """The example of a position, its index, and whether it came in another one's place."""

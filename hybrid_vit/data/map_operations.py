@@ -8,7 +8,6 @@ mmsegmentation puts 0 behind it. CutDepth comes by chance, where the authors cou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from hybrid_vit.data.transform_registry import (
   Transform,
   only_key,
   register_transform,
+  value_of,
 )  # fmt: skip
 
 # Of `random_crop_map`, before it takes what comes.
@@ -37,7 +37,7 @@ def decode_map(source: str, *, kinds: Mapping[str, str]) -> Transform:
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
-    value = _at(example, source)
+    value = value_of(example, source)
     if isinstance(value, np.ndarray):
       labels = value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value
       return {**example, target: labels.astype(np.int32)}
@@ -54,18 +54,12 @@ def decode_depth(source: str, scale: float = 1.0, *, kinds: Mapping[str, str]) -
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
-    value = _at(example, source)
+    value = value_of(example, source)
     if isinstance(value, np.ndarray):
       return {**example, target: as_depth(value, f"its {source!r}", scale)}
     return {**example, target: read_depth(bytes(value), f"its {source!r}", scale)}
 
   return transform
-
-
-def _at(example: Example, name: str) -> Any:
-  if name not in example:
-    raise ValueError(f"the examples have no {name!r}; they have: {', '.join(sorted(example))}")
-  return example[name]
 
 
 @register_transform("resize_range")

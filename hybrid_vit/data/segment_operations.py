@@ -12,10 +12,15 @@ import numpy as np
 
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data import segments
-from hybrid_vit.data.box_operations import take_rows
-from hybrid_vit.data.folders import tell_once
+from hybrid_vit.data.box_operations import largest_rows, take_rows
 from hybrid_vit.data.lazy_masks import as_lazy
-from hybrid_vit.data.transform_registry import Example, Transform, register_transform
+from hybrid_vit.data.transform_registry import (
+  Example,
+  Transform,
+  only_key,
+  register_transform,
+  value_of,
+)
 
 
 @register_transform("keep_segments")
@@ -36,14 +41,11 @@ def keep_segments(count: int = 100, *, kinds: Mapping[str, str]) -> Transform:
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
-    if segments.MAP not in example:
-      raise ValueError(
-        f"the examples have no {segments.MAP!r}; they have: {', '.join(sorted(example))}"
-      )
+    value_of(example, segments.MAP)
     rows, areas = segments.known_segments(example)
     crowd = np.asarray(example.get(segments.CROWD, np.zeros(len(areas))), bool)
     rows = rows[(areas[rows] > 0) & ~crowd[rows]]
-    chosen, left_out = _largest(areas[rows], count, "keep_segments")
+    chosen, left_out = largest_rows(areas[rows], count, "keep_segments", "segments")
     return {**segments.chosen_segments(example, rows[chosen]), "objects_left_out": left_out}
 
   return transform
@@ -58,12 +60,7 @@ def pack_masks(count: int = 100, *, kinds: Mapping[str, str]) -> Transform:
   Nothing on the plane may follow it.
   """
   check.whole("count", count)
-  names = [name for name, kind in kinds.items() if kind == "masks"]
-  if len(names) != 1:
-    raise ValueError(
-      f"pack_masks: the task has {len(names)} keys of kind 'masks'; one was expected"
-    )
-  (name,) = names
+  name = only_key(kinds, "masks")
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -79,21 +76,8 @@ def pack_masks(count: int = 100, *, kinds: Mapping[str, str]) -> Transform:
       bitmap = masks.part(row, 0, 0, height, width)
       bits[row], areas[row] = np.packbits(bitmap != 0, axis=-1), np.count_nonzero(bitmap)
     rows = np.flatnonzero(areas)
-    chosen, left_out = _largest(areas[rows], count, "pack_masks")
-    example = {**take_rows({**example, name: bits}, rows[chosen], kinds)}
-    return {**example, "objects_left_out": left_out}
+    chosen, left_out = largest_rows(areas[rows], count, "pack_masks", "segments")
+    packed = take_rows({**example, name: bits}, rows[chosen], kinds)
+    return {**packed, "objects_left_out": left_out}
 
   return transform
-
-
-def _largest(areas: np.ndarray, count: int, operation: str) -> tuple[np.ndarray, np.ndarray]:
-  """Which of some areas are the `count` largest, rising, and how many are left out, int32."""
-  left_out = max(len(areas) - count, 0)
-  if left_out:
-    tell_once(
-      f"{operation}({count})",
-      f"a picture has {len(areas):,} segments, of which the {count} largest stay; of this one and "
-      'others "objects_left_out" says how many did not',
-    )
-  chosen = np.sort(np.argsort(-areas, kind="stable")[:count])
-  return chosen, np.array(left_out, np.int32)

@@ -66,3 +66,22 @@ def chosen_segments(example: Mapping[str, Any], rows: np.ndarray) -> dict[str, A
   crowd = np.asarray(example.get(CROWD, np.zeros(len(labels))), bool)
   made = panoptic_fields(table[np.asarray(example[MAP])], labels[rows], crowd[rows])
   return {**example, **made}
+
+
+def numbered_segments(example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The segments of an example that have a class and a pixel, numbered from 1; crowds are some.
+
+  Returns:
+    (int32 `[H, W]` of these numbers, 0 for none; int32 `[N]`, the class of each; bool `[N]`, which
+    are crowds).
+
+  Raises:
+    ValueError: a pixel of a segment of which nothing is known.
+  """
+  rows, areas = known_segments(example)
+  rows = rows[areas[rows] > 0]
+  labels = np.asarray(example[LABELS])
+  table = np.zeros(max(len(labels), IGNORE) + 1, np.int32)
+  table[rows] = np.arange(1, len(rows) + 1)
+  crowd = np.asarray(example.get(CROWD, np.zeros(len(labels))), bool)
+  return table[np.asarray(example[MAP])], labels[rows].astype(np.int32), crowd[rows]

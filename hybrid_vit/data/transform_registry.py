@@ -82,3 +82,14 @@ def only_key(kinds: Mapping[str, str], kind: str) -> str:
       "expected"
     )
   return found[0]
+
+
+def value_of(example: Example, name: str) -> Any:
+  """What an example has by a name.
+
+  Raises:
+    ValueError: nothing.
+  """
+  if name not in example:
+    raise ValueError(f"the examples have no {name!r}; they have: {', '.join(sorted(example))}")
+  return example[name]

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from hybrid_vit.data import ahead, loader
+from hybrid_vit.data import ahead
 from hybrid_vit.data.loader import Reading, train_batches
+from hybrid_vit.data.orders import Order
 from tests.data.batches import Numbers, X, evaluate, indices, numbers, same, take
 
 
@@ -100,14 +101,14 @@ def test_no_more_is_read_ahead_than_asked_for():
 
 def test_the_order_of_an_epoch_is_drawn_once(monkeypatch):
   drawn = []
-  draw = loader._Order._draw
+  draw = Order._draw
 
   def counted(self, epoch):
     drawn.append(epoch)
     time.sleep(0.02)  # long enough for every thread to come by
     return draw(self, epoch)
 
-  monkeypatch.setattr(loader._Order, "_draw", counted)
+  monkeypatch.setattr(Order, "_draw", counted)
   take(numbers(Numbers(64), (32, 6), num_threads=16))
   assert drawn == [0, 1, 2]
 

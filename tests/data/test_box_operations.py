@@ -363,7 +363,7 @@ def test_objects_of_tfds():
     ("detr_augmentation(crop=(600, 384))", KINDS, "crop is .* rising pair"),
     ("large_scale_jitter(1024, (0, 1))", KINDS, "scale is"),
     ("filter_boxes", {"image": "image"}, "0 keys of kind 'boxes'"),
-    ("crop_masks", {"image": "image", "boxes": "boxes"}, "crop_masks needs masks"),
+    ("crop_masks", {"image": "image", "boxes": "boxes"}, "0 keys of kind 'masks'"),
     ("keep_largest(0)", KINDS, "count is 0"),
   ],
 )
