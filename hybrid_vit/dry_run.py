@@ -26,6 +26,7 @@ from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example, source_info
 from hybrid_vit.data.spec import batch_shapes, on_device
+from hybrid_vit.example_reading import read_transform
 from hybrid_vit.models.registry import model_entry
 from hybrid_vit.paths import as_path
 from hybrid_vit.tasks.base import constants_of, with_constants
@@ -187,7 +188,7 @@ def _examine_batches(plan: Plan, run: Run) -> None:
       )
     if plan.mesh is None:
       continue
-    ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+    ways = sharding.batch_ways(plan.mesh)
     if size % ways:
       plan.problems.append(
         f"config.data.batch_size {size} does not fall on the {ways} devices of the mesh's axes "
@@ -210,10 +211,13 @@ def _examine_state(plan: Plan, run: Run) -> None:
       places = jax.tree.leaves(programs.constants_layout(run.task, plan.mesh))
       leaves = jax.tree.leaves(constants)
       plan.state_bytes["constants"] = sum(map(sharding.shard_bytes, leaves, places))
-  ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
-  for phase, (task, batch) in enumerate(zip(run.tasks, run.batches)):
-    if (task, batch) in list(zip(run.tasks, run.batches))[:phase]:
+  ways = sharding.batch_ways(plan.mesh)
+  seen: list[Any] = []
+  steps = [(k, task, b) for k, task in enumerate(run.tasks) for b in run.canvas_batches(k)]
+  for phase, task, batch in steps:
+    if (task, batch) in seen:
       continue
+    seen.append((task, batch))
     with plan.checking("activations"):
       own = programs.state_shapes(run, phase).variables
       variables = with_constants(own, constants_of(task))
@@ -246,8 +250,8 @@ def _examine_evaluation(plan: Plan, run: Run) -> None:
   for item in run.evaluation:
     with plan.checking(f"evaluation set {item.name!r}"):
       fields = run.evaluation_fields(item.kind)
-      reading = build.read_transform(item.transform, item.decoder, fields, example)
-      ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"] if plan.mesh is not None else 1
+      reading = read_transform(item.transform, item.decoder, fields, example)
+      ways = sharding.batch_ways(plan.mesh) if plan.mesh is not None else 1
       if item.batch_size % ways and item.batch_size != plan.config.data.batch_size:
         raise ConfigError(f"batch_size {item.batch_size} does not fall on {ways} devices")
       batch = batch_shapes(reading.fields, 1, train=False)
@@ -427,9 +431,9 @@ def compiled_collectives(plan: Plan, task: Any, mesh: Mesh) -> list[Collective]:
   assert plan.run is not None and plan.mesh is not None
   settings, batch = plan.run.settings, plan.run.batches[0]
   planned = plan.run.curriculum.phases[0].batch_size
-  ways = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+  ways = sharding.batch_ways(plan.mesh)
   rows = max(1, planned // (ways * settings.accumulation))
-  size = rows * settings.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+  size = rows * settings.accumulation * sharding.batch_ways(mesh)
   smaller = {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
   params = jax.eval_shape(task.init, jax.random.key(0), smaller)["params"]
   optimizer = build.build_optimizer(

@@ -18,7 +18,7 @@ from hybrid_vit.build import (
 )
 from hybrid_vit.checkpoints import CheckpointError, load_weights
 from hybrid_vit.config import Config, ConfigError
-from hybrid_vit.data.classes import CLASS_FACTS
+from hybrid_vit.data.classes import class_facts
 from hybrid_vit.data.evaluation import describe_preparation, open_evaluation
 from hybrid_vit.data.pipeline import open_source, readable_example
 from hybrid_vit.fingerprints import first_nonfinite
@@ -88,14 +88,13 @@ def _facts(
   preprocessing: Preprocessing,
 ) -> DataFacts:
   """What the weights know of the data that they were trained on: its classes, or their number."""
-  info = {name: metadata[name] for name in CLASS_FACTS if metadata.get(name)}
   bias = weights["params"].get("head", {}).get("bias")
 
   def example() -> Mapping[str, Any]:
     return readable_example(open_source(read_evaluation(config, preprocessing)[0]))
 
   return DataFacts(
-    info=info,
+    info=class_facts(metadata),
     num_classes=metadata.get("num_classes") if bias is None else int(bias.shape[0]),
     example=example,
   )

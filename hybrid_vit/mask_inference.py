@@ -179,15 +179,11 @@ class MaskAnswer:
   def classes(self) -> np.ndarray:
     """The class of each pixel, int32 `[H, W]`, the highest of the rules' scores."""
     height, width, _ = self.masks.shape
-    columns = _padded(self.masks.columns)
+    given = jax.device_put((self.class_logits, self.masks.maps, _padded(self.masks.columns)))
     strips = []
     for top in range(0, height, _STRIP):
       rows = _padded(self.masks.rows[top : top + _STRIP])
-      strips.append(
-        _strip_classes(
-          self.class_logits, self.masks.maps, rows, columns, self.rules.semantic_scores
-        )
-      )
+      strips.append(_strip_classes(*given, rows, self.rules.semantic_scores))
     return np.concatenate([np.asarray(strip) for strip in strips])[:height, :width]
 
 
@@ -210,8 +206,8 @@ def _padded(matrix: np.ndarray) -> np.ndarray:
 def _strip_classes(
   class_logits: jax.Array,
   maps: jax.Array,
-  rows: jax.Array,
   columns: jax.Array,
+  rows: jax.Array,
   semantic_scores: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
   """Some rows of a map of classes, int32 `[rows, columns]`."""

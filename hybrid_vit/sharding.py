@@ -32,6 +32,11 @@ DEFAULT_RULES: tuple[tuple[str, Any], ...] = ((".*", "fsdp"),)
 MIN_SHARDED_SIZE = 1024
 
 
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+  """Into how many parts a batch is split."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def mesh_shape(axis_sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
   """Sizes of the axes `AXES` for so many devices; one axis may be -1, "all that is left".
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,20 @@ import jax
 import numpy as np
 
 from hybrid_vit import checkpoints
-from hybrid_vit.box_inference import BoxInference, Objects
+from hybrid_vit.box_inference import Objects
 from hybrid_vit.config import Config
-from hybrid_vit.data.classes import CLASS_FACTS
+from hybrid_vit.data.classes import class_facts
 from hybrid_vit.fingerprints import first_nonfinite
-from hybrid_vit.map_inference import MapInference
 from hybrid_vit.mask_inference import PanopticPicture
 from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
 from hybrid_vit.tasks.registry import Context, create_task, task_settings
 from hybrid_vit.weights.stored import described_network, task_of, task_settings_of
 
-# By the name of a task: what answers of its network become of a picture of any size.
-_INFERENCES: Mapping[str, Callable[[Any], Any]] = {
-  "segmentation": lambda task: MapInference(task.answers, task.inference, softmax=True),
-  "depth": lambda task: MapInference(task.answers, task.inference, softmax=False),
-  "detection": lambda task: BoxInference(task.detect, task.inference, task.fill()),
-  **dict.fromkeys(
-    ("mask_segmentation", "instance_segmentation", "panoptic_segmentation"),
-    lambda task: task.picture_inference(),
-  ),
-}
-DENSE_TASKS = tuple(_INFERENCES)
+# Each has a `picture_inference`, what answers of its network become of a picture of any size.
+DENSE_TASKS = (
+  "segmentation", "depth", "detection",
+  "mask_segmentation", "instance_segmentation", "panoptic_segmentation",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +58,7 @@ class StoredTask:
   @functools.cached_property
   def inference(self) -> Any:
     """How pictures become maps or objects, with the programs compiled so far."""
-    return _INFERENCES[self.name](self.task)
+    return self.task.picture_inference()
 
   @functools.cached_property
   def _on_device(self) -> Any:
@@ -130,7 +123,7 @@ def stored_task(
   preprocessing = as_preprocessing(fields) if fields else model_entry(model["name"]).preprocessing
   arguments = dict(model.get("arguments") or {})
   context = Context(
-    info={key: metadata[key] for key in CLASS_FACTS if metadata.get(key)},
+    info=class_facts(metadata),
     num_classes=metadata.get("num_classes"),
     preprocessing=preprocessing,
     make_network=lambda classes: create_model(model["name"], num_classes=classes, **arguments),

@@ -26,10 +26,6 @@ _MODULES = (
   "hybrid_vit.heads.dpt",
   "hybrid_vit.heads.glpn",
   "hybrid_vit.heads.adabins",
-  "hybrid_vit.heads.mim_depth",
-  "hybrid_vit.heads.dpt",
-  "hybrid_vit.heads.glpn",
-  "hybrid_vit.heads.adabins",
   "hybrid_vit.heads.fpn",
   "hybrid_vit.heads.feature_pyramid",
 )

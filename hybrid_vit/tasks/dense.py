@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from hybrid_vit.heads.dense_model import DenseModel, create_dense_model
 from hybrid_vit.map_inference import InferenceSettings
 from hybrid_vit.tasks.base import Batch, Variables
-from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
+from hybrid_vit.tasks.pictures import PictureTask
 
 # Examples in a drawing of predictions.
 DRAWN = 6
@@ -70,37 +69,16 @@ def build_model(
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseTask:
+class DenseTask(PictureTask):
   """A map for each picture; segmentation and depth add fields, losses and measures.
 
   Attributes:
-    model: backbone and decoder.
-    mean: per channel.
-    std: per channel.
     auxiliary_weight: of the auxiliary head's loss.
     inference: how pictures of any size are seen.
   """
 
-  model: DenseModel
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
   auxiliary_weight: float
   inference: InferenceSettings
-
-  # Pictures keep their size: `inference` says what is done to them.
-  evaluation_transform = "decode"
-
-  def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
-    """See `Task`; the parameters do not depend on the batch's values or its size."""
-    return initial_variables(self.model, rng, batch)
-
-  def normalize(self, images: jax.Array) -> jax.Array:
-    """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""
-    return normalized(images, self.mean, self.std)
-
-  def displayable(self, images: np.ndarray) -> np.ndarray:
-    """Images as uint8, the normalisation undone."""
-    return displayable(images, self.mean, self.std)
 
   def answers(self, variables: Variables, images: jax.Array) -> jax.Array:
     """uint8 `[B, H, W, 3]` → the head's map, float32 `[B, h, w, K]`, as `map_inference` asks."""

@@ -191,9 +191,13 @@ class Depth(DenseTask):
       return depth_losses.silog(predicted, truth, weight=self.silog_weight)
     return getattr(depth_losses, self.loss_name)(predicted, truth)
 
+  def picture_inference(self) -> MapInference:
+    """What makes depth of pictures: `values(variables, photo)`."""
+    return MapInference(self.answers, self.inference, softmax=False)
+
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
-    inference = MapInference(self.answers, self.inference, softmax=False)
+    inference = self.picture_inference()
     return [DepthEvaluator(self, item, inference) for item in data]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from hybrid_vit.detection_report import write_report
 from hybrid_vit.heads.detectors import create_detector
 from hybrid_vit.metrics.coco_ap import CocoResult, Detected, Truth, coco_metrics, evaluate_coco
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables
-from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
+from hybrid_vit.tasks.pictures import PictureTask
 from hybrid_vit.tasks.processes import gathered_over_processes, local_variables
 from hybrid_vit.tasks.registry import Context, count_classes, register_task
 
@@ -96,15 +96,12 @@ def build_detection(settings: DetectionSettings, context: Context) -> Detection:
 
 
 @dataclasses.dataclass(frozen=True)
-class Detection:
+class Detection(PictureTask):
   """Images `[B, H, W, 3]` and up to G objects of each: boxes, classes, masks.
 
   Attributes:
-    model: the detector.
     num_classes: of the objects.
     object_class_names: in their order; () where they are not known.
-    mean: per channel.
-    std: per channel.
     max_objects: G.
     mask_size: side of the masks, each in the frame of its box; 0 for none.
     inference: how pictures of any size are seen.
@@ -112,19 +109,13 @@ class Detection:
     separable: a batch's losses are divided by its own numbers of samples.
   """
 
-  model: Any
   num_classes: int
   object_class_names: tuple[str, ...]
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
   max_objects: int
   mask_size: int
   inference: BoxInferenceSettings
   category_ids: tuple[int, ...] = ()
   separable: bool = False
-
-  # Pictures keep their size: `inference` says what is done to them.
-  evaluation_transform = "decode"
 
   @property
   def spec(self) -> Spec:
@@ -165,18 +156,6 @@ class Detection:
       "object_class_names": list(self.object_class_names),
       "category_ids": list(self.category_ids),
     }
-
-  def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
-    """See `Task`; the parameters do not depend on the batch's values or its size."""
-    return initial_variables(self.model, rng, batch)
-
-  def normalize(self, images: jax.Array) -> jax.Array:
-    """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""
-    return normalized(images, self.mean, self.std)
-
-  def displayable(self, images: np.ndarray) -> np.ndarray:
-    """Images as uint8, the normalisation undone."""
-    return displayable(images, self.mean, self.std)
 
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     """Normalises the pictures."""
@@ -233,14 +212,13 @@ class Detection:
     losses, _ = self._apply(variables, batch, rng)
     return {"image": batch["image"], **losses}
 
-  def fill(self) -> tuple[int, int, int]:
-    """The mean colour, with which pictures are padded."""
-    red, green, blue = (round(255 * value) for value in self.mean)
-    return red, green, blue
+  def picture_inference(self) -> BoxInference:
+    """What makes objects of pictures: `objects(variables, photo)`."""
+    return BoxInference(self.detect, self.inference, self.fill())
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
-    inference = BoxInference(self.detect, self.inference, self.fill())
+    inference = self.picture_inference()
     return [DetectionEvaluator(self, item, inference) for item in data]
 
 
@@ -265,11 +243,31 @@ class Answers:
   measures: dict[str, CocoResult]
 
 
-class DetectionEvaluator:
-  """COCO's AP over a set, of boxes and of masks."""
+class FindsObjects(Protocol):
+  """What `DetectionEvaluator` asks of a task; see `Detection`."""
 
-  def __init__(self, task: Detection, data: EvaluationData, inference: BoxInference):
+  @property
+  def num_classes(self) -> int: ...
+  @property
+  def object_class_names(self) -> tuple[str, ...]: ...
+  @property
+  def category_ids(self) -> tuple[int, ...]: ...
+  @property
+  def measures(self) -> Mapping[str, str]: ...
+
+
+class ObjectInference(Protocol):
+  """What it asks for the objects of a picture."""
+
+  def objects(self, variables: Any, image: np.ndarray) -> Objects: ...
+
+
+class DetectionEvaluator:
+  """COCO's AP over a set, of boxes, and of masks where the task has a measure of them."""
+
+  def __init__(self, task: FindsObjects, data: EvaluationData, inference: ObjectInference):
     self.name = data.name
+    self._with_masks = "mask_ap" in task.measures
     self._task, self._data, self._inference = task, data, inference
     names = data.info.get("object_class_names")
     if names and len(names) != task.num_classes:
@@ -285,7 +283,7 @@ class DetectionEvaluator:
   def answers(self, variables: Variables) -> Answers:
     """See `WritingEvaluator`."""
     pictures = self.pictures(variables)
-    kinds = {"box": "boxes", **({"mask": "masks"} if self._task.mask_size else {})}
+    kinds = {"box": "boxes", **({"mask": "masks"} if self._with_masks else {})}
     truth, detected = as_rows(pictures)
     classes = range(self._task.num_classes)
     return Answers(
@@ -343,7 +341,7 @@ class DetectionEvaluator:
     boxes = np.asarray(example["boxes"], np.float32).reshape(-1, 4)
     crowd = example.get("crowd")
     masks = None
-    if self._task.mask_size:
+    if self._with_masks:
       lazy = as_lazy(example["masks"])
       masks = tuple(lazy.rle(row) for row in range(len(lazy)))
     return Picture(

@@ -111,22 +111,23 @@ def panoptic_segments(
   """
   probabilities = softmax(class_logits)[:, :-1]
   best, classes = probabilities.max(-1), probabilities.argmax(-1)
-  mask_scores = _Probabilities(masks)
-  inside, means = [], np.zeros(len(best), np.float32)
-  for k in range(len(best)):
-    score = mask_scores.of(k)
-    inside.append(score > pixel_threshold)
-    total = np.sum(score[inside[k]], dtype=np.float32)
-    means[k] = total / np.float32(max(inside[k].sum(), 1))
+  is_things = np.isin(classes, list(things))
+  kept = np.flatnonzero(best > np.where(is_things, thing_threshold, stuff_threshold))
   found = np.zeros(masks.shape[:2], np.int32)
   segments: list[Segment] = []
+  if not len(kept):
+    return found, segments
+  mask_scores = _Probabilities(masks)
+  inside, means = [], np.zeros(len(kept), np.float32)
+  for i, query in enumerate(kept.tolist()):
+    score = mask_scores.of(query)
+    inside.append(score > pixel_threshold)
+    total = np.sum(score[inside[i]], dtype=np.float32)
+    means[i] = total / np.float32(max(inside[i].sum(), 1))
   stuff: dict[int, int] = {}
-  for k in np.argsort(-best * means, kind="stable").tolist():
-    category = int(classes[k])
-    is_thing = category in things
-    if best[k] <= (thing_threshold if is_thing else stuff_threshold):
-      continue
-    own = inside[k]
+  for i in np.argsort(-best[kept] * means, kind="stable").tolist():
+    category, is_thing = int(classes[kept[i]]), bool(is_things[kept[i]])
+    own = inside[i]
     free = own & (found == 0)
     if free.sum() <= own.sum() * overlap_threshold:
       continue

@@ -22,17 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data import segments
 from hybrid_vit.data.map_reading import IGNORE
 from hybrid_vit.data.spec import Field, Spec
-from hybrid_vit.heads.dense_model import DenseModel
 from hybrid_vit.heads.mask_model import create_mask_model
 from hybrid_vit.map_inference import InferenceSettings, MapInference
 from hybrid_vit.mask_inference import MaskInference
@@ -43,7 +41,7 @@ from hybrid_vit.tasks.detection import DetectionEvaluator
 from hybrid_vit.tasks.mask2former_losses import SegmentTargets, semantic_targets
 from hybrid_vit.tasks.mask_methods import MaskMethod, method_of, read_settings
 from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator
-from hybrid_vit.tasks.pictures import displayable, initial_variables, normalized
+from hybrid_vit.tasks.pictures import PictureTask
 from hybrid_vit.tasks.registry import Context, count_classes, register_task
 from hybrid_vit.tasks.segmentation import (
   SegmentationEvaluator,
@@ -186,14 +184,11 @@ def _inference(settings: SegmentSettings, kind: type) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskTask:
+class MaskTask(PictureTask):
   """Images `[B, H, W, 3]` and up to G segments of each; the three tasks add fields and measures.
 
   Attributes:
-    model: backbone and head.
     num_classes: without "no object".
-    mean: per channel.
-    std: per channel.
     method: losses and rules of the head.
     loss_settings: weights and numbers of points.
     max_objects: G.
@@ -201,39 +196,16 @@ class MaskTask:
     separable: see `Task`; the method's.
   """
 
-  model: DenseModel
   num_classes: int
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
   method: MaskMethod
   loss_settings: Any
   max_objects: int
   inference: Any
   separable: bool
 
-  # Pictures keep their size: `inference` says what is done to them.
-  evaluation_transform = "decode"
-
   def targets(self, batch: Batch) -> SegmentTargets:
     """The segments of a batch."""
     raise NotImplementedError
-
-  def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
-    """See `Task`; the parameters do not depend on the batch's values or its size."""
-    return initial_variables(self.model, rng, batch)
-
-  def normalize(self, images: jax.Array) -> jax.Array:
-    """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""
-    return normalized(images, self.mean, self.std)
-
-  def displayable(self, images: np.ndarray) -> np.ndarray:
-    """Images as uint8, the normalisation undone."""
-    return displayable(images, self.mean, self.std)
-
-  def fill(self) -> tuple[int, int, int]:
-    """The mean colour, with which pictures are padded."""
-    red, green, blue = (round(255 * value) for value in self.mean)
-    return red, green, blue
 
   def augment(self, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
     """Normalises the pictures."""
@@ -338,17 +310,6 @@ class PanopticSegmentation(MaskTask):
     return [PanopticEvaluator(self, item, inference) for item in data]
 
 
-class _Detector(NamedTuple):
-  """What `DetectionEvaluator` asks of a task."""
-
-  num_classes: int
-  object_class_names: tuple[str, ...]
-  category_ids: tuple[int, ...]
-  measures: dict[str, str]
-  # Any but 0: masks are compared, too.
-  mask_size: int = 1
-
-
 @dataclasses.dataclass(frozen=True)
 class InstanceSegmentation(MaskTask):
   """Objects, of which each has a mask of a bit a pixel.
@@ -377,6 +338,7 @@ class InstanceSegmentation(MaskTask):
         "boxes": Field("boxes", "float32", (None, 4), ragged=True, on_host=True),
         "box_labels": Field("host"),
         "crowd": Field("host"),
+        "image_id": Field("host"),
         "masks": Field("masks", shape=(None, None, None), ragged=True, on_host=True),
       },
     )
@@ -415,11 +377,8 @@ class InstanceSegmentation(MaskTask):
 
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
-    inference: Any = self.picture_inference()
-    own: Any = _Detector(
-      self.num_classes, self.object_class_names, self.category_ids, self.measures
-    )
-    return [DetectionEvaluator(own, item, inference) for item in data]
+    inference = self.picture_inference()
+    return [DetectionEvaluator(self, item, inference) for item in data]
 
 
 @dataclasses.dataclass(frozen=True)

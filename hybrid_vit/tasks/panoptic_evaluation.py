@@ -161,54 +161,32 @@ def counted(
   Raises:
     ValueError: a class that there is not, or a segment of which nothing is known.
   """
-  found, truth = answer.panoptic(things), true_picture(example, things)
-  crowd = _crowd(example, truth)
-  sums = panoptic_sums(
-    found.map,
-    _listed(found),
-    truth.map,
-    _listed(truth)._replace(crowd=crowd),
-    num_classes,
-  )
-  table = np.full(len(truth.segments) + 1, IGNORE, np.int64)
-  for segment in truth.segments:
-    table[segment.id] = segment.category
-  matrix = confusion(answer.classes(), table[truth.map], num_classes, IGNORE)
-  is_thing = np.array([s.is_thing for s in truth.segments], bool)
-  objects = [s for s in truth.segments if s.is_thing]
-  masks = np.array([truth.map == s.id for s in objects], bool).reshape(-1, *truth.map.shape)
+  found = answer.panoptic(things)
+  numbers, labels, crowd = segments.numbered_segments(example)
+  true = Segments(np.arange(1, len(labels) + 1), labels.astype(np.int64), crowd)
+  sums = panoptic_sums(found.map, _listed(found), numbers, true, num_classes)
+  table = np.concatenate([[IGNORE], true.classes])
+  matrix = confusion(answer.classes(), table[numbers], num_classes, IGNORE)
+  objects = np.flatnonzero(np.isin(labels, things))
+  masks = np.array([numbers == row + 1 for row in objects], bool).reshape(-1, *numbers.shape)
   picture = Picture(
     index=index,
     found=answer.objects(things),
     boxes=boxes_around(masks),
-    labels=np.array([s.category for s in objects], np.int64),
-    crowd=crowd[is_thing],
+    labels=true.classes[objects],
+    crowd=crowd[objects],
     masks=tuple(encode_mask(mask) for mask in masks),
   )
   return Counts(sums, matrix, [picture])
 
 
 def true_picture(example: Mapping[str, Any], things: tuple[int, ...]) -> PanopticPicture:
-  """The segments of an example that have a class and a pixel, numbered from 1; crowds are some."""
-  rows, areas = segments.known_segments(example)
-  chosen = segments.chosen_segments(example, rows[areas[rows] > 0])
-  # 255 is none there, and a row that stands for nothing.
-  values, labels = chosen[segments.MAP].astype(np.int64), chosen[segments.LABELS]
+  """The segments of an example, see `segments.numbered_segments`."""
+  numbers, labels, _ = segments.numbered_segments(example)
   found = [
-    Segment(number, int(label), int(label) in things)
-    for number, label in enumerate(labels[labels != IGNORE].tolist(), 1)
+    Segment(number, label, label in things) for number, label in enumerate(labels.tolist(), 1)
   ]
-  numbers = np.where(values == IGNORE, 0, values + 1 - (values > IGNORE))
-  return PanopticPicture(numbers.astype(np.int32), tuple(found))
-
-
-def _crowd(example: Mapping[str, Any], truth: PanopticPicture) -> np.ndarray:
-  """Which segments of `true_picture` are crowds."""
-  given = example.get(segments.CROWD)
-  if given is None:
-    return np.zeros(len(truth.segments), bool)
-  rows, areas = segments.known_segments(example)
-  return np.asarray(given, bool)[rows[areas[rows] > 0]]
+  return PanopticPicture(numbers, tuple(found))
 
 
 def _listed(picture: PanopticPicture) -> Segments:

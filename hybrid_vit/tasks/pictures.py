@@ -1,4 +1,4 @@
-"""Pictures as a batch has them and as a network takes them."""
+"""Pictures as a batch has them and as a network takes them, and what tasks of photos share."""
 
 from __future__ import annotations
 
@@ -35,6 +35,41 @@ class Shrinking:
     check.choice("config.task.shrink.method", self.method, SHRINKING)
     if self.method == "low_frequency" and self.size % 2:
       raise ValueError(f"config.task.shrink.size is {self.size}; an even number was expected")
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureTask:
+  """Photos of any size, and what is said of their places; dense tasks add the rest.
+
+  Attributes:
+    model: backbone and decoder, or a detector.
+    mean: per channel.
+    std: per channel.
+  """
+
+  model: Any
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  # Pictures keep their size: the task's inference says what is done to them.
+  evaluation_transform = "decode"
+
+  def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
+    """See `Task`; the parameters do not depend on the batch's values or its size."""
+    return initial_variables(self.model, rng, batch)
+
+  def normalize(self, images: jax.Array) -> jax.Array:
+    """uint8 `[B, H, W, 3]` → float32 with the network's mean and standard deviation."""
+    return normalized(images, self.mean, self.std)
+
+  def displayable(self, images: np.ndarray) -> np.ndarray:
+    """Images as uint8, the normalisation undone."""
+    return displayable(images, self.mean, self.std)
+
+  def fill(self) -> tuple[int, int, int]:
+    """The mean colour, with which pictures are padded."""
+    red, green, blue = (round(255 * value) for value in self.mean)
+    return red, green, blue
 
 
 def initial_variables(model: Any, rng: jax.Array, batch: Batch) -> dict[str, Any]:

@@ -197,9 +197,13 @@ class Segmentation(DenseTask):
       loss = loss + self.dice_weight * dice_loss(logits, labels, ignore=IGNORE)
     return loss
 
+  def picture_inference(self) -> MapInference:
+    """What makes maps of pictures: `classes(variables, photo)`."""
+    return MapInference(self.answers, self.inference, softmax=True)
+
   def evaluators(self, data: Sequence[EvaluationData]) -> list[Evaluator]:
     """See `Task`."""
-    inference = MapInference(self.answers, self.inference, softmax=True)
+    inference = self.picture_inference()
     return [SegmentationEvaluator(self, item, inference) for item in data]
 
 

@@ -176,7 +176,7 @@ def _task(
   if masks:
     batch["masks"] = shape(_OBJECTS, _MASK_SIZE, _MASK_SIZE, dtype=jnp.uint8)
   size = _MASK_SIZE if masks else 0
-  task = Detection(detector, _CLASSES, (), _MEAN, _STD, _OBJECTS, size, BoxInferenceSettings())
+  task = Detection(detector, _MEAN, _STD, _CLASSES, (), _OBJECTS, size, BoxInferenceSettings())
   return task, batch
 
 

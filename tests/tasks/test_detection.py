@@ -17,6 +17,7 @@ from hybrid_vit.data.spec import on_device, row
 from hybrid_vit.heads.detectors import detector_names
 from hybrid_vit.metrics.coco_ap import coco_metrics, evaluate_coco
 from hybrid_vit.tasks.detection import DetectionEvaluator, Picture, as_rows
+from tests.evaluation_sets import SceneSet
 
 CONFIG = Path(__file__).parents[2] / "configs" / "finetune_detection.py"
 
@@ -73,36 +74,8 @@ def test_a_step_has_every_loss_and_a_gradient(run, batch, variables):
     assert max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient[part])) > 0, part
 
 
-class Data:
-  """An evaluation set of a few scenes."""
-
-  name, part = "validation", 0
-
-  def __init__(self, source, count):
-    self.info = {**source.info, "category_ids": tuple(range(100, 108))}
-    self._source, self._count = source, count
-
-  def batches(self):
-    examples = self.examples(self._count)
-    rows = [*examples, None]
-    host = {
-      name: [None if e is None else e.get(name) for e in rows]
-      for name in ("image", "boxes", "box_labels", "crowd", "masks", "image_id")
-    }
-    yield {"index": np.arange(len(rows))}, host
-
-  def examples(self, count):
-    return [self.example(i) for i in range(count)]
-
-  def example(self, index):
-    return {**self._source[index], "image_id": np.int64(10 * index + 10)}
-
-  def describe(self, index):
-    return f"scene {index}"
-
-
 def test_an_evaluation_runs_and_draws(run, scenes, variables, tmp_path):
-  (evaluator,) = run.task.evaluators([Data(scenes, 3)])
+  (evaluator,) = run.task.evaluators([SceneSet(scenes, 3, run.task)])
   assert isinstance(evaluator, DetectionEvaluator)
   found = evaluator.run(variables)
   assert found["examples"] == 3
@@ -113,14 +86,14 @@ def test_an_evaluation_runs_and_draws(run, scenes, variables, tmp_path):
   said = []
   again = evaluate.run_and_write(evaluator, variables, said.append, tmp_path / "new")
   assert again == found
-  rows = json.loads((tmp_path / "new" / "detections_validation.json").read_text())
+  rows = json.loads((tmp_path / "new" / "detections_held_out.json").read_text())
   # As the source numbers them.
   assert rows and {row["image_id"] for row in rows} <= {10, 20, 30}
   assert {row["category_id"] for row in rows} <= set(range(100, 108))
-  table = (tmp_path / "new" / "classes_validation.md").read_text()
+  table = (tmp_path / "new" / "classes_held_out.md").read_text()
   assert all(name in table for name in scenes.info["object_class_names"]) and "mask_ap50" in table
-  assert "scene 0" in (tmp_path / "new" / "failures_validation.html").read_text()
-  assert "detections_validation.json" in said[0] and len(said) == 1
+  assert "scene 0" in (tmp_path / "new" / "failures_held_out.html").read_text()
+  assert "detections_held_out.json" in said[0] and len(said) == 1
   # Figures do not depend on what can be written.
   (tmp_path / "file").write_text("")
   assert evaluate.run_and_write(evaluator, variables, said.append, tmp_path / "file") == found

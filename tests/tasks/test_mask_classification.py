@@ -1,6 +1,7 @@
 """Segmentation by masks: targets, a step, its devices, measures of right and wrong, whole runs."""
 
 import functools
+import json
 import shutil
 
 import flax.traverse_util
@@ -21,6 +22,7 @@ from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator, counted, tru
 from hybrid_vit.train_state import create_state, make_train_step
 from hybrid_vit.weights.transfer import is_head
 from tests import dense, masks, small
+from tests.evaluation_sets import SceneSet
 
 NAMES = tuple(masks.TRANSFORMS)
 
@@ -148,24 +150,10 @@ def test_a_batch_is_not_split():
 SOURCE = SceneSource("validation", size=32, count=6)
 
 
-class Data:
-  """An evaluation set of a few scenes."""
-
-  name, part, info = "held_out", 0, SOURCE.info
-
-  def batches(self):
-    rows = [*self.examples(6), None]
-    names = ("image", "segments", "segment_labels", "segment_crowd")
-    host = {n: [None if e is None else e[n] for e in rows] for n in names}
-    yield {"index": np.arange(len(rows))}, host
-
-  def examples(self, count):
-    return [dict(SOURCE[i]) for i in range(count)]
-
-
 def test_what_is_right_has_all_of_the_quality_and_other_classes_have_none():
   task = masks.make_task()
-  run = lambda how: PanopticEvaluator(task, Data(), masks.Perfect(task, SOURCE)).run(how)  # noqa: E731
+  data = SceneSet(SOURCE, 6, task)
+  run = lambda how: PanopticEvaluator(task, data, masks.Perfect(task, SOURCE)).run(how)  # noqa: E731
   right, wrong = run("right"), run("wrong")
   assert set(task.measures) <= set(right) and right.pop("examples") == 6
   assert all(right[name] == 1.0 for name in task.measures)
@@ -197,6 +185,18 @@ def test_more_segments_than_there_are_numbers_below_none_are_all_there():
   np.testing.assert_array_equal(found.map, rows + 1)
 
 
+def test_instances_are_written_by_the_numbers_of_their_data(tmp_path):
+  task = masks.make_task("instance_segmentation", inference={"scale": None})
+  batch = masks.make_batch(task, "instance_segmentation")
+  variables = jax.jit(task.init)(jax.random.key(0), batch)
+  (evaluator,) = task.evaluators([SceneSet(SOURCE, 3, task)])
+  found = evaluate.run_and_write(evaluator, variables, print, tmp_path)
+  assert found["examples"] == 3 and set(task.measures) <= set(found)
+  rows = json.loads((tmp_path / "detections_held_out.json").read_text())
+  assert {row["image_id"] for row in rows} == {10, 20, 30}
+  assert rows[0]["category_id"] >= 100 and rows[0]["segmentation"]["size"] == [32, 32]
+
+
 def test_only_the_classifier_begins_anew_for_other_classes():
   _, _, variables = panoptic()
   names = flax.traverse_util.flatten_dict(variables, sep="/")
@@ -206,7 +206,7 @@ def test_only_the_classifier_begins_anew_for_other_classes():
 
 def test_a_set_that_cannot_be_measured_is_told():
   task = masks.make_task()
-  data = Data()
+  data = SceneSet(SOURCE, 6, task)
   data.info = {"map_class_names": ("a", "b")}
   with pytest.raises(ValueError, match="'held_out' have 2 classes and the head 9"):
     task.evaluators([data])
@@ -214,7 +214,7 @@ def test_a_set_that_cannot_be_measured_is_told():
   data.info = {}
   with pytest.raises(ValueError, match="'held_out' does not say which classes are things"):
     unknown.evaluators([data])
-  data = Data()
+  data = SceneSet(SOURCE, 6, task)
   empty = {**SOURCE[0], "segments": np.full((32, 32), 255)}
   data.batches = lambda: iter(
     [({"index": np.zeros(1, int)}, {key: [value] for key, value in empty.items()})]
