@@ -38,6 +38,16 @@ _DEVICES = flags.DEFINE_integer(
   "For --mode=dry_run: how many devices there will be; else the product of config.mesh, or 8.",
   lower_bound=1,
 )
+_TOPOLOGY = flags.DEFINE_string(
+  "topology",
+  None,
+  "For --mode=dry_run: TPUs such as v5e:16x16, by whose own compiler each step is compiled; "
+  "needs pip install 'jax[tpu]', and no TPU.",
+)
+_TRY_TO_FIT = flags.DEFINE_bool(
+  "try_to_fit", False,
+  "With --topology: compile what may make a step fit that does not, until one does.",
+)  # fmt: skip
 _BEGIN_ANEW = flags.DEFINE_bool(
   "begin_anew", False, "Begin at step 0 in a --workdir whose checkpoints were set aside as damaged."
 )
@@ -161,8 +171,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 def _user_errors() -> tuple[type[BaseException], ...]:
   from hybrid_vit.checkpoints import CheckpointError
+  from hybrid_vit.tpu_topology import TopologyError
 
-  return (ValueError, OSError, FloatingPointError, CheckpointError, WorkdirError)
+  return (ValueError, OSError, FloatingPointError, CheckpointError, WorkdirError, TopologyError)
 
 
 def _run(config: Config, name: str) -> int:
@@ -170,7 +181,9 @@ def _run(config: Config, name: str) -> int:
   if _MODE.value == "dry_run":
     from hybrid_vit import dry_run
 
-    return dry_run.main(config, _DEVICES.value)
+    return dry_run.main(
+      config, _DEVICES.value, topology=_TOPOLOGY.value, try_to_fit=_TRY_TO_FIT.value
+    )
   use_compilation_cache()
   if _DISTRIBUTED.value:
     sharding.initialize_distributed()

@@ -205,13 +205,14 @@ def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:
     begin = time.monotonic()
     compiled = _compile_canvases(run, phase, mesh)
     seconds = time.monotonic() - begin
+    flops = None if peak_flops(mesh) is None else flops_per_example(run, phase)
     constants = constants_of(run.tasks[phase])
     if constants:
       if id(constants) not in placed:
         layout = constants_layout(run.tasks[phase], mesh)
         placed[id(constants)] = sharding.put_tree(constants, layout)
       compiled = functools.partial(_called_with, compiled, placed[id(constants)])
-    programs[phase] = Program(compiled, seconds, _flops(run, phase, mesh))
+    programs[phase] = Program(compiled, seconds, flops)
   return programs
 
 
@@ -244,9 +245,8 @@ def peak_flops(mesh: Mesh) -> float | None:
   return PEAK_FLOPS[max(names, key=len)] * mesh.size if names else None
 
 
-def _flops(run: Run, phase: int, mesh: Mesh) -> float | None:
-  if peak_flops(mesh) is None:
-    return None
+def flops_per_example(run: Run, phase: int) -> float:
+  """Of a training step of a phase, see `Program`; its first canvas's."""
   task = run.tasks[phase]
   size = run.curriculum.phases[phase].batch_size
   rows = size // run.settings.accumulation

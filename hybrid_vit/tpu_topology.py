@@ -19,11 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
-# Bytes of a chip's memory that programs may use, by the first part of a topology's name: what the
-# compiler says when it refuses one; the makers' figures are a little more.
-_HBM_GIB = {"v4": 31.75, "v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
 # What libtpu is told a worker has; a topology may have more chips than one.
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
 
@@ -49,8 +47,41 @@ _TOO_LARGE = (
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What one device of a topology is: a chip, of v4 one of a chip's two cores.
+
+  Attributes:
+    hbm_bytes: that programs may use, as the compiler says when it refuses one; the maker's figures
+      are a little more.
+    clock: cycles a second, by which the compiler's largest products come to the maker's peak.
+    peak_flops: dense bfloat16 operations a second; it and the next two are the maker's.
+    bandwidth: bytes of memory a second.
+    link_bytes: bytes a second that all links to other chips together send.
+  """
+
+  hbm_bytes: int
+  clock: float
+  peak_flops: float
+  bandwidth: float
+  link_bytes: float
+
+
+# By the first part of a topology's name.
+CHIPS: Mapping[str, Chip] = {
+  "v4": Chip(int(15.25 * 2**30), 1.05e9, 137.5e12, 614e9, 150e9),
+  "v5e": Chip(int(15.75 * 2**30), 1.5e9, 197e12, 819e9, 200e9),
+  "v5p": Chip(int(95.74 * 2**30), 1.75e9, 459e12, 2765e9, 600e9),
+  "v6e": Chip(int(31.25 * 2**30), 1.75e9, 918e12, 1640e9, 448e9),
+}
+
+
 class TopologyError(RuntimeError):
   """TPUs cannot be compiled for here; the message says what to do."""
+
+
+class LibtpuMissingError(TopologyError):
+  """Their compiler is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +135,11 @@ def topology_devices(name: str) -> Sequence[Any]:
   """The chips of a topology such as "v5e:2x2", for a mesh or a sharding.
 
   Raises:
-    TopologyError: libtpu is not installed, or does not know the topology.
+    LibtpuMissingError: libtpu is not installed.
+    TopologyError: it does not know the topology.
   """
   if importlib.util.find_spec("libtpu") is None:
-    raise TopologyError(
+    raise LibtpuMissingError(
       "compiling for TPUs needs libtpu, which is not installed here: pip install 'jax[tpu]'"
     )
   generation = name.partition(":")[0]
@@ -125,10 +157,29 @@ def topology_devices(name: str) -> Sequence[Any]:
     raise TopologyError(f"no topology {name!r}, such as v5e:2x2 or v6e:2x4: {error}") from error
 
 
-def hbm_bytes(topology: str) -> int | None:
-  """Bytes of memory of one chip of a topology; None for a kind that is not known."""
-  gib = _HBM_GIB.get(topology.partition(":")[0])
-  return None if gib is None else int(gib * 2**30)
+def device_count(topology: str) -> int:
+  """Devices of a topology by its name alone, such as "v5e:16x16"; of v4 two a chip.
+
+  Raises:
+    TopologyError: another form of name, or a kind that is not known.
+  """
+  chip_of(topology)
+  generation, _, sizes = topology.partition(":")
+  if not re.fullmatch(r"\d+(x\d+){1,2}", sizes):
+    raise TopologyError(f"{topology!r}: a name such as v5e:2x2 or v4:2x2x4 was expected")
+  return math.prod(map(int, sizes.split("x"))) * (2 if generation == "v4" else 1)
+
+
+def chip_of(topology: str) -> Chip:
+  """What a device of a topology is.
+
+  Raises:
+    TopologyError: a kind that is not known.
+  """
+  generation = topology.partition(":")[0]
+  if generation not in CHIPS:
+    raise TopologyError(f"no chip {generation!r} is known; there are: {', '.join(CHIPS)}")
+  return CHIPS[generation]
 
 
 def compile_for(function: Callable[..., Any], *arguments: Any, device: Any) -> Compilation:
@@ -139,11 +190,15 @@ def compile_for(function: Callable[..., Any], *arguments: Any, device: Any) -> C
     *arguments: trees of arrays or of `jax.ShapeDtypeStruct`; only shapes and types matter.
     device: one of `topology_devices`.
   """
-  place = jax.sharding.SingleDeviceSharding(device)
+  mesh = jax.sharding.Mesh(np.array([device]), ("data",))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments
   )
-  return examine(lambda: jax.jit(function).lower(*shapes).compile())
+  # Operations choose their forms by the mesh, not by this process's devices.
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(function).lower(*shapes)
+  return examine(lowered.compile)
 
 
 def examine(compile_program: Callable[[], Any]) -> Compilation:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit import dry_run, recipes
+from hybrid_vit import dry_run, recipes, run_plan
 from hybrid_vit.collectives import Collective, collectives_of
 from hybrid_vit.config import Config, load_config
 
@@ -103,7 +103,7 @@ def test_activations_by_hand():
   variables = {"params": {"kernel": jax.ShapeDtypeStruct((5, 7), np.float32)}}
   batch = {"image": jax.ShapeDtypeStruct((3, 5), np.float32)}
   # The cosine [3, 7]; the images are given and the kernel's product is not needed again.
-  assert dry_run.activation_bytes(Task(), variables, batch) == 3 * 7 * 4
+  assert run_plan.activation_bytes(Task(), variables, batch) == 3 * 7 * 4
 
 
 def test_grouped_batch_norms_do_not_trouble_few_rows():

@@ -91,8 +91,9 @@ def test_what_is_missing_is_said(monkeypatch, capsys):
     tpu_topology.topology_devices("v5e:2x2")
   assert tpu_memory.main(["retinanet"]) == 1
   assert "pip install 'jax[tpu]'" in capsys.readouterr().err
-  assert tpu_topology.hbm_bytes("v5e:2x2") == int(15.75 * 2**30)
-  assert tpu_topology.hbm_bytes("v99:2x2") is None
+  assert tpu_topology.chip_of("v5e:2x2").hbm_bytes == int(15.75 * 2**30)
+  with pytest.raises(tpu_topology.TopologyError, match="'v99' is known; there are: v4, v5e"):
+    tpu_topology.chip_of("v99:2x2")
 
 
 def test_compiled_for_a_tpu():

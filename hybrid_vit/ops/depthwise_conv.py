@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.ops.platforms import target_platform
+
 FORMS = ("reference", "shift_add")
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -34,7 +36,8 @@ def depthwise_conv(
     stride: of both directions, or (rows, columns).
     padding: "SAME" (TensorFlow's: the odd cell goes after), "VALID", or explicit
       `((top, bottom), (left, right))` zeros.
-    form: "reference" or "shift_add"; None takes the one measured fastest on the default backend.
+    form: "reference" or "shift_add"; None takes the one measured fastest on the
+      devices that it is traced for, see `platforms.target_platform`.
 
   Returns:
     `[B, H', W', C]` in the dtype of `x`. The shift-and-add form sums in float32 whatever that is.
@@ -68,7 +71,7 @@ def depthwise_conv(
 
 def default_form() -> str:
   """The form that `depthwise_conv` takes when none is named."""
-  return "shift_add" if jax.default_backend() == "cpu" else "reference"
+  return "shift_add" if target_platform() == "cpu" else "reference"
 
 
 def _explicit_padding(size, kernel_size, strides, padding) -> Pads:

@@ -227,14 +227,12 @@ def table_row(
   topology: str,
 ) -> dict[str, Any]:
   """A line of the table, by `FIELDS`."""
-  limit = tpu_topology.hbm_bytes(topology)
   gib = tpu_topology.gibibytes
   row: dict[str, Any] = {
     "network": name, "backbone": backbone, "canvas": f"{canvas[0]}x{canvas[1]}", "rows": rows,
     "remat": remat, "topology": topology, "fits": found.fits, "peak_gib": gib(found.peak_bytes),
+    "of_gib": gib(tpu_topology.chip_of(topology).hbm_bytes),
   }  # fmt: skip
-  if limit is not None:
-    row["of_gib"] = gib(limit)
   if found.fits:
     row["arguments_gib"] = gib(found.argument_bytes)
     row["temporary_gib"] = gib(found.temporary_bytes)

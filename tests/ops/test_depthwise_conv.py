@@ -69,6 +69,17 @@ def test_a_broken_kernel_breaks_its_own_channel_alone():
     np.testing.assert_allclose(fast[..., 1:], reference[..., 1:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("platform", "form"), [("tpu", "reference"), ("cpu", "shift_add")])
+def test_the_form_is_that_of_the_devices_traced_for(platform, form):
+  device = jax.sharding.AbstractDevice("any", 1, platform=platform)
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert default_form() == form
+    traced = str(jax.make_jaxpr(depthwise_conv)(*inputs((9, 12), 3)))
+  assert ("conv_general_dilated" in traced) == (form == "reference")
+  assert default_form() == ("shift_add" if jax.default_backend() == "cpu" else "reference")
+
+
 def test_against_a_plain_sum():
   x = np.arange(2 * 3 * 4 * 1, dtype=np.float32).reshape(2, 3, 4, 1)
   kernel = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32).reshape(2, 2, 1, 1)
