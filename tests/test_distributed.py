@@ -100,14 +100,20 @@ def test_maps_are_measured_alike_in_two_processes(compilation_cache, tmp_path):
       assert found[task] == pytest.approx(expected, rel=2e-3), task
 
 
-def test_objects_are_measured_alike_in_two_processes(compilation_cache, tmp_path):
+def test_objects_and_segments_are_measured_alike_in_two_processes(compilation_cache, tmp_path):
   run_two(compilation_cache, "tests.detection_worker", tmp_path)
-  alone = detection_worker.figures(None)
-  assert alone["examples"] == detection_worker.PICTURES and alone["found"] > 11
+  alone = {
+    "objects": detection_worker.figures(None), "panoptic": detection_worker.panoptic_figures(None),
+  }  # fmt: skip
+  assert all(found["examples"] == detection_worker.PICTURES for found in alone.values())
+  # Something is there that could differ: segments found wrongly, and missed ones.
+  assert alone["objects"]["found"] > 11 and alone["panoptic"]["agreeing"] > 0
+  assert alone["panoptic"]["counts_2"] > 11 and alone["panoptic"]["counts_3"] > 11
   for process in range(2):
     count, found = json.loads((tmp_path / f"{process}.json").read_text())
     assert count == 2
-    assert found == pytest.approx(alone, rel=2e-3)
+    for name, expected in alone.items():
+      assert found[name] == pytest.approx(expected, rel=2e-3), name
 
 
 def test_the_command_in_two_processes(unbroken, tiny_config, compilation_cache, tmp_path):
