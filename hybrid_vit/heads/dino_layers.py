@@ -80,7 +80,7 @@ class DINODecoderLayer(nn.Module):
     x = self._norm("cross_norm")(x + y)
     return self._norm("ffn_norm")(x + feed_forward(x, self.hidden, self.dtype))
 
-  def _norm(self, name: str) -> nn.LayerNorm:
+  def _norm(self, name: str) -> layers.LayerNorm:
     return layers.layer_norm(NORM_EPSILON, self.dtype, name)
 
 

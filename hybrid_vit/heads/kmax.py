@@ -33,6 +33,7 @@ from hybrid_vit.heads.kmax_semantic import SemanticDecoder
 from hybrid_vit.heads.layers import check_levels
 from hybrid_vit.models import layers
 from hybrid_vit.models.registry import FeatureSpec
+from hybrid_vit.ops.attention import softmax
 
 # Of pixel features' lengths, which are divided by.
 _LENGTH_EPSILON = 1e-12
@@ -238,7 +239,7 @@ class ClusterLayer(nn.Module):
       for part in jnp.split(qkv, (channels // 2, channels), axis=-1)
     )
     logits = head_norm(self, jnp.einsum("bqhd,bkhd->bhqk", q, k), "similarity_norm", train)
-    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(self.dtype)
+    weights = softmax(logits.astype(jnp.float32), self.dtype)
     y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(queries.shape)
     return layers.gelu(norm(self, "retrieved_norm")(y, train))
 

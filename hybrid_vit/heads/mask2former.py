@@ -208,7 +208,7 @@ class DecoderLayer(nn.Module):
     x = self._norm("self_norm")(x + y)
     return self._norm("ffn_norm")(x + feed_forward(x, self.hidden, self.dtype))
 
-  def _norm(self, name: str) -> nn.LayerNorm:
+  def _norm(self, name: str) -> layers.LayerNorm:
     return layers.layer_norm(_NORM_EPSILON, self.dtype, name)
 
 

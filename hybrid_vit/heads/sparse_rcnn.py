@@ -98,7 +98,7 @@ class DynamicConv(nn.Module):
     y = feed_forward_dense(channels, y.shape[-1], self.dtype, "fc")(y)
     return nn.relu(self._norm("fc_norm")(y))
 
-  def _norm(self, name: str) -> nn.LayerNorm:
+  def _norm(self, name: str) -> layers.LayerNorm:
     return layers.layer_norm(_NORM_EPSILON, self.dtype, name)
 
 
@@ -152,7 +152,7 @@ class DynamicStage(nn.Module):
       x = nn.relu(self._norm(f"{kind}_norm{i}")(x))
     return x.astype(jnp.float32)
 
-  def _norm(self, name: str) -> nn.LayerNorm:
+  def _norm(self, name: str) -> layers.LayerNorm:
     return layers.layer_norm(_NORM_EPSILON, self.dtype, name)
 
 

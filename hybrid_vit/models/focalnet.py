@@ -311,7 +311,7 @@ class FocalModulation(nn.Module):
     )
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+def _layer_norm(dtype: Any, name: str) -> layers.LayerNorm:
   return layers.layer_norm(_LAYER_NORM_EPSILON, dtype, name)
 
 

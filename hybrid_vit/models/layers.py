@@ -11,6 +11,13 @@ from jax import lax
 
 from hybrid_vit.ops import depthwise_conv as depthwise_conv_op
 
+# These are layers, too, to those who read a network.
+from hybrid_vit.ops.activations import gelu as gelu
+from hybrid_vit.ops.activations import quick_gelu as quick_gelu
+from hybrid_vit.ops.attention import dot_product_attention as dot_product_attention
+from hybrid_vit.ops.batch_norm import batch_norm as batch_norm_op
+from hybrid_vit.ops.layer_norm import layer_norm as layer_norm_op
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -58,21 +65,15 @@ class BatchNorm(nn.Module):
     groups = self.num_groups
     if x.shape[0] % groups:
       raise ValueError(f"batch norm: {groups} groups do not divide a batch of {x.shape[0]}")
-    grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).astype(jnp.float32)
-    axes = tuple(range(1, grouped.ndim - 1))
-    mean = grouped.mean(axes, keepdims=True)
-    # The mean of squares, not of squared distances: one pass over the map and, when the batch is
-    # sharded, one exchange of both figures.
-    var = jnp.maximum(jnp.square(grouped).mean(axes, keepdims=True) - jnp.square(mean), 0.0)
+    grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+    out, mean, var = batch_norm_op(grouped, scale, bias, self.epsilon, self.dtype)
     if not self.is_initializing():
       count = grouped.size // (groups * channels)
       correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
       kept, new = self.momentum, 1.0 - self.momentum
-      batch_mean, batch_var = (s.reshape(groups, channels).mean(0) for s in (mean, var))
-      running_mean.value = kept * running_mean.value + new * batch_mean
-      running_var.value = kept * running_var.value + new * correction * batch_var
-    factor = scale * lax.rsqrt(var + self.epsilon)
-    return (grouped * factor + (bias - mean * factor)).reshape(x.shape).astype(self.dtype)
+      running_mean.value = kept * running_mean.value + new * mean.mean(0)
+      running_var.value = kept * running_var.value + new * correction * var.mean(0)
+    return out.reshape(x.shape)
 
 
 class DropPath(nn.Module):
@@ -137,9 +138,30 @@ class PointwiseConv(nn.Module):
     return y.reshape(*x.shape[:-1], self.features)
 
 
-def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+class LayerNorm(nn.Module):
+  """Layer norm over the last axis, float32 inside, see `ops.layer_norm`.
+
+  Parameters `scale` and `bias` `[C]`.
+
+  Attributes:
+    epsilon: added to the variance.
+    dtype: of the result.
+  """
+
+  epsilon: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises `[..., C]`."""
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+    return layer_norm_op(x, scale, bias, self.epsilon, self.dtype)
+
+
+def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> LayerNorm:
   """Layer norm over the last axis, two-pass variance, float32 inside; parameters scale and bias."""
-  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+  return LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
 
 def batch_norm(module: Any, *, epsilon: float, unbiased_variance: bool, name: str) -> BatchNorm:
@@ -273,35 +295,6 @@ def linear_drop_path_rates(rate: float, depths: Sequence[int]) -> tuple[tuple[fl
   return tuple(
     tuple(float(r) for r in rates[end - depth : end]) for end, depth in zip(ends, depths)
   )
-
-
-def dot_product_attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, bias: Any = None
-) -> jax.Array:
-  """Softmax attention `[..., Q, H, D]`, `[..., K, H, D]`, `[..., K, H, E]` to `[..., Q, H, E]`.
-
-  Logits, `bias` (broadcast to `[..., H, Q, K]`) and softmax are float32; the result has the dtype
-  of `value`. The query is multiplied by `scale` first.
-  """
-  logits = jnp.einsum(
-    "...qhd,...khd->...hqk", query * scale, key, preferred_element_type=jnp.float32
-  )
-  if bias is not None:
-    logits = logits + bias
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum("...hqk,...khe->...qhe", weights, value)
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-  """x * sigmoid(1.702 x), CLIP's and CvT's GELU, in float32; the dtype of `x` is kept."""
-  y = x.astype(jnp.float32)
-  return (y * jax.nn.sigmoid(1.702 * y)).astype(x.dtype)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-  """The exact GELU, x * Phi(x), by the error function, in float32; the dtype of `x` is kept."""
-  y = x.astype(jnp.float32)
-  return (0.5 * y * (1.0 + lax.erf(y * np.float32(np.sqrt(0.5))))).astype(x.dtype)
 
 
 def average_pool_same(x: jax.Array, window: int, stride: int) -> jax.Array:

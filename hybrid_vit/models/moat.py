@@ -326,18 +326,17 @@ class Attention(nn.Module):
       return dense(tokens)
 
     query, key, value = project("query"), project("key"), project("value")
-    query = query * self.head_size**-0.5
-    logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
+    bias: Any = None
     if self.position_size is not None:
       rows, columns = self.position_size
       shape = (heads, 2 * rows - 1, 2 * columns - 1)
       table = self.param("position_table", _INIT, shape, jnp.float32)
       table = layers.resize_relative_table(table, (2 * window[0] - 1, 2 * window[1] - 1))
-      logits = logits + layers.relative_position_bias(table, window)
+      bias = layers.relative_position_bias(table, window)
     if mask is not None:
-      logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-    out = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value)
+      shown = 0.0 if bias is None else bias
+      bias = jnp.where(mask[:, None, None, :], shown, jnp.finfo(jnp.float32).min)
+    out = layers.dot_product_attention(query, key, value, scale=self.head_size**-0.5, bias=bias)
     out = nn.DenseGeneral(channels, axis=(-2, -1), kernel_init=_INIT, dtype=self.dtype, name="out")(
       out
     )

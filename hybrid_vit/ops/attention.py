@@ -1,0 +1,59 @@
+"""Softmax attention that keeps its weights in the type of the computation, and nothing of float32.
+
+What JAX derives of a float32 softmax keeps its result for the backward pass beside the rounded one,
+which the product with the values keeps too: the largest array of a transformer, three times.
+Differentiated in reverse only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_vit.ops.platforms import target_platform
+
+
+def dot_product_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, bias: Any = None
+) -> jax.Array:
+  """Softmax attention `[..., Q, H, D]`, `[..., K, H, D]`, `[..., K, H, E]` to `[..., Q, H, E]`.
+
+  Logits, `bias` (broadcast to `[..., H, Q, K]`) and softmax are float32; the result has the dtype
+  of `value`. The query is multiplied by `scale` first.
+  """
+  query = query * scale
+  if target_platform() == "cpu":
+    # Products with the heads between their axes are copied piece by piece there.
+    query, key, value = (jnp.swapaxes(x, -2, -3) for x in (query, key, value))
+    logits = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
+    weights = softmax(logits if bias is None else logits + bias, value.dtype)
+    return jnp.swapaxes(jnp.einsum("...qk,...ke->...qe", weights, value), -2, -3)
+  logits = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32)
+  weights = softmax(logits if bias is None else logits + bias, value.dtype)
+  return jnp.einsum("...hqk,...khe->...qhe", weights, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(logits: jax.Array, dtype: Any) -> jax.Array:
+  """Over the last axis, computed in the type of `logits` (float32), rounded to `dtype`.
+
+  The gradient is that of the rounded weights, which alone are kept.
+  """
+  return jax.nn.softmax(logits, axis=-1).astype(dtype)
+
+
+def _softmax_forward(logits: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  weights = softmax(logits, dtype)
+  return weights, weights
+
+
+def _softmax_backward(dtype: Any, weights: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+  del dtype
+  kept, g = weights.astype(jnp.float32), g.astype(jnp.float32)
+  return (kept * (g - jnp.sum(kept * g, axis=-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)

@@ -1,0 +1,62 @@
+"""Attention against its plain formula, in the forms of each platform; what its softmax keeps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_vit.ops.attention import dot_product_attention, softmax
+
+
+def plain(query, key, value, scale, bias=None):
+  logits = jnp.einsum("...qhd,...khd->...hqk", query * scale, key)
+  weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+  return jnp.einsum("...hqk,...khe->...qhe", weights, value)
+
+
+def inputs(dtype=jnp.float32, lead=(2, 3)):
+  keys = jax.random.split(jax.random.key(0), 4)
+  shapes = ((*lead, 7, 2, 8), (*lead, 5, 2, 8), (*lead, 5, 2, 6), (2, 7, 5))
+  return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes)]
+
+
+def on(platform):
+  device = jax.sharding.AbstractDevice("any", 1, platform=platform)
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("lead", [(2,), (2, 3)])
+def test_outputs_and_gradients(platform, with_bias, lead):
+  *arguments, bias = inputs(lead=lead)
+  arguments += [bias] if with_bias else []
+
+  def attend(query, key, value, bias=None):
+    return dot_product_attention(query, key, value, scale=0.3, bias=bias)
+
+  with on(platform):
+    traced = jax.make_jaxpr(lambda *a: jax.vjp(attend, *a)[1](jnp.ones((*lead, 7, 2, 6))))(
+      *arguments
+    )
+    out = jax.make_jaxpr(attend)(*arguments)
+  found = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, *arguments)
+  expected, back = jax.vjp(lambda q, k, v, b=None: plain(q, k, v, 0.3, b), *arguments)
+  (value,) = jax.core.eval_jaxpr(out.jaxpr, out.consts, *arguments)
+  np.testing.assert_allclose(value, expected, atol=1e-6)
+  for one, other in zip(found, back(jnp.ones(expected.shape)), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_softmax_in_bfloat16_is_kept_once():
+  logits = 3.0 * jax.random.normal(jax.random.key(1), (4, 9, 64))
+  weights, back = jax.vjp(lambda x: softmax(x, jnp.bfloat16), logits)
+  assert weights.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(weights, jax.nn.softmax(logits, axis=-1).astype(jnp.bfloat16))
+  assert sum(leaf.nbytes for leaf in jax.tree.leaves(back)) == weights.nbytes
+  g = jax.random.normal(jax.random.key(2), weights.shape).astype(jnp.bfloat16)
+  (found,) = back(g)
+  (exact,) = jax.vjp(lambda x: jax.nn.softmax(x, axis=-1), logits)[1](g.astype(jnp.float32))
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, exact, atol=0.01)
