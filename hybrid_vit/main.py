@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from hybrid_vit import sharding
 from hybrid_vit.config import Config, ConfigError, load_config, set_field
 from hybrid_vit.config_files import find_config
+from hybrid_vit.huge_pages import restart_with_huge_pages
 from hybrid_vit.paths import as_path
 from hybrid_vit.timing import parse_steps
 from hybrid_vit.workdir import WorkdirError, explain, lock, new_workdir
@@ -219,17 +220,6 @@ def entry_point() -> Any:
   return app.run(main, flags_parser=_parse_flags)
 
 
-def _restart_with_huge_pages() -> None:
-  """Starts this command anew with huge pages for large buffers, which glibc decides at start only.
-
-  XLA takes its buffers from glibc anew in each step; with small pages a step on a CPU spends up to
-  half of its time in page faults. A GLIBC_TUNABLES of one's own is left as it is.
-  """
-  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 if __name__ == "__main__":
-  _restart_with_huge_pages()
+  restart_with_huge_pages()
   entry_point()

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hybrid_vit.paths import as_path
@@ -170,6 +171,46 @@ def plot_rows(rows: Mapping[str, np.ndarray], png: Any) -> None:
         axes.set_yticks([])
         if not column:
           axes.set_ylabel(one_line(title, _CURVE_LETTERS), fontsize=8)
+    save_figure(figure, png)
+
+
+def plot_bars(
+  panels: Mapping[str, Mapping[str, Mapping[str, float]]], png: Any, heading: str
+) -> None:
+  """Bars side by side.
+
+  Args:
+    panels: by title: groups by label, and of each its bars by name. Names have the same colour
+      everywhere.
+    png: file to write.
+    heading: over all.
+  """
+  names = list(dict.fromkeys(n for p in panels.values() for bars in p.values() for n in bars))
+  colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+  counts = [sum(map(len, groups.values())) + len(groups) for groups in panels.values()]
+  height = 0.28 * sum(counts) + 1.0 * len(panels) + 0.6
+  with plain_text():
+    figure = Figure(figsize=(9, height), layout="constrained")
+    figure.suptitle(heading)
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=counts)[:, 0]
+    for axis, (title, groups) in zip(axes, panels.items()):
+      place, ticks = 0.0, []
+      for bars in groups.values():
+        ticks.append(place + (len(bars) - 1) / 2)
+        for name, value in bars.items():
+          axis.barh(place, value, height=0.9, color=colours[name])
+          axis.annotate(
+            f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", (value, place),
+            (3, 0), textcoords="offset points", va="center", fontsize=8,
+          )  # fmt: skip
+          place += 1.0
+        place += 1.0
+      axis.set_yticks(ticks, [printable(label) for label in groups], fontsize=8)
+      axis.invert_yaxis()
+      axis.margins(x=0.12)
+      axis.set_title(title, fontsize=10)
+    handles = [Patch(color=colours[name], label=printable(name)) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, png)
 
 

@@ -17,6 +17,7 @@ from hybrid_vit.ops.activations import quick_gelu as quick_gelu
 from hybrid_vit.ops.attention import dot_product_attention as dot_product_attention
 from hybrid_vit.ops.batch_norm import batch_norm as batch_norm_op
 from hybrid_vit.ops.layer_norm import layer_norm as layer_norm_op
+from hybrid_vit.ops.platforms import target_platform
 
 Initializer = Callable[..., jax.Array]
 
@@ -118,8 +119,10 @@ class DepthwiseConv(nn.Module):
 class PointwiseConv(nn.Module):
   """A 1x1 convolution of `[..., C]` as one matrix product over all cells.
 
-  Its parameters are those of `nn.Dense`. The cells are one axis of the product: with several, XLA
-  copies the transposed operands in the backward pass, which on a CPU takes three times as long.
+  Its parameters are those of `nn.Dense`. On a CPU the cells are one axis of the product: with
+  several, XLA copies the transposed operands in the backward pass, which takes three times as long
+  there. Elsewhere they stay what they are: one axis would ask for the order in memory of its rows,
+  and maps go to and fro between that and the one that convolutions ask for.
   """
 
   features: int
@@ -131,7 +134,10 @@ class PointwiseConv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-    y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+    y = x.astype(self.dtype)
+    if target_platform() == "cpu":
+      y = y.reshape(-1, x.shape[-1])
+    y = y @ kernel.astype(self.dtype)
     if self.use_bias:
       bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
       y = y + bias.astype(self.dtype)

@@ -4,6 +4,7 @@ r"""Times on this machine: the forms of an operation side by side, or pictures r
     python -m hybrid_vit.tools.benchmark data --source=folder:/path/flowers \
       --transform="decode|random_resized_crop(224)|flip_lr"
     python -m hybrid_vit.tools.benchmark tokenizer
+    python -m hybrid_vit.tools.benchmark networks moat_0 --against=timm
 
 What is compared is measured in turn, round by round, and the median of the rounds is given: a
 machine that slows down meanwhile slows all of it. Ratios are to the first row, the reference.
@@ -32,7 +33,9 @@ from hybrid_vit.data.loader import Reading, train_batches
 from hybrid_vit.data.sources import Source, create_source
 from hybrid_vit.data.tokenizer import ClipTokenizer
 from hybrid_vit.data.transforms import DECODERS, parse_transform
+from hybrid_vit.huge_pages import restart_with_huge_pages
 from hybrid_vit.ops import depthwise_conv
+from hybrid_vit.tools import benchmark_networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   command = commands.add_parser("tokenizer", help="captions a second, reference and fast")
   command.add_argument("--captions", type=int, default=2000, help="in a round")
   command.add_argument("--rounds", type=int, default=5)
-  options = parser.parse_args(arguments)
+  commands.add_parser("networks", help="whole networks, see benchmark_networks", add_help=False)
+  given = list(sys.argv[1:] if arguments is None else arguments)
+  if given[:1] == ["networks"]:
+    return benchmark_networks.main(given[1:])
+  options = parser.parse_args(given)
   try:
     if options.what == "tokenizer":
       _print_tokenizer(options)
@@ -356,4 +363,5 @@ def _print_data(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+  restart_with_huge_pages()
   sys.exit(main())

@@ -15,14 +15,10 @@ the compiler's (libtpu is needed: pip install 'jax[tpu]'). Writes OUT.json and O
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit import tpu_topology
-from hybrid_vit.data.ahead import available_cores
-from hybrid_vit.tables import write_table
+from hybrid_vit.tools.benchmark_results import head_of, seconds_in_turn, write_results
 from hybrid_vit.tools.operation_cases import FULL, SMALL, OperationCase, all_cases
 
 _WAYS = ("forward", "with gradient")
@@ -70,7 +65,7 @@ def measure(case: OperationCase, rounds: int, forms: Sequence[str] | None = None
         compiled = jax.jit(function).lower(*given).compile()
         runs[name] = functools.partial(_blocking, compiled, given)
     reference = next(iter(case.theirs), case.default)
-    seconds = _in_turn(runs, rounds)
+    seconds = seconds_in_turn(runs, rounds, long=_LONG)
     for name, own in seconds.items():
       row = _row(case, way, name)
       row["ms"] = round(1e3 * statistics.median(own), 3)
@@ -125,54 +120,6 @@ def _blocking(compiled: Callable[..., Any], given: Sequence[Any]) -> None:
   jax.block_until_ready(compiled(*given))
 
 
-def _in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-  """Seconds of each round; of what takes long, those of the first call, over and over."""
-
-  def timed(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-  first = {name: timed(run) for name, run in runs.items()}
-  seconds: dict[str, list[float]] = {name: [] for name in runs}
-  for _ in range(rounds):
-    for name, run in runs.items():
-      seconds[name].append(first[name] if first[name] > _LONG else timed(run))
-  return seconds
-
-
-def write_results(path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-  """PATH.json with everything, and PATH.md: how it was made, then the table."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  stored = {**head, "rows": list(rows)}
-  path.with_name(path.name + ".json").write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-  _, markdown = write_table(path, rows, _FIRST)
-  path.with_name(path.name + ".csv").unlink()  # the same as the JSON
-  lines = [
-    f"    {head['command']}",
-    "",
-    ", ".join(f"{k} {head[k]}" for k in head if k != "command"),
-  ]
-  markdown.write_text("\n".join(lines) + "\n\n" + markdown.read_text("utf-8"), "utf-8")
-
-
-def _head(command: Sequence[str], topology: str | None, rounds: int) -> dict[str, Any]:
-  head: dict[str, Any] = {
-    "command": " ".join(["python -m hybrid_vit.tools.benchmark_operations", *command]),
-    "date": datetime.date.today().isoformat(),
-    "JAX": jax.__version__,
-  }
-  if topology is not None:
-    return {**head, "compiled for": topology}
-  device = jax.devices()[0].device_kind
-  head["device"] = f"{device} ({platform.machine()}, {available_cores()} cores)"
-  for library in ("torch", "torchvision", "scipy"):
-    module = sys.modules.get(library)
-    if module is not None:
-      head[library] = str(module.__version__)
-  return {**head, "rounds": rounds}
-
-
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
   for case in all_cases(SMALL if options.small else FULL):
     if options.operations and case.operation not in options.operations:
@@ -208,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       rows.append(row)
       if options.out is not None:
         # Also what an interrupted call leaves is whole.
-        write_results(options.out, _head(given, options.topology, options.rounds), rows)
+        head = head_of("benchmark_operations", given, options.topology, options.rounds)
+        write_results(options.out, head, rows, _FIRST)
   except tpu_topology.TopologyError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1

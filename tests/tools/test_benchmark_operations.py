@@ -39,19 +39,6 @@ def test_unknown_operations_are_named(capsys):
   assert "unknown operation 'sorting'" in capsys.readouterr().err
 
 
-def test_what_takes_long_is_called_once(monkeypatch):
-  clock, calls = [0.0], []
-
-  def run(name, seconds):
-    calls.append(name)
-    clock[0] += seconds
-
-  monkeypatch.setattr(benchmark_operations.time, "perf_counter", lambda: clock[0])
-  runs = {"slow": lambda: run("slow", 9.0), "fast": lambda: run("fast", 1.0)}
-  assert benchmark_operations._in_turn(runs, 3) == {"slow": [9.0] * 3, "fast": [1.0] * 3}
-  assert calls == ["slow"] + ["fast"] * 4
-
-
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: f"{case.operation}, {case.label}")
 def test_forms_of_a_case_are_the_same_operation(case):
   answers = {name: jax.jit(form)(*case.arguments) for name, form in case.forms.items()}

@@ -1,0 +1,283 @@
+r"""Speed of whole networks, inference and training steps, beside PyTorch or by a TPU's compiler.
+
+    python -m hybrid_vit.tools.benchmark networks moat_0 convnext_tiny --batch 8 \
+      --out=docs/results/speed/cpu
+    python -m hybrid_vit.tools.benchmark networks convnext_tiny swin_tiny --against=timm
+    python -m hybrid_vit.tools.benchmark networks convnext_tiny --modes training --batch 64 \
+      --dtypes bfloat16 --topology=v5e:2x2 --out=docs/results/speed/v5e
+
+A training step is the one that `hybrid_vit.main` compiles: cross entropy, AdamW, the network's own
+drop path; on Linux with huge pages, as there. What is compared is called in turn, round by round:
+milliseconds are medians, and so are ratios, each taken within its round. With --against the same
+network (or what stands beside it, as the table says) trains and predicts in PyTorch: as it is, in
+channels_last, and compiled where a C++ compiler is at hand; the ratio is to the fastest of these.
+With --topology nothing is run: the figures are the compiler's estimates, of one chip (libtpu is
+needed: pip install 'jax[tpu]').
+Writes OUT.json, OUT.md and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_vit import programs, recipes, sharding, topology_plan, tpu_topology
+from hybrid_vit.build import DataFacts, Run, build
+from hybrid_vit.config import Config
+from hybrid_vit.models.registry import closest_hint, list_models
+from hybrid_vit.plots import plot_bars
+from hybrid_vit.tools import torch_networks
+from hybrid_vit.tools.benchmark_results import head_of, seconds_in_turn, write_results
+from hybrid_vit.tools.summarize import count_multiply_adds
+
+MODES = ("inference", "training")
+DTYPES = ("float32", "bfloat16")
+OURS = "hybrid_vit"
+_CLASSES = 1000
+_FIRST = ("network", "mode", "size", "batch", "dtype", "form")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What one row, or one row of each form, is about.
+
+  Attributes:
+    network: name in the registry.
+    mode: one of `MODES`.
+    size: side of the pictures.
+    batch: pictures at once.
+    dtype: of the computation; parameters are float32.
+  """
+
+  network: str
+  mode: str
+  size: int
+  batch: int
+  dtype: str
+
+  def row(self, form: str) -> dict[str, Any]:
+    """The columns that say what a row is of."""
+    return {**dataclasses.asdict(self), "form": form}
+
+
+def run_of(setting: Setting) -> Run:
+  """A training of the network: cross entropy, AdamW, 1,000 classes."""
+  config = recipes.imagenet(setting.network, batch_size=setting.batch, num_classes=_CLASSES)
+  config.precision = setting.dtype
+  config.data.image_size = setting.size
+  config.total_steps = 1000
+  config.optimizer = {
+    "name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05,
+    "schedule": {"name": "constant"},
+  }  # fmt: skip
+  return build(Config(config), DataFacts({}, 1_281_167, _CLASSES))
+
+
+def random_batch(run: Run) -> dict[str, np.ndarray]:
+  """Noise and classes by chance, of the shapes of a training batch."""
+  rng = np.random.default_rng(0)
+  made: dict[str, np.ndarray] = {}
+  for name, leaf in run.batches[0].items():
+    high = 256 if leaf.dtype == np.uint8 else _CLASSES if name == "label" else 1
+    made[name] = rng.integers(0, high, leaf.shape).astype(leaf.dtype)
+  return made
+
+
+def measure(setting: Setting, rounds: int, peer: str | None = None) -> list[dict[str, Any]]:
+  """Rows of one setting: ours, and each form of the peer's.
+
+  Args:
+    setting: of what.
+    rounds: all forms take turns so many times, after a call of each that does not count.
+    peer: "timm" or "transformers"; None for ours alone.
+  """
+  run = run_of(setting)
+  call, facts = _compiled(run, setting)
+  runs: dict[str, Callable[[], Any]] = {OURS: call}
+  if peer is not None:
+    runs |= torch_networks.calls(
+      peer, setting.network, setting.size, setting.batch, setting.dtype, setting.mode == MODES[1]
+    )
+  seconds = seconds_in_turn(runs, rounds)
+  theirs = [name for name in runs if name != OURS]
+  fastest = min(theirs, key=lambda name: statistics.median(seconds[name]), default=None)
+  rows = []
+  for name, own in seconds.items():
+    middle = statistics.median(own)
+    row = setting.row(name) | {
+      "ms": round(1e3 * middle, 2), "images_per_second": round(setting.batch / middle, 2),
+    }  # fmt: skip
+    if fastest is not None:
+      ratios = [b / a for a, b in zip(own, seconds[fastest])]
+      row |= {"speed_ratio": round(statistics.median(ratios), 3), "ratio_to": fastest}
+    rows.append(row | (facts(setting.batch / middle) if name == OURS else {}))
+  return rows
+
+
+def _compiled(
+  run: Run, setting: Setting
+) -> tuple[Callable[[], Any], Callable[[float], dict[str, Any]]]:
+  """One call that waits for its result; and what else is known, by pictures a second."""
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  batch = sharding.put_tree(
+    random_batch(run), jax.tree.map(lambda _: sharding.batch_sharding(mesh), dict(run.batches[0]))
+  )
+  begin = time.perf_counter()
+  if setting.mode == "training":
+    compiled = programs.compile_step(run, 0, mesh)
+    seconds = time.perf_counter() - begin
+    _, layout = programs.abstract_state(run, mesh)
+    made = jax.jit(functools.partial(programs.new_state, run), out_shardings=layout)
+    held = [made(jax.random.key(0))]
+
+    def call() -> None:
+      # The state is given away and comes back.
+      held[0], report = compiled(held[0], batch)
+      jax.block_until_ready((held[0], report))
+
+  else:
+    variables = jax.jit(run.task.init)(jax.random.key(0), batch)
+    begin = time.perf_counter()
+    compiled = jax.jit(run.task.predict).lower(variables, {"image": batch["image"]}).compile()
+    seconds = time.perf_counter() - begin
+
+    def call() -> None:
+      jax.block_until_ready(compiled(variables, {"image": batch["image"]}))
+
+  memory = compiled.memory_analysis()
+  peak_bytes = (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+  ) - memory.alias_size_in_bytes
+  flops, most = _flops(run, setting), programs.peak_flops(mesh)
+
+  def facts(rate: float) -> dict[str, Any]:
+    found = {
+      "compile_seconds": round(seconds, 1), "gflop_per_image": round(flops / 1e9, 2),
+      "memory_mib": round(peak_bytes / 2**20, 1),
+    }  # fmt: skip
+    return found if most is None else {**found, "mfu": round(flops * rate / most, 4)}
+
+  return call, facts
+
+
+def _flops(run: Run, setting: Setting) -> float:
+  """Of a picture, by the usual convention: a training step is three forward passes."""
+  if setting.mode == "training":
+    return programs.flops_per_example(run, 0)
+  image = jax.ShapeDtypeStruct((1, setting.size, setting.size, 3), jnp.float32)
+  variables = jax.eval_shape(run.task.init, jax.random.key(0), run.batches[0])
+  return 2.0 * count_multiply_adds(run.task.predict, variables, {"image": image})
+
+
+def estimate(setting: Setting, topology: str) -> list[dict[str, Any]]:
+  """One row by a TPU's compiler, of one chip.
+
+  Raises:
+    tpu_topology.TopologyError: see `tpu_topology.topology_devices`.
+  """
+  chip = tpu_topology.chip_of(topology)
+  device = tpu_topology.topology_devices(topology)[0]
+  run = run_of(setting)
+  if setting.mode == "training":
+    mesh = sharding.make_mesh({}, [device])
+    said = topology_plan.plan_step(run, topology, mesh, 0).compilation
+  else:
+    variables = jax.eval_shape(run.task.init, jax.random.key(0), run.batches[0])
+    image = {"image": run.batches[0]["image"]}
+    said = tpu_topology.compile_for(run.task.predict, variables, image, device=device)
+  row = setting.row(f"{OURS}, {topology.partition(':')[0]} estimated") | {
+    "compile_seconds": round(said.seconds, 1), "fits": said.fits,
+    "memory_mib": round(said.peak_bytes / 2**20, 1),
+  }  # fmt: skip
+  if said.fits and said.cycles.total:
+    flops, seconds = _flops(run, setting), said.cycles.total / chip.clock
+    rate = setting.batch / seconds
+    row |= {
+      "ms": round(1e3 * seconds, 2), "images_per_second": round(rate, 1),
+      "gflop_per_image": round(flops / 1e9, 2), "mfu": round(flops * rate / chip.peak_flops, 4),
+      "traffic_mb_per_image": round(said.accessed_bytes / 1e6 / setting.batch, 1),
+      "mcycles": round(said.cycles.total / 1e6, 2),
+    }  # fmt: skip
+  return [row]
+
+
+def settings_of(options: argparse.Namespace) -> Iterator[Setting]:
+  """Networks, modes, sizes, batches and types, all of each with all of the others."""
+  parts = (options.networks, options.modes, options.size, options.batch, options.dtypes)
+  for network, mode, size, batch, dtype in itertools.product(*parts):
+    yield Setting(network, mode, size, batch, dtype)
+
+
+def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+  """Pictures a second of each row, a panel for each mode."""
+  panels: dict[str, dict[str, dict[str, float]]] = {}
+  for row in rows:
+    if "images_per_second" in row:
+      label = f"{row['network']}, {row['batch']} x {row['size']}, {row['dtype']}"
+      bars = panels.setdefault(f"{row['mode']}, images a second", {}).setdefault(label, {})
+      bars[row["form"]] = row["images_per_second"]
+  if panels:
+    plot_bars(panels, path.with_name(path.name + ".png"), title)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command; returns its exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m hybrid_vit.tools.benchmark networks",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("networks", nargs="+", help="names in the registry")
+  parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+  parser.add_argument("--size", type=int, nargs="+", default=[224])
+  parser.add_argument("--batch", type=int, nargs="+", default=[8])
+  parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--against", choices=torch_networks.PEERS, help="needs .[torch] and it")
+  parser.add_argument("--topology", help="of TPUs to compile for, e.g. v5e:2x2")
+  parser.add_argument("--out", type=Path, help="of the files, without an ending")
+  given = list(sys.argv[1:] if arguments is None else arguments)
+  options = parser.parse_args(given)
+  known = list_models()
+  for name in options.networks:
+    if name not in known:
+      parser.error(f"no network is named {name!r}{closest_hint(name, known)}")
+  if options.topology and options.against:
+    parser.error("--topology runs nothing that --against could be beside")
+  rows: list[dict[str, Any]] = []
+  head = head_of("benchmark networks", given, options.topology, options.rounds)
+  try:
+    for setting in settings_of(options):
+      found = (
+        estimate(setting, options.topology)
+        if options.topology
+        else measure(setting, options.rounds, options.against)
+      )
+      for row in found:
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+      rows += found
+      if options.out is not None:
+        # Also what an interrupted call leaves is whole.
+        write_results(options.out, head, rows, _FIRST)
+  except (tpu_topology.TopologyError, torch_networks.PeerError, ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  if options.out is not None:
+    draw(options.out, rows, "estimated by the compiler" if options.topology else "measured")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

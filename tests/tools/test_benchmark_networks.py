@@ -1,0 +1,120 @@
+"""The benchmark of networks: rows, files, what it refuses; PyTorch and TPUs are stood in for."""
+
+import json
+
+import jax
+import pytest
+
+from hybrid_vit.tools import benchmark, benchmark_networks, benchmark_results, torch_networks
+from hybrid_vit.tools.benchmark_networks import Setting
+from hybrid_vit.tpu_topology import Compilation, Cycles
+
+SETTING = Setting("tiny_moat_0", "training", 32, 2, "float32")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  """A network that compiles in no time in the place of the registry's."""
+  build = benchmark_networks.run_of
+
+  def tiny_run(setting):
+    recipe = benchmark_networks.recipes.imagenet
+
+    def imagenet(*args, **kwargs):
+      config = recipe(*args, **kwargs)
+      config.model.arguments = {
+        "stem_widths": (8, 8), "depths": (1, 1), "widths": (16, 32),
+        "block_types": ("mbconv", "moat"), "strides": (2, 2), "window_sizes": (None, None),
+        "position_sizes": (None, 4), "head_size": 16,
+      }  # fmt: skip
+      return config
+
+    with monkeypatch.context() as patch:
+      patch.setattr(benchmark_networks.recipes, "imagenet", imagenet)
+      return build(setting)
+
+  monkeypatch.setattr(benchmark_networks, "run_of", tiny_run)
+
+
+def test_rows_beside_a_peer_and_their_files(tiny, monkeypatch, tmp_path):
+  asked = []
+
+  def calls(peer, network, size, batch, dtype, training):
+    asked.append((peer, network, size, batch, dtype, training))
+    return {"timm, eager": lambda: None, "timm, channels_last": lambda: None}
+
+  monkeypatch.setattr(torch_networks, "calls", calls)
+  out = tmp_path / "speed" / "cpu"
+  command = ["networks", "tiny_moat_0", "--size=32", "--batch=2", "--rounds=2", "--against=timm"]
+  assert benchmark.main([*command, f"--out={out}"]) == 0
+  assert asked == [("timm", "tiny_moat_0", 32, 2, "float32", t) for t in (False, True)]
+  stored = json.loads(out.with_suffix(".json").read_text())
+  assert stored["rounds"] == 2 and "benchmark networks tiny_moat_0" in stored["command"]
+  rows = stored["rows"]
+  assert [(r["mode"], r["form"]) for r in rows] == [
+    (mode, form)
+    for mode in ("inference", "training")
+    for form in ("hybrid_vit", "timm, eager", "timm, channels_last")
+  ]
+  ours = rows[0]
+  assert ours["images_per_second"] == pytest.approx(2e3 / ours["ms"], rel=0.05)
+  assert ours["compile_seconds"] > 0 and ours["memory_mib"] > 0
+  # What does nothing is faster than we are.
+  assert ours["ratio_to"] in ("timm, eager", "timm, channels_last") and ours["speed_ratio"] < 0.5
+  assert rows[3]["gflop_per_image"] == pytest.approx(3 * ours["gflop_per_image"], rel=0.2)
+  assert "| tiny_moat_0 | training |" in out.with_suffix(".md").read_text()
+  assert out.with_suffix(".png").stat().st_size > 5000
+
+
+def test_a_training_step_is_the_loops_own_and_goes_on(tiny):
+  run = benchmark_networks.run_of(SETTING)
+  call, facts = benchmark_networks._compiled(run, SETTING)
+  for _ in range(3):
+    call()  # the state was given away and came back
+  assert facts(10.0)["memory_mib"] > 0 and "mfu" not in facts(10.0)
+  batch = benchmark_networks.random_batch(run)
+  assert {k: v.shape for k, v in batch.items()} == {k: v.shape for k, v in run.batches[0].items()}
+  assert batch["image"].max() > 200 and batch["label"].max() > 1
+
+
+@pytest.mark.parametrize("mode", benchmark_networks.MODES)
+def test_estimates_are_of_one_chip(tiny, monkeypatch, mode):
+  said = Compilation(9.0, True, 2**30, 0, 0, 1e12, 4e9, Cycles(3_000_000, {}, {}, 0), "")
+  topology = benchmark_networks.tpu_topology
+  monkeypatch.setattr(topology, "topology_devices", lambda name: jax.devices())
+  monkeypatch.setattr(topology, "compile_for", lambda *arguments, device: said)
+  monkeypatch.setattr(topology, "examine", lambda compile_program: said)
+  setting = Setting("tiny_moat_0", mode, 32, 2, "bfloat16")
+  (row,) = benchmark_networks.estimate(setting, "v5e:2x2")
+  assert row["ms"] == 2.0 and row["images_per_second"] == 1000.0 and row["memory_mib"] == 1024
+  assert row["traffic_mb_per_image"] == 2000 and row["form"] == "hybrid_vit, v5e estimated"
+  assert row["mfu"] == round(1e9 * row["gflop_per_image"] * 1000 / 197e12, 4)
+
+
+def test_what_cannot_be_is_named(monkeypatch, capsys):
+  with pytest.raises(SystemExit):
+    benchmark.main(["networks", "moat_00"])
+  assert "did you mean 'moat_0" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    benchmark.main(["networks", "moat_0", "--topology=v5e:2x2", "--against=timm"])
+  assert "runs nothing" in capsys.readouterr().err
+  with pytest.raises(torch_networks.PeerError, match="timm has nothing beside l2vit_tiny; it has"):
+    torch_networks.calls("timm", "l2vit_tiny", 32, 1, "float32", False)
+  monkeypatch.setattr(torch_networks.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(torch_networks.PeerError, match="pip install torch"):
+    torch_networks.calls("timm", "moat_0", 32, 1, "float32", False)
+
+
+def test_calls_take_turns_and_the_first_does_not_count(monkeypatch):
+  clock, order = [0.0], []
+
+  def run(name, seconds):
+    order.append(name)
+    # A first call compiles.
+    clock[0] += seconds if order.count(name) > 1 else 50.0
+
+  monkeypatch.setattr(benchmark_results.time, "perf_counter", lambda: clock[0])
+  runs = {"slow": lambda: run("slow", 9.0), "fast": lambda: run("fast", 1.0)}
+  seconds = benchmark_results.seconds_in_turn(runs, 3, long=5.0)
+  assert seconds == {"slow": [9.0] * 3, "fast": [1.0] * 3}
+  assert order == ["slow", "fast", "slow", "fast", "fast", "fast"]
