@@ -19,6 +19,7 @@ Writes OUT.json, OUT.md and OUT.png.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -95,8 +96,10 @@ def random_batch(run: Run) -> dict[str, np.ndarray]:
   return made
 
 
-def measure(setting: Setting, rounds: int, peer: str | None = None) -> list[dict[str, Any]]:
-  """Rows of one setting: ours, and each form of the peer's.
+def measure(
+  setting: Setting, rounds: int, peer: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+  """Rows of one setting: ours, and each form of the peer's; and versions of its libraries.
 
   Args:
     setting: of what.
@@ -105,14 +108,19 @@ def measure(setting: Setting, rounds: int, peer: str | None = None) -> list[dict
   """
   run = run_of(setting)
   call, facts = _compiled(run, setting)
-  runs: dict[str, Callable[[], Any]] = {OURS: call}
-  if peer is not None:
-    runs |= torch_networks.calls(
-      peer, setting.network, setting.size, setting.batch, setting.dtype, setting.mode == MODES[1]
-    )
-  seconds = seconds_in_turn(runs, rounds)
-  theirs = [name for name in runs if name != OURS]
-  fastest = min(theirs, key=lambda name: statistics.median(seconds[name]), default=None)
+  with contextlib.ExitStack() as stack:
+    runs: dict[str, Callable[[], Any]] = {OURS: call}
+    versions: dict[str, str] = {}
+    if peer is not None:
+      calls = torch_networks.calls(
+        peer, setting.network, setting.size, setting.batch, setting.dtype,
+        setting.mode == "training",
+      )  # fmt: skip
+      theirs, versions = stack.enter_context(calls)
+      runs |= theirs
+    seconds = seconds_in_turn(runs, rounds, settle=True)
+  others = [name for name in runs if name != OURS]
+  fastest = min(others, key=lambda name: statistics.median(seconds[name]), default=None)
   rows = []
   for name, own in seconds.items():
     middle = statistics.median(own)
@@ -123,7 +131,7 @@ def measure(setting: Setting, rounds: int, peer: str | None = None) -> list[dict
       ratios = [b / a for a, b in zip(own, seconds[fastest])]
       row |= {"speed_ratio": round(statistics.median(ratios), 3), "ratio_to": fastest}
     rows.append(row | (facts(setting.batch / middle) if name == OURS else {}))
-  return rows
+  return rows, versions
 
 
 def _compiled(
@@ -260,11 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   head = head_of("benchmark networks", given, options.topology, options.rounds)
   try:
     for setting in settings_of(options):
-      found = (
-        estimate(setting, options.topology)
-        if options.topology
-        else measure(setting, options.rounds, options.against)
-      )
+      if options.topology:
+        found = estimate(setting, options.topology)
+      else:
+        found, versions = measure(setting, options.rounds, options.against)
+        head |= versions
       for row in found:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
       rows += found

@@ -19,11 +19,15 @@ from hybrid_vit.tables import write_table
 # Seconds of a call from which on it is not repeated.
 _LONG = 30.0
 # Libraries whose versions a result says, where they were used.
-_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "scipy")
+_LIBRARIES = ("torch", "torchvision", "scipy")
 
 
 def seconds_in_turn(
-  runs: Mapping[str, Callable[[], Any]], rounds: int, *, long: float = _LONG
+  runs: Mapping[str, Callable[[], Any]],
+  rounds: int,
+  *,
+  long: float = _LONG,
+  settle: bool = False,
 ) -> dict[str, list[float]]:
   """Seconds of each round, after a call of each that does not count.
 
@@ -31,9 +35,13 @@ def seconds_in_turn(
     runs: what is called, one after the other, and again.
     rounds: how often.
     long: of what takes longer in its second call, that call's time stands for all rounds.
+    settle: a call that does not count before each that does: what the one before left behind
+      (threads that still spin, memory) is not this one's.
   """
 
   def timed(run: Callable[[], Any]) -> float:
+    if settle and len(runs) > 1:
+      run()
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin

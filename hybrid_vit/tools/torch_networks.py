@@ -1,14 +1,19 @@
 """The same networks in PyTorch, as calls to time: timm's and transformers'.
 
 Where neither has the very network, one of the same kind and size stands beside it; the form's name
-says which.
+says which. PyTorch runs in a process of its own, which waits while others are measured: within one,
+its threads and its memory slow XLA's calls down to a half.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import functools
+import importlib.util
 import shutil
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hybrid_vit.data.ahead import available_cores
@@ -52,9 +57,10 @@ class PeerError(RuntimeError):
   """The network cannot be had in PyTorch here; the message says what to do."""
 
 
+@contextlib.contextmanager
 def calls(
   peer: str, network: str, size: int, batch: int, dtype: str, training: bool
-) -> dict[str, Callable[[], Any]]:
+) -> Iterator[tuple[dict[str, Callable[[], None]], dict[str, str]]]:
   """One call of each form, by its name: a forward pass, or a training step with AdamW.
 
   Args:
@@ -65,8 +71,11 @@ def calls(
     dtype: "float32", or "bfloat16" by autocast.
     training: cross entropy, backward pass and update, drop path as our registry has it.
 
+  Yields:
+    (the calls; versions of the libraries).
+
   Raises:
-    PeerError: the library is not installed, or has nothing to stand beside the network.
+    PeerError: the library is not installed, has nothing to stand beside the network, or failed.
   """
   table: Any = _TIMM if peer == "timm" else _TRANSFORMERS
   if network not in table:
@@ -74,21 +83,58 @@ def calls(
   for module in ("torch", peer):
     if importlib.util.find_spec(module) is None:
       raise PeerError(f"--against={peer} needs {module}: pip install {module}")
+  arguments = (peer, network, str(size), str(batch), dtype, str(int(training)))
+  with subprocess.Popen(
+    [sys.executable, "-m", __name__, *arguments],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+  ) as process:  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+
+    def answer() -> str:
+      # Libraries print lines of their own.
+      for line in process.stdout or ():
+        if line.startswith(_MARK):
+          return line.removeprefix(_MARK).rstrip("\n")
+      raise PeerError(f"{peer}'s process ended with status {process.wait()}; see above")
+
+    def called(form: str) -> None:
+      print(form, file=process.stdin, flush=True)
+      answer()
+
+    versions = dict(part.split("=") for part in answer().split())
+    forms = answer().split("|")
+    try:
+      yield {form: functools.partial(called, form) for form in forms}, versions
+    finally:
+      process.stdin.close()
+
+
+# Before each line that the process answers with.
+_MARK = "benchmark: "
+
+
+def _serve(peer: str, network: str, size: int, batch: int, dtype: str, training: bool) -> None:
+  """Makes the forms, then calls one for each line that names it."""
   import torch
 
+  versions = {"torch": torch.__version__, peer: importlib.import_module(peer).__version__}
+  print(_MARK + " ".join(f"{k}={v}" for k, v in versions.items()), flush=True)
   torch.set_num_threads(available_cores())
   torch.manual_seed(0)
   rate = float(dict(model_entry(network).arguments).get("drop_path_rate", 0.0))
   label = peer if peer == "transformers" or _TIMM[network] == network else _TIMM[network]
   layouts = {"eager": torch.contiguous_format, "channels_last": torch.channels_last}
-  found = {
+  forms = {
     f"{label}, {name}": _call(_made(peer, network, rate), layout, size, batch, dtype, training)
     for name, layout in layouts.items()
   }
   if shutil.which("g++") or shutil.which("clang++"):
     compiled = torch.compile(_made(peer, network, rate))
-    found[f"{label}, compiled"] = _call(compiled, torch.channels_last, size, batch, dtype, training)
-  return found
+    forms[f"{label}, compiled"] = _call(compiled, torch.channels_last, size, batch, dtype, training)
+  print(_MARK + "|".join(forms), flush=True)
+  for line in sys.stdin:
+    forms[line.rstrip("\n")]()
+    print(_MARK, flush=True)
 
 
 def _made(peer: str, network: str, drop_path_rate: float) -> Any:
@@ -148,3 +194,8 @@ def _call(
     return loss.item()
 
   return step
+
+
+if __name__ == "__main__":
+  _peer, _network, _size, _batch, _dtype, _training = sys.argv[1:]
+  _serve(_peer, _network, int(_size), int(_batch), _dtype, _training == "1")

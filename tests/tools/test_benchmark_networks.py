@@ -1,5 +1,6 @@
 """The benchmark of networks: rows, files, what it refuses; PyTorch and TPUs are stood in for."""
 
+import contextlib
 import json
 
 import jax
@@ -39,9 +40,10 @@ def tiny(monkeypatch):
 def test_rows_beside_a_peer_and_their_files(tiny, monkeypatch, tmp_path):
   asked = []
 
+  @contextlib.contextmanager
   def calls(peer, network, size, batch, dtype, training):
     asked.append((peer, network, size, batch, dtype, training))
-    return {"timm, eager": lambda: None, "timm, channels_last": lambda: None}
+    yield {"timm, eager": lambda: None, "timm, channels_last": lambda: None}, {"timm": "9.9"}
 
   monkeypatch.setattr(torch_networks, "calls", calls)
   out = tmp_path / "speed" / "cpu"
@@ -49,7 +51,11 @@ def test_rows_beside_a_peer_and_their_files(tiny, monkeypatch, tmp_path):
   assert benchmark.main([*command, f"--out={out}"]) == 0
   assert asked == [("timm", "tiny_moat_0", 32, 2, "float32", t) for t in (False, True)]
   stored = json.loads(out.with_suffix(".json").read_text())
-  assert stored["rounds"] == 2 and "benchmark networks tiny_moat_0" in stored["command"]
+  assert (
+    stored["rounds"] == 2
+    and stored["timm"] == "9.9"
+    and "benchmark networks tiny_moat_0" in stored["command"]
+  )
   rows = stored["rows"]
   assert [(r["mode"], r["form"]) for r in rows] == [
     (mode, form)
@@ -99,10 +105,10 @@ def test_what_cannot_be_is_named(monkeypatch, capsys):
     benchmark.main(["networks", "moat_0", "--topology=v5e:2x2", "--against=timm"])
   assert "runs nothing" in capsys.readouterr().err
   with pytest.raises(torch_networks.PeerError, match="timm has nothing beside l2vit_tiny; it has"):
-    torch_networks.calls("timm", "l2vit_tiny", 32, 1, "float32", False)
+    torch_networks.calls("timm", "l2vit_tiny", 32, 1, "float32", False).__enter__()
   monkeypatch.setattr(torch_networks.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(torch_networks.PeerError, match="pip install torch"):
-    torch_networks.calls("timm", "moat_0", 32, 1, "float32", False)
+    torch_networks.calls("timm", "moat_0", 32, 1, "float32", False).__enter__()
 
 
 def test_calls_take_turns_and_the_first_does_not_count(monkeypatch):
@@ -118,3 +124,55 @@ def test_calls_take_turns_and_the_first_does_not_count(monkeypatch):
   seconds = benchmark_results.seconds_in_turn(runs, 3, long=5.0)
   assert seconds == {"slow": [9.0] * 3, "fast": [1.0] * 3}
   assert order == ["slow", "fast", "slow", "fast", "fast", "fast"]
+
+
+FAKE_TORCH = """
+import contextlib
+__version__ = "1.2.3"
+contiguous_format, channels_last, bfloat16 = "contiguous", "last", "bfloat16"
+set_num_threads = manual_seed = lambda n: None
+compile = lambda model: model
+autocast = lambda *arguments, **fields: contextlib.nullcontext()
+inference_mode = contextlib.nullcontext
+class Tensor:
+  def to(self, **fields):
+    return self
+randn = lambda *shape: Tensor()
+"""
+FAKE_TIMM = """
+import pathlib
+__version__ = "4.5.6"
+class Model:
+  def __init__(self, fields):
+    self.fields = fields
+  def to(self, memory_format):
+    self.layout = memory_format
+    return self
+  def eval(self):
+    print("a line of its own")
+  def __call__(self, images):
+    with pathlib.Path(__file__).with_name("called").open("a") as file:
+      print(self.fields, self.layout, file=file)
+    if pathlib.Path(__file__).with_name("broken").exists():
+      raise SystemExit(3)
+create_model = lambda name, **fields: Model({"name": name, **fields})
+"""
+
+
+def test_pytorch_waits_in_a_process_of_its_own(tmp_path, monkeypatch):
+  (tmp_path / "torch.py").write_text(FAKE_TORCH)
+  (tmp_path / "timm.py").write_text(FAKE_TIMM)
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+  monkeypatch.syspath_prepend(tmp_path)
+  with torch_networks.calls("timm", "swin_tiny", 32, 2, "float32", False) as (forms, versions):
+    assert versions == {"torch": "1.2.3", "timm": "4.5.6"}
+    name = "swin_tiny_patch4_window7_224"
+    assert list(forms)[:2] == [f"{name}, eager", f"{name}, channels_last"]
+    forms[f"{name}, channels_last"]()
+    forms[f"{name}, eager"]()
+    lines = (tmp_path / "called").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["last", "contiguous"]
+    assert f"'name': '{name}'" in lines[0] and "'drop_path_rate': 0.2" in lines[0]
+    (tmp_path / "broken").touch()
+    with pytest.raises(torch_networks.PeerError, match="timm's process ended with status 3"):
+      forms[f"{name}, eager"]()
