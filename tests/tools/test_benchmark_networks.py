@@ -137,7 +137,7 @@ inference_mode = contextlib.nullcontext
 class Tensor:
   def to(self, **fields):
     return self
-randn = lambda *shape: Tensor()
+randn = randint = lambda *shape: Tensor()
 """
 FAKE_TIMM = """
 import pathlib
