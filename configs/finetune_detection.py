@@ -15,9 +15,6 @@ from ml_collections import ConfigDict
 
 from hybrid_vit import detection_recipes, recipes, tiny_networks
 from hybrid_vit.config import parse_argument
-from hybrid_vit.heads.rcnn import VITDET
-from hybrid_vit.models.dense import dense_arguments, vitdet_arguments
-from hybrid_vit.models.registry import model_entry
 
 VARIANTS = ("pictures", "runlocal")
 
@@ -52,12 +49,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.init_from = keys["init"]
   config.reinitialize_head = True
   config.precision = "float32"
-  parts = {"sparse_rcnn": {"neck": {"name": "simple_pyramid"}}, "mask_rcnn": VITDET}
-  parts["cascade_mask_rcnn"] = VITDET
-  if model_entry(name).module_class.__name__ == "VisionTransformer" and keys["detector"] in parts:
-    config.model.arguments, detector = vitdet_arguments(name, size), parts[keys["detector"]]
-  else:
-    config.model.arguments, detector = dense_arguments(name, size), {}
+  config.model.arguments, detector = detection_recipes.parts_for(name, keys["detector"], size)
   config.data.image_size = size
   config.data.interpolation = "bilinear"
   config.data.transform = "|".join(

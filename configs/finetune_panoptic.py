@@ -13,7 +13,7 @@ as large as fits into it. Own figures, no paper's.
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import mask_recipes, recipes, tiny_networks
+from hybrid_vit import dense_recipes, mask_recipes, recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
 from hybrid_vit.models.dense import dense_arguments
 
@@ -59,7 +59,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.optimizer = mask_recipes.optimizer(
     keys["lr"], dict(name="cosine", warmup_steps=100, end_learning_rate=0.0)
   )
-  config.checkpoint.best_metric = f"validation/{mask_recipes.BEST[kind]}"
+  config.checkpoint.best_metric = f"validation/{dense_recipes.BEST[mask_recipes.TASKS[kind]]}"
   if variant == "runlocal":
     mask_recipes.run_locally(config, tiny_networks.MOAT)
   return config

@@ -36,7 +36,7 @@ SEMANTIC_FPN: Mapping[str, Any] = dict(
   neck=dict(name="fpn", channels=256), head=dict(name="semantic_fpn", channels=128)
 )
 # What the best weights of a task are chosen by.
-_BEST = {
+BEST = {
   "segmentation": "mean_iou",
   "depth": "rmse",
   "detection": "box_ap",
@@ -167,7 +167,7 @@ def dense_frame(
     config.model.arguments.drop_path_rate = drop_path_rate
   config.task = dict(name=task, **{name: _copied(value) for name, value in decoder.items()})
   config.evaluation.sets.validation.batch_size = batch_size
-  config.checkpoint.best_metric = f"validation/{_BEST[task]}"
+  config.checkpoint.best_metric = f"validation/{BEST[task]}"
   if optimizer is not None:
     config.optimizer = dict(optimizer)
     if layer_decay is not None:

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 from hybrid_vit import dense_recipes
 from hybrid_vit.heads.rcnn import VITDET
-from hybrid_vit.models.dense import vitdet_arguments
+from hybrid_vit.models.dense import dense_arguments, vitdet_arguments
+from hybrid_vit.models.registry import model_entry
+from hybrid_vit.models.vit import VisionTransformer
 
 COCO_CLASSES = 80
 # (height, width): (1333, 800) of a picture, rounded up to multiples of 32, lying or standing.
@@ -192,6 +194,31 @@ def sparse_rcnn(model: str, **figures: Any) -> ConfigDict:
     gradient_clip_norm=1.0,
   )
   return coco(model, SPARSE_RCNN, **{**own, **figures})
+
+
+# A ViT's own form under a detector, and the parts of it that belong to that.
+_OF_VITS: Mapping[str, Mapping[str, Any]] = {
+  "mask_rcnn": VITDET,
+  "cascade_mask_rcnn": VITDET,
+  "sparse_rcnn": {"neck": {"name": "simple_pyramid"}},
+}
+
+
+def parts_for(
+  model: str, detector: str, image_size: int
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+  """Arguments of a network under a detector, and what the detector's parts have otherwise.
+
+  Under some a ViT has ViTDet's windows, pyramid and heads.
+
+  Args:
+    model: name in the registry.
+    detector: name of the detector.
+    image_size: side of the pictures.
+  """
+  if detector in _OF_VITS and issubclass(model_entry(model).module_class, VisionTransformer):
+    return vitdet_arguments(model, image_size), _OF_VITS[detector]
+  return dense_arguments(model, image_size), {}
 
 
 def vitdet(model: str, detector: Mapping[str, Any], *, batch_size: int = 64) -> ConfigDict:

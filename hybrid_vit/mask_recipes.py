@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 
 from hybrid_vit import dense_recipes
 
-# By what is segmented: the task, and what its best weights are chosen by.
+# By what is segmented: the task.
 TASKS: Mapping[str, str] = {
   "panoptic": "panoptic_segmentation",
   "instance": "instance_segmentation",
   "semantic": "mask_segmentation",
 }
-BEST: Mapping[str, str] = {"panoptic": "pq", "instance": "mask_ap", "semantic": "mean_iou"}
 COCO_CLASSES: Mapping[str, int] = {"panoptic": 133, "instance": 80}
 
 # Segments of a training picture at most.

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybrid_vit.ops.mask_forms import Masks, sample_any_masks
+from hybrid_vit.ops.mask_forms import LabelMasks, Masks, sample_any_masks
 from hybrid_vit.ops.matching import linear_assignment
 from hybrid_vit.ops.point_sampling import sample_masks, sample_points
 from hybrid_vit.ops.top_places import top_places
@@ -247,7 +247,7 @@ def class_loss(
 def semantic_targets(
   labels: jax.Array, num_classes: int, max_targets: int | None = None
 ) -> SegmentTargets:
-  """One segment of each class that a picture has.
+  """One segment of each class that a picture has; the map itself says where they are.
 
   Args:
     labels: int `[B, H, W]`; what is no class from 0 to `num_classes` - 1 belongs to no segment.
@@ -261,8 +261,8 @@ def semantic_targets(
   counts = (labels.reshape(labels.shape[0], 1, -1) == every).sum(-1)
   classes = top_places(counts, slots)
   valid = jnp.take_along_axis(counts, classes, axis=1) > 0
-  masks = (labels[:, None] == classes[:, :, None, None]) & valid[:, :, None, None]
-  return SegmentTargets(classes.astype(jnp.int32), masks.astype(jnp.uint8), valid)
+  classes = classes.astype(jnp.int32)
+  return SegmentTargets(classes, LabelMasks(labels, classes), valid)
 
 
 def least_places(x: jax.Array, count: int) -> jax.Array:

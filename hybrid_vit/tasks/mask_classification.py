@@ -400,10 +400,7 @@ class MaskSegmentation(MaskTask):
 
   def targets(self, batch: Batch) -> SegmentTargets:
     """See `MaskTask`; of more classes than there is room for those of the most pixels are kept."""
-    labels = batch["map"]
-    found = semantic_targets(labels, self.num_classes, self.max_objects)
-    # The map says where they are; bitmaps that nothing reads are not made.
-    return found._replace(masks=LabelMasks(labels, found.labels))
+    return semantic_targets(batch["map"], self.num_classes, self.max_objects)
 
   @property
   def measures(self) -> dict[str, str]:

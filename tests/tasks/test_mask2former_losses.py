@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_vit.ops.mask_forms import bitmaps
 from hybrid_vit.tasks import mask2former_losses as losses
 from tests import golden
 from tests.heads.mask2former_golden import run_golden
@@ -175,12 +176,13 @@ def test_semantic_targets():
   labels = np.full((2, 4, 5), 255)
   labels[0, :2], labels[0, 2, 0] = 2, 0
   found = losses.semantic_targets(jnp.asarray(labels), 3)
-  assert found.masks.shape == (2, 3, 4, 5)
+  maps = bitmaps(found.masks)
+  assert maps.shape == found.masks.shape == (2, 3, 4, 5)
   np.testing.assert_array_equal(found.valid, [[True, True, False], [False] * 3])
   np.testing.assert_array_equal(found.labels[0, :2], [2, 0])
-  np.testing.assert_array_equal(found.masks[0, 0], labels[0] == 2)
-  np.testing.assert_array_equal(found.masks[0, 1], labels[0] == 0)
-  assert not found.masks[1].any()
+  np.testing.assert_array_equal(maps[0, 0], labels[0] == 2)
+  np.testing.assert_array_equal(maps[0, 1], labels[0] == 0)
+  assert not maps[1].any()
   few = losses.semantic_targets(jnp.asarray(labels), 3, max_targets=1)
   np.testing.assert_array_equal(few.labels[0], [2])
 

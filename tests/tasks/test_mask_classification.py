@@ -6,7 +6,6 @@ import shutil
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -17,7 +16,6 @@ from hybrid_vit.data.scenes import SceneSource
 from hybrid_vit.data.segments import panoptic_fields
 from hybrid_vit.ops.mask_forms import bitmaps
 from hybrid_vit.reporting import read_metrics
-from hybrid_vit.tasks.mask2former_losses import semantic_targets
 from hybrid_vit.tasks.panoptic_evaluation import PanopticEvaluator, counted, true_picture
 from hybrid_vit.train_state import create_state, make_train_step
 from hybrid_vit.weights.transfer import is_head
@@ -49,15 +47,6 @@ def test_targets_are_the_segments_of_each_picture(name):
     assert valid.sum() == min(sum(map(len, truth.values())), 5)
     for slot in np.flatnonzero(valid):
       assert any((maps[slot] == mask).all() for mask in truth[int(labels[slot])]), (i, slot)
-
-
-def test_a_map_of_classes_is_the_targets_of_its_bitmaps():
-  task = masks.make_task("mask_segmentation")
-  labels = jnp.asarray(masks.make_batch(task, "mask_segmentation")["map"]).at[:, :3].set(255)
-  found, expected = task.targets({"map": labels}), semantic_targets(labels, 9, 5)
-  np.testing.assert_array_equal(found.valid, expected.valid)
-  own = np.asarray(bitmaps(found.masks)) * np.asarray(found.valid)[..., None, None]
-  np.testing.assert_array_equal(own, expected.masks)
 
 
 def test_of_more_segments_than_there_is_room_for_the_first_are_kept():
