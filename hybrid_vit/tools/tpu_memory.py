@@ -3,25 +3,24 @@ r"""Memory of one training step on a chip of a TPU, by its compiler, without a T
     python -m hybrid_vit.tools.tpu_memory mask_rcnn dino --backbone=focalnet_tiny_srf --rows=2 \
       --topology=v5e:2x2 --out=docs/results/detection/tpu_memory
 
-compiles one step of each network (any detector, or mask2former: its network and its loss on maps of
-classes), over all chips of the topology: bfloat16 with float32 parameters, AdamW, each chip so many
-pictures. A row that the compiler refuses says how much it asked for. Rows of an earlier call stay
-in the table, so that long compilations may be done one by one. Minutes each; libtpu is needed
-(pip install 'jax[tpu]'), and JAX_PLATFORMS=cpu where a TPU of another kind is here.
+compiles one step of each network (any detector, or mask2former as the task mask_segmentation) over
+all chips of the topology: bfloat16 with float32 parameters, AdamW, each chip so many pictures. A
+row that the compiler refuses says how much it asked for. Rows of an earlier call stay in the table,
+so that long compilations may be done one by one. Minutes each; libtpu is needed (pip install
+'jax[tpu]'), and JAX_PLATFORMS=cpu where a TPU of another kind is here. `--mode=dry_run --topology=`
+of `hybrid_vit.main` does the same of any recipe.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,17 +29,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hybrid_vit import sharding, tpu_topology
 from hybrid_vit.box_inference import BoxInferenceSettings
 from hybrid_vit.heads.detectors import create_detector, detector_names
-from hybrid_vit.heads.mask2former import Mask2Former
 from hybrid_vit.models.dense import dense_arguments
-from hybrid_vit.models.registry import create_model
+from hybrid_vit.models.registry import Preprocessing, create_model
 from hybrid_vit.tables import write_table
 from hybrid_vit.tasks.detection import Detection
-from hybrid_vit.tasks.mask2former_losses import (
-  Mask2FormerLoss,
-  mask2former_losses,
-  semantic_targets,
-)
-from hybrid_vit.tasks.pictures import initial_variables, normalized
+from hybrid_vit.tasks.mask_classification import SemanticSettings
+from hybrid_vit.tasks.registry import Context, create_task
 from hybrid_vit.train_state import create_state, make_train_step
 
 _MASK2FORMER = "mask2former"
@@ -52,50 +46,6 @@ FIELDS = (
 )  # fmt: skip
 # What a row is replaced by.
 _KEY = FIELDS[:6]
-
-
-@dataclasses.dataclass(frozen=True)
-class Segmenter:
-  """Mask2Former over a backbone with its loss on maps of classes, as much of a task as a step asks.
-
-  Attributes:
-    model: images → the dict of `Mask2Former`.
-    separable: see `Task`.
-  """
-
-  model: nn.Module
-  separable: bool = False
-
-  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """See `Task`."""
-    return initial_variables(self.model, rng, batch)
-
-  def augment(self, batch: Any, rng: jax.Array, step: jax.Array) -> Any:
-    """See `Task`."""
-    del rng, step
-    return {**batch, "image": normalized(batch["image"], _MEAN, _STD)}
-
-  def loss(self, variables: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    """See `Task`."""
-    points, dropout = jax.random.split(rng)
-    found, updated = self.model.apply(
-      variables, batch["image"], train=True, rngs={"dropout": dropout}, mutable=["batch_stats"]
-    )
-    targets = semantic_targets(batch["labels"], _CLASSES)
-    losses = mask2former_losses(found, targets, Mask2FormerLoss(), points)
-    total = sum(map(jnp.sum, losses.values()), start=jnp.zeros(()))
-    metrics = {"loss": (total, jnp.ones(()))}
-    return total, {"metrics": metrics, "batch_stats": updated.get("batch_stats", {})}
-
-
-class _WithBackbone(nn.Module):
-  backbone: nn.Module
-  head: nn.Module
-
-  def __call__(self, images: jax.Array, train: bool = False) -> Any:
-    backbone: Any = self.backbone
-    head: Any = self.head
-    return head(backbone(images, train=train)[1], train)
 
 
 def network_names() -> list[str]:
@@ -164,9 +114,13 @@ def _task(
 
   batch = {"image": shape(*canvas, 3, dtype=jnp.uint8)}
   if name == _MASK2FORMER:
-    head = Mask2Former(backbone.features, _CLASSES, remat=remat, dtype=jnp.bfloat16)
-    batch["labels"] = shape(*canvas, dtype=jnp.int32)
-    return Segmenter(_WithBackbone(backbone, head)), batch
+    settings = SemanticSettings(head={"name": name, "remat": remat}, max_objects=_OBJECTS)
+    context = Context(
+      info={}, num_classes=_CLASSES, make_network=lambda classes: backbone,
+      preprocessing=Preprocessing(max(canvas), 1.0, "bilinear", _MEAN, _STD),
+    )  # fmt: skip
+    batch["map"] = shape(*canvas, dtype=jnp.int32)
+    return create_task("mask_segmentation", settings, context), batch
   masks = "mask" in name
   arguments: dict[str, Any] = {"head": {"remat": remat}} if name == "dino" else {}
   detector = create_detector(name, backbone, _CLASSES, masks=masks, **arguments)
