@@ -372,7 +372,7 @@ def test_it_is_a_detector_by_name():
 
 
 def test_a_step_of_the_task():
-  loaded = load_config(CONFIG, "runlocal,masks=False,detector=sparse_rcnn")
+  loaded = load_config(CONFIG, "runlocal")
   loaded.task.detector = {"name": "sparse_rcnn", "neck": {**_NECK, "channels": 16}, "head": _SMALL}
   loaded.task.mask_size = 0
   loaded.data.transform = loaded.data.transform.replace("|crop_masks(28)", "")
