@@ -32,6 +32,7 @@ from hybrid_vit.models.layers import (
   batch_norm,
   dot_product_attention,
   layer_norm,
+  split_heads,
   torch_bias_init,
   torch_conv_init,
   torch_dense,
@@ -235,12 +236,12 @@ class TransformerLayer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """`[B, N, C]` to the same shape."""
-    batch, length, channels = x.shape
+    channels = x.shape[-1]
     size = channels // self.num_heads
     # PyTorch's bound for the three projections as one matrix, and no bias at the start.
     xavier = nn.initializers.xavier_uniform()
     qkv = PointwiseConv(3 * channels, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
-    query, key, value = jnp.moveaxis(qkv.reshape(batch, length, 3, self.num_heads, size), 2, 0)
+    query, key, value = split_heads(qkv, 3, self.num_heads)
     y = dot_product_attention(query, key, value, scale=size**-0.5).reshape(x.shape)
     y = PointwiseConv(channels, kernel_init=torch_conv_init, dtype=self.dtype, name="proj")(y)
     x = layer_norm(_LAYER_NORM_EPSILON, self.dtype, "attention_norm")(x + self._dropped(y, train))

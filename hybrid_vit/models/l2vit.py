@@ -339,10 +339,7 @@ class MLP(nn.Module):
 
 def _query_key_value(x: jax.Array, heads: int, dtype: Any) -> tuple[jax.Array, ...]:
   """One projection `[..., C]` to query, key, value `[..., heads, C / heads]`."""
-  channels = x.shape[-1]
-  qkv = _dense(3 * channels, dtype, "qkv")(x)
-  qkv = qkv.reshape(*x.shape[:-1], 3, heads, channels // heads)
-  return tuple(qkv[..., i, :, :] for i in range(3))
+  return layers.split_heads(_dense(3 * x.shape[-1], dtype, "qkv")(x), 3, heads)
 
 
 def _pad_to_multiple(x: jax.Array, n: int) -> jax.Array:

@@ -15,6 +15,7 @@ from hybrid_vit.ops import depthwise_conv as depthwise_conv_op
 from hybrid_vit.ops.activations import gelu as gelu
 from hybrid_vit.ops.activations import quick_gelu as quick_gelu
 from hybrid_vit.ops.attention import dot_product_attention as dot_product_attention
+from hybrid_vit.ops.attention import split_heads as split_heads
 from hybrid_vit.ops.batch_norm import batch_norm as batch_norm_op
 from hybrid_vit.ops.layer_norm import layer_norm as layer_norm_op
 from hybrid_vit.ops.platforms import target_platform

@@ -285,8 +285,8 @@ class Attention(nn.Module):
     qkv = layers.PointwiseConv(3 * channels, False, mobileone.LINEAR_INIT, self.dtype, name="qkv")(
       x
     )
-    qkv = qkv.reshape(batch, height * width, 3, channels // _HEAD_SIZE, _HEAD_SIZE)
-    query, key, value = (qkv[:, :, i] for i in range(3))
+    qkv = qkv.reshape(batch, height * width, 3 * channels)
+    query, key, value = layers.split_heads(qkv, 3, channels // _HEAD_SIZE)
     y = layers.dot_product_attention(query, key, value, scale=_HEAD_SIZE**-0.5)
     y = y.reshape(x.shape)
     return layers.PointwiseConv(

@@ -231,13 +231,9 @@ class SpatialReductionAttention(nn.Module):
       )(x.reshape(batch, *size, channels)).reshape(batch, -1, channels)
       source = layers.layer_norm(_EMBEDDING_NORM_EPSILON, self.dtype, "reduction_norm")(source)
     key_value = _dense(2 * channels, self.qkv_bias, self.dtype, "key_value")(source)
-    key_value = key_value.reshape(batch, -1, 2, *heads)
-    out = layers.dot_product_attention(
-      query.reshape(batch, tokens, *heads),
-      key_value[:, :, 0],
-      key_value[:, :, 1],
-      scale=heads[1] ** -0.5,
-    )
+    key, value = layers.split_heads(key_value, 2, heads[0])
+    query = query.reshape(batch, tokens, *heads)
+    out = layers.dot_product_attention(query, key, value, scale=heads[1] ** -0.5)
     return _dense(channels, True, self.dtype, "out")(out.reshape(batch, tokens, channels))
 
 

@@ -264,8 +264,7 @@ class WindowAttention(nn.Module):
       bias = bias + shift_mask(padded, side, shift)[:, None]
     tokens, _ = windows_op.partition_windows(x, (side, side))
     qkv = _dense(3 * channels, self.qkv_bias, self.dtype, "qkv")(tokens)
-    qkv = qkv.reshape(*tokens.shape[:-1], 3, self.num_heads, channels // self.num_heads)
-    query, key, value = (qkv[..., i, :, :] for i in range(3))
+    query, key, value = layers.split_heads(qkv, 3, self.num_heads)
     scale = (channels // self.num_heads) ** -0.5
     out = layers.dot_product_attention(query, key, value, scale=scale, bias=bias)
     out = _dense(channels, True, self.dtype, "out")(out.reshape(tokens.shape))

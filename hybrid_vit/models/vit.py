@@ -362,11 +362,9 @@ class EncoderBlock(nn.Module):
 
   def _attention(self, x: jax.Array) -> jax.Array:
     x = self.reach.split(x) if self.reach else x
-    *batch, length, channels = x.shape
+    length, channels = x.shape[-2:]
     head_size = channels // self.num_heads
-    qkv = self._dense(3 * channels, "qkv")(x)
-    qkv = qkv.reshape(*batch, length, 3, self.num_heads, head_size)
-    query, key, value = (qkv[..., i, :, :] for i in range(3))
+    query, key, value = layers.split_heads(self._dense(3 * channels, "qkv")(x), 3, self.num_heads)
     bias = None
     if self.causal:
       before = np.tril(np.ones((length, length), bool))

@@ -28,6 +28,18 @@ def dot_product_attention(
   return attend(query * scale, key, value, bias)
 
 
+def split_heads(x: jax.Array, parts: int, num_heads: int) -> tuple[jax.Array, ...]:
+  """One projection `[..., parts * C]` to so many of `[..., num_heads, C / num_heads]`.
+
+  Cut before it is given further axes: with one of parts and one of heads behind it a TPU keeps the
+  whole in registers of which a tenth is filled.
+  """
+  width = x.shape[-1] // (parts * num_heads)
+  return tuple(
+    part.reshape(*x.shape[:-1], num_heads, width) for part in jnp.split(x, parts, axis=-1)
+  )
+
+
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any) -> jax.Array:
   logits = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32)
   weights = softmax(logits if bias is None else logits + bias, value.dtype)

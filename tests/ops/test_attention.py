@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit.ops.attention import dot_product_attention, softmax
+from hybrid_vit.ops.attention import dot_product_attention, softmax, split_heads
 
 
 def plain(query, key, value, scale, bias=None):
@@ -60,3 +60,10 @@ def test_a_softmax_in_bfloat16_is_kept_once():
   (exact,) = jax.vjp(lambda x: jax.nn.softmax(x, axis=-1), logits)[1](g.astype(jnp.float32))
   assert found.dtype == jnp.float32
   np.testing.assert_allclose(found, exact, atol=0.01)
+
+
+def test_heads_are_those_of_the_authors_order():
+  x = jnp.arange(2.0 * 5 * 24).reshape(2, 5, 24)
+  whole = x.reshape(2, 5, 3, 2, 4)
+  for i, part in enumerate(split_heads(x, 3, 2)):
+    np.testing.assert_array_equal(part, whole[:, :, i])
