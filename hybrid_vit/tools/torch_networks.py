@@ -34,9 +34,10 @@ _TIMM: Mapping[str, str] = {
   "swin_base": "swin_base_patch4_window7_224", "swin_small": "swin_small_patch4_window7_224",
   "swin_tiny": "swin_tiny_patch4_window7_224", "vit_b16": "vit_base_patch16_224",
   "vit_base_patch16_224": "vit_base_patch16_224",
-  # MBConv and attention of about the size.
   "moat_0": "coatnet_0_rw_224", "moat_1": "coatnet_1_rw_224",
 }  # fmt: skip
+# MBConv and attention of about the size.
+_STAND_INS = ("moat_0", "moat_1")
 _TRANSFORMERS: Mapping[str, tuple[str, dict[str, Any]]] = {
   "convnext_tiny": ("ConvNext", {}),
   "cvt_13": ("Cvt", {}),
@@ -122,7 +123,7 @@ def _serve(peer: str, network: str, size: int, batch: int, dtype: str, training:
   torch.set_num_threads(available_cores())
   torch.manual_seed(0)
   rate = float(dict(model_entry(network).arguments).get("drop_path_rate", 0.0))
-  label = peer if peer == "transformers" or _TIMM[network] == network else _TIMM[network]
+  label = _TIMM[network] if peer == "timm" and network in _STAND_INS else peer
   layouts = {"eager": torch.contiguous_format, "channels_last": torch.channels_last}
   forms = {
     f"{label}, {name}": _call(_made(peer, network, rate), layout, size, batch, dtype, training)

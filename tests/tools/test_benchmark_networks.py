@@ -167,12 +167,12 @@ def test_pytorch_waits_in_a_process_of_its_own(tmp_path, monkeypatch):
   with torch_networks.calls("timm", "swin_tiny", 32, 2, "float32", False) as (forms, versions):
     assert versions == {"torch": "1.2.3", "timm": "4.5.6"}
     name = "swin_tiny_patch4_window7_224"
-    assert list(forms)[:2] == [f"{name}, eager", f"{name}, channels_last"]
-    forms[f"{name}, channels_last"]()
-    forms[f"{name}, eager"]()
+    assert list(forms)[:2] == ["timm, eager", "timm, channels_last"]
+    forms["timm, channels_last"]()
+    forms["timm, eager"]()
     lines = (tmp_path / "called").read_text().splitlines()
     assert [line.split()[-1] for line in lines] == ["last", "contiguous"]
     assert f"'name': '{name}'" in lines[0] and "'drop_path_rate': 0.2" in lines[0]
     (tmp_path / "broken").touch()
     with pytest.raises(torch_networks.PeerError, match="timm's process ended with status 3"):
-      forms[f"{name}, eager"]()
+      forms["timm, eager"]()
