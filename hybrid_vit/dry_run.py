@@ -126,7 +126,7 @@ def _on_topology(plan: Plan, topology: str, chips: Sequence[Any], try_to_fit: bo
   mesh = sharding.make_mesh(plan.run.mesh_axes, chips)
   axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   print(f"\n{topology}, {len(chips)} devices ({axes}), by the compiler of TPUs", flush=True)
-  for phase, canvas in topology_plan.distinct_steps(plan.run):
+  for phase, canvas in programs.distinct_steps(plan.run):
     found = topology_plan.plan_step(plan.run, topology, mesh, phase, canvas)
     print(topology_plan.describe(found), flush=True)
     if found.compilation.fits:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -150,6 +150,33 @@ def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
 def constants_layout(task: Any, mesh: Mesh) -> Any:
   """Where the leaves of a task's constants live: split over `fsdp` as far as they can be."""
   return sharding.state_shardings(constants_of(task), ((".*", "fsdp"),), mesh, params_key="")
+
+
+def constants_bytes(task: Any, mesh: Any) -> int:
+  """Bytes of a task's constants on one device; 0 where it has none."""
+  leaves = jax.tree.leaves(constants_of(task))
+  if not leaves:
+    return 0
+  return sum(map(sharding.shard_bytes, leaves, jax.tree.leaves(constants_layout(task, mesh))))
+
+
+def state_bytes(state: TrainState, layout: Any) -> dict[str, int]:
+  """Bytes that one device holds of each branch of a state."""
+  result = {}
+  for name in ("params", "batch_stats", "opt_state", "ema"):
+    leaves, places = jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(layout, name))
+    result[name] = sum(sharding.shard_bytes(leaf, place) for leaf, place in zip(leaves, places))
+  return result
+
+
+def distinct_steps(run: Run) -> Iterator[tuple[int, int]]:
+  """(phase, canvas) of each step that is another program."""
+  seen: list[Any] = []
+  for phase, task in enumerate(run.tasks):
+    for canvas, batch in enumerate(run.canvas_batches(phase)):
+      if (task, batch) not in seen:
+        seen.append((task, batch))
+        yield phase, canvas
 
 
 def compile_step(

@@ -173,18 +173,12 @@ def _examine_state(plan: Plan, run: Run) -> None:
     return
   with plan.checking("config.sharding_rules"):
     plan.layout = sharding.state_shardings(plan.state, run.sharding_rules, plan.mesh)
-    plan.state_bytes = state_bytes(plan.state, plan.layout)
-    if constants := constants_of(run.task):
-      places = jax.tree.leaves(programs.constants_layout(run.task, plan.mesh))
-      leaves = jax.tree.leaves(constants)
-      plan.state_bytes["constants"] = sum(map(sharding.shard_bytes, leaves, places))
+    plan.state_bytes = programs.state_bytes(plan.state, plan.layout)
+    if constants := programs.constants_bytes(run.task, plan.mesh):
+      plan.state_bytes["constants"] = constants
   ways = sharding.batch_ways(plan.mesh)
-  seen: list[Any] = []
-  steps = [(k, task, b) for k, task in enumerate(run.tasks) for b in run.canvas_batches(k)]
-  for phase, task, batch in steps:
-    if (task, batch) in seen:
-      continue
-    seen.append((task, batch))
+  for phase, canvas in programs.distinct_steps(run):
+    task, batch = run.tasks[phase], run.canvas_batches(phase)[canvas]
     with plan.checking("activations"):
       own = programs.state_shapes(run, phase).variables
       variables = with_constants(own, constants_of(task))
@@ -246,15 +240,6 @@ def with_groups(task: Any, times_fewer: int) -> Any:
     return dataclasses.replace(task, model=task.model.with_batch_norm_groups(fewer))
   model = task.model.clone(batch_norm_groups=fewer)
   return dataclasses.replace(task, model=model)
-
-
-def state_bytes(state: TrainState, layout: Any) -> dict[str, int]:
-  """Bytes that one device holds of each branch of a state."""
-  result = {}
-  for name in ("params", "batch_stats", "opt_state", "ema"):
-    leaves, places = jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(layout, name))
-    result[name] = sum(sharding.shard_bytes(leaf, place) for leaf, place in zip(leaves, places))
-  return result
 
 
 def activation_bytes(task: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> int:

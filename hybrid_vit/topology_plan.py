@@ -11,10 +11,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from hybrid_vit import programs, sharding, tpu_topology
@@ -82,16 +80,6 @@ class StepPlan:
     return self.flops_per_example * self.examples_per_second / self.chip.peak_flops
 
 
-def distinct_steps(run: Run) -> Iterator[tuple[int, int]]:
-  """(phase, canvas) of each step that is another program."""
-  seen: list[object] = []
-  for phase, task in enumerate(run.tasks):
-    for canvas, batch in enumerate(run.canvas_batches(phase)):
-      if (task, batch) not in seen:
-        seen.append((task, batch))
-        yield phase, canvas
-
-
 def plan_step(run: Run, topology: str, mesh: Mesh, phase: int, canvas: int = 0) -> StepPlan:
   """Compiles one step; minutes of a large network.
 
@@ -104,14 +92,10 @@ def plan_step(run: Run, topology: str, mesh: Mesh, phase: int, canvas: int = 0) 
   """
   state, layout = programs.abstract_state(run, mesh, phase)
   batch = run.canvas_batches(phase)[canvas]
-  held = {
-    name: _bytes_of(getattr(state, name), getattr(layout, name))
-    for name in ("params", "batch_stats", "opt_state", "ema")
-  }
-  ways = sharding.batch_ways(mesh)
-  held["batch"] = sum(_size(leaf) for leaf in jax.tree.leaves(batch)) // ways
-  if constants := programs.constants_of(run.tasks[phase]):
-    held["constants"] = _bytes_of(constants, programs.constants_layout(run.tasks[phase], mesh))
+  held = programs.state_bytes(state, layout)
+  split = sharding.batch_sharding(mesh)
+  held["batch"] = sum(sharding.shard_bytes(leaf, split) for leaf in batch.values())
+  held["constants"] = programs.constants_bytes(run.tasks[phase], mesh)
   found = tpu_topology.examine(lambda: programs.compile_step(run, phase, mesh, canvas=canvas))
   collected = tuple(collectives_of(found.text))
   # An all-reduce sends all of it twice; a reduce-scatter's result is one part of what is sent.
@@ -231,14 +215,6 @@ def layer_of(name: str, depth: int = _DEPTH) -> tuple[str, bool]:
   modules = [part for part in parts if part and not _NO_MODULE.match(part)]
   recomputed = "rematted_computation" in parts
   return "/".join(modules[:depth]) or "loss and rest", bool(backward) or recomputed
-
-
-def _bytes_of(tree: object, layout: object) -> int:
-  return sum(map(sharding.shard_bytes, jax.tree.leaves(tree), jax.tree.leaves(layout)))
-
-
-def _size(leaf: jax.ShapeDtypeStruct) -> int:
-  return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
 def _gibibytes(size: int) -> str:
