@@ -148,10 +148,10 @@ def _made(peer: str, network: str, drop_path_rate: float) -> Any:
 
   name, fields = _TRANSFORMERS[network]
   config = getattr(transformers, f"{name}Config")(num_labels=1000, **fields)
-  return _Logits(getattr(transformers, f"{name}ForImageClassification")(config))
+  return _logits_of(getattr(transformers, f"{name}ForImageClassification")(config))
 
 
-def _Logits(model: Any) -> Any:
+def _logits_of(model: Any) -> Any:
   """Of a model of transformers the logits alone."""
   import torch
 
