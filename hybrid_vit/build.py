@@ -478,8 +478,9 @@ def build_optimizer(
 
 def _check_phases(tasks: Sequence[Task], batches: Sequence[Any], params: Any) -> None:
   """Raises where the networks of the phases differ in more than their tables of positions."""
+  # The parameters are those of the first.
   for k, (task, batch) in enumerate(zip(tasks, batches)):
-    if task.model not in [earlier.model for earlier in tasks[:k]]:
+    if k and task.model not in [earlier.model for earlier in tasks[:k]]:
       shapes = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]
       jax.eval_shape(lambda tree, shapes=shapes: resize_tables(tree, shapes), params)
 

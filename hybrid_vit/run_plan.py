@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -102,9 +103,10 @@ def examine(config: Config, devices: int | None = None) -> Plan:
     # A task without classes asks nobody for their number.
     plan.notes.append(f"number of classes: {plan.stand_in_classes} stand in, the data would tell")
   if plan.run is not None and plan.run.curriculum is not None:
+    state_of = _state_shapes(plan.run)
     _examine_batches(plan, plan.run)
-    _examine_state(plan, plan.run)
-    _examine_evaluation(plan, plan.run)
+    _examine_state(plan, plan.run, state_of)
+    _examine_evaluation(plan, plan.run, state_of)
   if not plan.problems:
     # A part that could not be built has not read its fields.
     with plan.checking("config"):
@@ -163,12 +165,23 @@ def _examine_batches(plan: Plan, run: Run) -> None:
       )
 
 
-def _examine_state(plan: Plan, run: Run) -> None:
+def _state_shapes(run: Run) -> Callable[[int], TrainState]:
+  """`(phase) → shapes of its state`; phases with one network and one batch are traced once."""
+  traced = functools.cache(functools.partial(programs.state_shapes, run))
+
+  def state_of(phase: int) -> TrainState:
+    made_of = [(task.model, batch) for task, batch in zip(run.tasks, run.batches)]
+    return traced(made_of.index(made_of[phase]))
+
+  return state_of
+
+
+def _examine_state(plan: Plan, run: Run, state_of: Callable[[int], TrainState]) -> None:
   """The state's shapes and shardings, and what the backward pass keeps."""
   if run.optimizer is None or run.settings is None:
     return
   with plan.checking("a training step"):
-    plan.state = programs.state_shapes(run)
+    plan.state = state_of(0)
   if plan.state is None or plan.mesh is None:
     return
   with plan.checking("config.sharding_rules"):
@@ -180,8 +193,7 @@ def _examine_state(plan: Plan, run: Run) -> None:
   for phase, canvas in programs.distinct_steps(run):
     task, batch = run.tasks[phase], run.canvas_batches(phase)[canvas]
     with plan.checking("activations"):
-      own = programs.state_shapes(run, phase).variables
-      variables = with_constants(own, constants_of(task))
+      variables = with_constants(state_of(phase).variables, constants_of(task))
       size = run.curriculum.phases[phase].batch_size
       # The network sees all devices' rows of one part together, and must be able to.
       together = max(1, size // run.settings.accumulation)
@@ -201,7 +213,7 @@ def _trace_loss(task: Any, variables: Any, batch: Mapping[str, Any], rows: int) 
   jax.eval_shape(task.loss, variables, augmented, key)
 
 
-def _examine_evaluation(plan: Plan, run: Run) -> None:
+def _examine_evaluation(plan: Plan, run: Run, state_of: Callable[[int], TrainState]) -> None:
   task = run.task if run.tasks is not None else None
   if task is None or run.evaluation is None:
     return
@@ -222,7 +234,12 @@ def _examine_evaluation(plan: Plan, run: Run) -> None:
           name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
           for name, leaf in run.batches[-1].items()
         }
-      variables = jax.eval_shape(task.init, jax.random.key(0), batch)
+      # Those of the last phase, as in a run; without an optimizer there is no state.
+      variables = (
+        state_of(len(run.tasks) - 1).evaluation_variables
+        if plan.state is not None
+        else jax.eval_shape(task.init, jax.random.key(0), batch)
+      )
       if plan.multiply_adds is None:
         plan.multiply_adds = count_multiply_adds(task.predict, variables, batch)
         plan.evaluation_shapes = {k: v.shape[1:] for k, v in batch.items() if len(v.shape) > 1}
