@@ -1,5 +1,7 @@
 """Every test sees eight simulated devices; what does not name a mesh uses the first of them."""
 
+import gc
+
 import jax
 import pytest
 
@@ -8,6 +10,14 @@ from tests import command, compiling
 compiling.compile_quickly()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_collection_finish():
+  """Tracing makes objects by the million, and a fifth of its time is looking for cycles in them."""
+  gc.collect()
+  # What is imported and collected by now stays to the end and need not be looked at.
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
