@@ -49,6 +49,7 @@ from hybrid_vit.stored_trees import (
   read_tree,
   reason,
   steps_in,
+  unsliced,
 )
 
 
@@ -256,7 +257,7 @@ class Checkpointer:
     beside = {"step": step, "fingerprints": fingerprints(tree), "shapes": shapes}
     metadata = metadata_tree({**beside, **self._beside, **more})
     items = ocp.args.Composite(
-      state=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
+      state=ocp.args.StandardSave(unsliced(tree)), metadata=ocp.args.JsonSave(metadata)
     )
     if jax.process_count() > 1:
       # Managers name their barriers alike: of two that write at once both would fail.

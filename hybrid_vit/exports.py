@@ -23,6 +23,7 @@ from hybrid_vit.stored_trees import (
   read_metadata,
   reason,
   steps_in,
+  unsliced,
 )
 
 _METADATA = "metadata.json"
@@ -66,7 +67,7 @@ def export(directory: Any, variables: Mapping[str, Any], metadata: Mapping[str, 
   weights = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
   try:
     with ocp.StandardCheckpointer() as writer:
-      writer.save(partial / _WEIGHTS, weights)
+      writer.save(partial / _WEIGHTS, unsliced(weights))
   except Exception as error:
     raise CheckpointError(f"{directory} cannot be written: {reason(error)}") from error
   text = metadata_text({**metadata, "fingerprints": fingerprints(weights)})

@@ -28,6 +28,9 @@ from jax.experimental import multihost_utils
 from hybrid_vit.sharding import leaf_names
 from hybrid_vit.workdir import explain
 
+# Bytes from which a replicated leaf is written from all devices that have it.
+_LARGE_LEAF = 2**22
+
 # Pauses before reading again what could not be read.
 RETRY_SECONDS: tuple[float, ...] = (1.0, 4.0, 16.0)
 
@@ -96,6 +99,22 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
 
 def _checksum(plain: Mapping[str, Any]) -> int:
   return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
+
+
+def unsliced(tree: Any) -> Any:
+  """The tree to write, with small replicated leaves as the first device has them; no copy.
+
+  Of a replicated leaf orbax takes a part from each device, by a program for each shape and part:
+  hundreds of compilations at the first state. That pays where leaves are large.
+  """
+  if jax.process_count() > 1:
+    return tree
+
+  def of_one_device(leaf: Any) -> Any:
+    small = isinstance(leaf, jax.Array) and leaf.nbytes < _LARGE_LEAF
+    return leaf.addressable_data(0) if small and leaf.is_fully_replicated else leaf
+
+  return jax.tree.map(of_one_device, tree)
 
 
 def read_tree(directory: epath.Path, target: Any, names: Sequence[str]) -> Any:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit import checkpoints, stored_trees
+from hybrid_vit import checkpoints, sharding, stored_trees
 from hybrid_vit.checkpoints import Checkpointer, restore_from
 from hybrid_vit.exports import export, load_weights
 from hybrid_vit.stored_trees import CheckpointError
@@ -370,3 +370,21 @@ def test_directories_are_listed_once(tmp_path, monkeypatch):
   assert checkpointer.should_save(2, ask_clock=True) and checkpointer.steps() == [1]
   monkeypatch.undo()
   checkpointer.close()
+
+
+def test_small_replicated_leaves_are_written_from_one_device(monkeypatch):
+  mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+  tree = {
+    "small": jax.device_put(np.arange(8.0), sharding.replicated(mesh)),
+    "large": jax.device_put(np.zeros(2**20, np.float32), sharding.replicated(mesh)),
+    "split": jax.device_put(np.arange(8.0), rows),
+    "key": jax.device_put(jax.random.key(0), sharding.replicated(mesh)),
+  }
+  found = stored_trees.unsliced(tree)
+  assert all(len(found[name].devices()) == 1 for name in ("small", "key"))
+  assert found["large"] is tree["large"] and found["split"] is tree["split"]
+  np.testing.assert_array_equal(found["small"], tree["small"])
+  # What one process has of a leaf is not all of it where there are several.
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert stored_trees.unsliced(tree) is tree
