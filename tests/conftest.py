@@ -25,6 +25,7 @@ def forgotten_programs():
   """A file's compiled programs end with it: all files' together take gigabytes."""
   yield
   jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
