@@ -170,6 +170,11 @@ def device_count(topology: str) -> int:
   return math.prod(map(int, sizes.split("x"))) * (2 if generation == "v4" else 1)
 
 
+def chip_count(topology: str) -> int:
+  """Chips of a topology by its name alone; see `device_count`."""
+  return device_count(topology) // (2 if topology.partition(":")[0] == "v4" else 1)
+
+
 def chip_of(topology: str) -> Chip:
   """What a device of a topology is.
 
@@ -285,6 +290,31 @@ def estimated_cycles(text: str) -> Cycles:
   if entry is not None:
     add(entry, 1)
   return Cycles(sum(total.values()), dict(total), dict(unknown), open_loops)
+
+
+def loop_rounds(text: str) -> dict[str, int | None]:
+  """How often the body of each loop runs, loops around it included.
+
+  Args:
+    text: of a compiled program.
+
+  Returns:
+    By the body's name; None where the rounds depend on data.
+  """
+  computations, entry = _parse(text)
+  found: dict[str, int | None] = {}
+
+  def walk(name: str, times: int | None) -> None:
+    own = computations[name]
+    for _, body, rounds in _loops(own, computations):
+      found[body] = None if times is None or rounds is None else times * rounds
+      walk(body, found[body])
+    for called in [*own.calls, *(name for names in own.branches for name in names)]:
+      walk(called, times)
+
+  if entry is not None:
+    walk(entry, 1)
+  return found
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
