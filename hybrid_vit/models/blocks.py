@@ -106,12 +106,13 @@ def scan_blocks(
 
   def turn(x: Any, own: Any) -> tuple[Any, Any]:
     given = []
-    for options, (tree, rate, key) in zip(arguments[:period], own, strict=True):
+    for i, (tree, rate, key) in enumerate(own):
 
-      def block(x: Any, tree: Any, rate: Any, key: Any, options: Arguments = options) -> Any:
+      def block(x: Any, tree: Any, rate: Any, key: Any, i: int = i) -> Any:
         # A rate that all share stays a number: 0 drops nothing, and costs nothing.
         own_rate = {_RATE: rate} if len(set(rates)) > 1 else {}
-        module: Any = block_class(**{**options, **own_rate}, parent=None)
+        label = f"{names[i]}_to_{names[i::period][-1]}"
+        module: Any = block_class(**{**arguments[i], **own_rate}, parent=None, name=label)
         streams = {"dropout": key} if draws else {}
         return module.apply(tree, x, method=call, rngs=streams, mutable=mutable)
 
@@ -127,8 +128,7 @@ def scan_blocks(
   own = [
     (stacked[i], jnp.asarray(rates[i::period], jnp.float32), keys[i::period]) for i in range(period)
   ]
-  with jax.named_scope(f"{names[0]}_to_{names[-1]}"):
-    _, given = jax.lax.scan(turn, x, own)
+  _, given = jax.lax.scan(turn, x, own)
   outputs = []
   for i, name in enumerate(names):
     out, changed = jax.tree.map(lambda leaf, turn=i // period: leaf[turn], given[i % period])

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
       rows = [r for r in rows if any(r[name] != row[name] for name in _KEY)] + [row]
       order = list(RECIPES)
-      rows.sort(key=lambda r: (order.index(r["system"]), TOPOLOGIES.index(r["topology"])))
+      rows.sort(key=lambda r: order.index(r["system"]))
       write_results(options.out, head, rows, _FIRST)
   return 0
 
