@@ -64,7 +64,6 @@ def test_the_command_keeps_earlier_rows(compiler, tmp_path, capsys):
   assert [(r["system"], r["topology"]) for r in rows] == [
     ("A", "v5e:2x2"), ("A", "v4:1x1x2"), ("B", "v5e:2x2"),
   ]  # fmt: skip
-  # Of v4 two devices are a chip.
   assert [r["chips"] for r in rows] == [4, 2, 4]
   assert "| A |" in (tmp_path / "pods.md").read_text()
   with pytest.raises(SystemExit):

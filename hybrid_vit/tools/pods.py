@@ -119,7 +119,7 @@ def _row(
   found: Sequence[topology_plan.StepPlan],
 ) -> dict[str, Any]:
   chip = found[0].chip
-  chips = tpu_topology.chip_count(topology)
+  chips = tpu_topology.device_count(topology)
   fits = all(step.compilation.fits for step in found)
   spelt = " ".join(f"--config.{name}={value}" for name, value in lines.items())
   row = {
