@@ -25,7 +25,6 @@ def compiler(monkeypatch):
     fits = Compilation(2.0, True, 9 * GIB, cycles=Cycles(3_000_000, {}, {}, 0))
     refused = Compilation(2.0, False, 20 * GIB)
     found = fits if plan.run.config["remat"] else refused
-    assert plan.run.config["scan_blocks"]
     chip = tpu_topology.chip_of(topology)
     return [topology_plan.StepPlan(0, "", 8, chip, {}, found, (), 2**20, flops_per_example=1e9)]
 
@@ -41,10 +40,12 @@ def test_recipes_are_there(name):
 
 
 def test_a_row(compiler):
-  row = pods.row_of("A", "v5e:2x2")
+  row = pods.row_of("A", "v5e:2x2", scan_blocks=False)
   run = examine(Config(pods.configuration(TINY, {})), 4).run
   steps = run.curriculum.total_steps
   assert row["fits"] and row["lines"] == "--config.remat=True"
+  scanned = pods.row_of("A", "v5e:2x2", scan_blocks=True)
+  assert scanned["lines"] == "--config.scan_blocks=True --config.remat=True"
   assert row["recipe"] == "configs/moat.py:runlocal" and row["steps"] == steps
   assert row["ms_a_step"] == pytest.approx(2.0)
   assert row["hours"] == pytest.approx(steps * 2e-3 / 3600)
