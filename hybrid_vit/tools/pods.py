@@ -4,12 +4,12 @@ r"""Whole published trainings on pods of TPUs, by their compiler: what fits, how
     python -m hybrid_vit.tools.pods MOAT SMT --topologies v5e:16x16
 
 Each phase's real step is compiled for all chips of a topology, without a chip; hours are the
-compiler's time of a step times the recipe's steps. With --scan equal blocks are loops, which
-compile sooner and for which the estimates are a fourth to a half higher. Where a step does not fit, the recipe's own
+compiler's time of a step times the recipe's steps. Where a step does not fit, the recipe's own
 lines are changed, the mildest first (recomputing blocks, accumulation, parameters in parts), and
-the table says which. Rows of an earlier call stay, so that long compilations may be done one by
-one. libtpu is needed (pip install 'jax[tpu]'), and JAX_PLATFORMS=cpu where a TPU of another kind is
-here. Writes OUT.json and OUT.md.
+the table says which. With --scan equal blocks are loops, which compile sooner; the estimates are a
+fourth to a half higher then. Rows of an earlier call stay, so that long compilations may be done
+one by one. libtpu is needed (pip install 'jax[tpu]'), and JAX_PLATFORMS=cpu where a TPU of another
+kind is here. Writes OUT.json and OUT.md.
 """
 
 from __future__ import annotations
