@@ -343,6 +343,7 @@ def build_tasks(
   run_arguments: dict[str, Any] = {
     "dtype": config.choice("precision", PRECISIONS, "float32"),
     "remat": config.flag("remat", False),
+    "scan_blocks": config.flag("scan_blocks", False),
   }
   groups = config.integer("batch_norm_groups", 1, minimum=1)
   if "batch_norm_groups" in model_arguments(name):

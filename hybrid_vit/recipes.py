@@ -98,6 +98,7 @@ def imagenet(
   config.evaluate_every_epochs = 1
   config.precision = "bfloat16"
   config.remat = False
+  config.scan_blocks = False
   config.accumulation_steps = 1
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sharding_rules = ((".*", "fsdp"),)

@@ -43,7 +43,7 @@ class StepPlan:
     held: bytes of what a device is given, by kind.
     compilation: see there.
     collectives: of the program.
-    sent_bytes: by each device to others, what stands in a loop once.
+    sent_bytes: by each device to others; in a loop, by its rounds (once where the data say).
     flops_per_example: see `programs.Program`; None where the canvas is not the phase's first.
   """
 
@@ -109,7 +109,7 @@ def plan_step(run: Run, topology: str, mesh: Mesh, phase: int, canvas: int = 0) 
     {name: size for name, size in held.items() if size},
     found,
     collected,
-    sum(times.get(item.kind, 1) * item.bytes for item in collected),
+    sum(times.get(item.kind, 1) * item.bytes * (item.rounds or 1) for item in collected),
     programs.flops_per_example(run, phase) if canvas == 0 else None,
   )
 

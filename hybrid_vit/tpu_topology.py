@@ -25,6 +25,9 @@ from jax.experimental import topologies
 # What libtpu is told a worker has; a topology may have more chips than one.
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
 
+# Chips of two cores, which programs use as one device.
+_MEGACORE = ("v4", "v5p")
+
 # Instructions that take time and that the compiler may not estimate.
 _SILENT = ("sort", "custom-call", "scatter", "gather", "convolution", "dot", "all-gather",
            "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")  # fmt: skip
@@ -49,7 +52,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one device of a topology is: a chip, of v4 one of a chip's two cores.
+  """What one device of a topology, a chip, is.
 
   Attributes:
     hbm_bytes: that programs may use, as the compiler says when it refuses one; the maker's figures
@@ -69,7 +72,7 @@ class Chip:
 
 # By the first part of a topology's name.
 CHIPS: Mapping[str, Chip] = {
-  "v4": Chip(int(15.25 * 2**30), 1.05e9, 137.5e12, 614e9, 150e9),
+  "v4": Chip(int(30.75 * 2**30), 1.05e9, 275e12, 1228e9, 300e9),
   "v5e": Chip(int(15.75 * 2**30), 1.5e9, 197e12, 819e9, 200e9),
   "v5p": Chip(int(95.74 * 2**30), 1.75e9, 459e12, 2765e9, 600e9),
   "v6e": Chip(int(31.25 * 2**30), 1.75e9, 918e12, 1640e9, 448e9),
@@ -151,23 +154,24 @@ def topology_devices(name: str) -> Sequence[Any]:
   if generation in _ACCELERATORS:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", _ACCELERATORS[generation])
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    options = {"chip_config_name": "megacore"} if generation in _MEGACORE else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
   except Exception as error:
     # libtpu raises errors of many classes here.
     raise TopologyError(f"no topology {name!r}, such as v5e:2x2 or v6e:2x4: {error}") from error
 
 
 def device_count(topology: str) -> int:
-  """Devices of a topology by its name alone, such as "v5e:16x16"; of v4 two a chip.
+  """Devices of a topology by its name alone, such as "v5e:16x16".
 
   Raises:
     TopologyError: another form of name, or a kind that is not known.
   """
   chip_of(topology)
-  generation, _, sizes = topology.partition(":")
+  _, _, sizes = topology.partition(":")
   if not re.fullmatch(r"\d+(x\d+){1,2}", sizes):
     raise TopologyError(f"{topology!r}: a name such as v5e:2x2 or v4:2x2x4 was expected")
-  return math.prod(map(int, sizes.split("x"))) * (2 if generation == "v4" else 1)
+  return math.prod(map(int, sizes.split("x")))
 
 
 def chip_of(topology: str) -> Chip:
@@ -285,6 +289,31 @@ def estimated_cycles(text: str) -> Cycles:
   if entry is not None:
     add(entry, 1)
   return Cycles(sum(total.values()), dict(total), dict(unknown), open_loops)
+
+
+def loop_rounds(text: str) -> dict[str, int | None]:
+  """How often the body of each loop runs, loops around it included.
+
+  Args:
+    text: of a compiled program.
+
+  Returns:
+    By the body's name; None where the rounds depend on data.
+  """
+  computations, entry = _parse(text)
+  found: dict[str, int | None] = {}
+
+  def walk(name: str, times: int | None) -> None:
+    own = computations[name]
+    for _, body, rounds in _loops(own, computations):
+      found[body] = None if times is None or rounds is None else times * rounds
+      walk(body, found[body])
+    for called in [*own.calls, *(name for names in own.branches for name in names)]:
+      walk(called, times)
+
+  if entry is not None:
+    walk(entry, 1)
+  return found
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:

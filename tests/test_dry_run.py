@@ -171,7 +171,21 @@ def test_smaller_meshes_keep_their_axes():
 
 def test_collectives_are_read_from_hlo():
   text = """
+%inner.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-reduce.8 = f32[4]{0} all-reduce(%x), channel_id=4, to_apply=%add
+}
+
+%open.1 (p: (s32[], f32[4])) -> pred[] {
+  ROOT %lt.2 = pred[] compare(%i, %n), direction=LT
+}
+
+%cond.1 (p: (s32[], f32[4,8])) -> pred[] {
+  %constant.7 = s32[] constant(7)
+  ROOT %lt.1 = pred[] compare(%i, %constant.7), direction=LT
+}
+
 %body.1 (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %while.5 = (s32[], f32[4]) while(%t), condition=%open.1, body=%inner.1, TRIPS
   %all-reduce.9 = f32[4,8]{1,0} all-reduce(%x), channel_id=3, to_apply=%add
 }
 
@@ -183,11 +197,14 @@ ENTRY %main (a: f32[2]) -> f32[2] {
   %while.4 = (s32[], f32[4,8]) while(%t), condition=%cond.1, body=%body.1
 }
 """
-  assert collectives_of(text) == [
-    Collective("all-reduce", True, 1, 128),
+  known = text.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"3"}}')
+  assert collectives_of(known) == [
+    Collective("all-reduce", True, 1, 128, 7),
+    Collective("all-reduce", True, 1, 16, 21),
     Collective("all-gather", False, 1, 80),
     Collective("all-reduce", False, 1, 52),
   ]
+  assert Collective("all-reduce", True, 1, 16, None) in collectives_of(text)
 
 
 @pytest.mark.slow

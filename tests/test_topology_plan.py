@@ -153,7 +153,7 @@ def test_without_libtpu_simulated_devices_stand_in(monkeypatch, capsys):
   out = capsys.readouterr().out
   assert "pip install 'jax[tpu]'" in out and "8 simulated" in out
   assert tpu_topology.device_count("v5e:16x16") == 256
-  assert tpu_topology.device_count("v4:2x2x4") == 32
+  assert tpu_topology.device_count("v4:2x2x4") == 16
   for name, message in (("v5e:3", "v5e:2x2"), ("a100:8", "no chip 'a100' is known")):
     with pytest.raises(tpu_topology.TopologyError, match=message):
       dry_run.main(config(), topology=name)

@@ -110,6 +110,9 @@ def test_compiled_for_a_tpu():
   assert 1.5 < many.cycles.total / few.cycles.total < 2.5
   with pytest.raises(tpu_topology.TopologyError, match="'v5e:3x5x7'"):
     tpu_topology.topology_devices("v5e:3x5x7")
+  # A device is a chip, also of those that have two cores.
+  for name in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2"):
+    assert len(tpu_topology.topology_devices(name)) == tpu_topology.device_count(name) == 4
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask2former"])

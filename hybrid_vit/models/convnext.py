@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import (
   FeatureSpec,
   Published,
@@ -48,6 +49,7 @@ class ConvNeXt(nn.Module):
       `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters and norm statistics are float32.
 
   Raises (in a call):
@@ -62,6 +64,7 @@ class ConvNeXt(nn.Module):
   output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -79,9 +82,6 @@ class ConvNeXt(nn.Module):
   ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
     self._check(images.shape)
     endpoints: dict[str, jax.Array] = {}
-    block_class: Any = layers.ConvNeXtBlock
-    if self.remat:
-      block_class = nn.remat(block_class, static_argnums=(2,))
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
     x = images.astype(self.dtype)
     for i, (depth, width) in enumerate(zip(self.depths, self.widths), start=1):
@@ -90,19 +90,20 @@ class ConvNeXt(nn.Module):
         endpoints["stem"] = x
       else:
         x = Patches(width, 2, norm_first=True, dtype=self.dtype, name=f"stage{i}_downsample")(x)
-      for j in range(depth):
-        name = f"stage{i}_block{j}"
-        x = block_class(
-          kernel_size=_KERNEL_SIZE,
-          hidden=_EXPANSION * width,
-          layer_scale_init=self.layer_scale_init,
-          layer_norm_epsilon=_LAYER_NORM_EPSILON,
-          drop_path_rate=rates[i - 1][j],
-          kernel_init=_INIT,
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+      blocks = [
+        {
+          "kernel_size": _KERNEL_SIZE,
+          "hidden": _EXPANSION * width,
+          "layer_scale_init": self.layer_scale_init,
+          "layer_norm_epsilon": _LAYER_NORM_EPSILON,
+          "drop_path_rate": rates[i - 1][j],
+          "kernel_init": _INIT,
+          "dtype": self.dtype,
+        }
+        for j in range(depth)
+      ]
+      x, outputs = apply_blocks(self, layers.ConvNeXtBlock, f"stage{i}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{i}"] = x
       if i in self.output_norms:
         name = f"stage{i}_norm"

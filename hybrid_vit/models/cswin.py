@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import (
   FeatureSpec,
   Preprocessing,
@@ -54,6 +55,7 @@ class CSWin(nn.Module):
       `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
   """
 
@@ -66,6 +68,7 @@ class CSWin(nn.Module):
   output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -94,7 +97,6 @@ class CSWin(nn.Module):
     self._check()
     endpoints: dict[str, jax.Array] = {}
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     x = images.astype(self.dtype)
     for i, depth in enumerate(self.depths):
       kernel, stride, pad = (7, 4, 2) if i == 0 else (3, 2, 1)
@@ -102,17 +104,18 @@ class CSWin(nn.Module):
       x = ConvEmbedding(self.width * 2**i, kernel, stride, pad, self.dtype, name=scope)(x)
       if i == 0:
         endpoints["stem"] = x
-      for j in range(depth):
-        name = f"stage{i + 1}_block{j}"
-        x = block_class(
-          num_heads=self.num_heads[i],
-          stripe_width=None if i == len(self.depths) - 1 else self.stripe_widths[i],
-          mlp_ratio=self.mlp_ratio,
-          drop_path_rate=rates[i][j],
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+      blocks = [
+        {
+          "num_heads": self.num_heads[i],
+          "stripe_width": None if i == len(self.depths) - 1 else self.stripe_widths[i],
+          "mlp_ratio": self.mlp_ratio,
+          "drop_path_rate": rates[i][j],
+          "dtype": self.dtype,
+        }
+        for j in range(depth)
+      ]
+      x, outputs = apply_blocks(self, Block, f"stage{i + 1}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{i + 1}"] = x
       if i + 1 in self.output_norms:
         name = f"stage{i + 1}_norm"

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import (
   FeatureSpec,
   Published,
@@ -82,6 +83,7 @@ class CvT(nn.Module):
     batch_norm_momentum: of the running statistics.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
   """
 
@@ -103,6 +105,7 @@ class CvT(nn.Module):
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -116,8 +119,6 @@ class CvT(nn.Module):
   ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
     self._check((images.shape[1], images.shape[2]))
     endpoints = {}
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     x, token = images.astype(self.dtype), None
     for stage, (depth, rates) in enumerate(zip(self.depths, self._drop_path_rates())):
       name = "stem" if stage == 0 else f"stage{stage + 1}_embed"
@@ -136,24 +137,27 @@ class CvT(nn.Module):
       tokens = x.reshape(shape[0], -1, shape[-1])
       if token is not None:
         tokens = jnp.concatenate([token, tokens], axis=1)
-      for i in range(depth):
-        name = f"stage{stage + 1}_block{i}"
-        tokens = block_class(
-          size=size,
-          num_heads=self.num_heads[stage],
-          mlp_ratio=self.mlp_ratios[stage],
-          qkv_bias=self.qkv_bias[stage],
-          projection=self.projections[stage],
-          kernel_size=self.kernel_sizes[stage],
-          kv_stride=self.kv_strides[stage],
-          kv_padding=self.kv_paddings[stage],
-          drop_path_rate=rates[i],
-          batch_norm_momentum=self.batch_norm_momentum,
-          batch_norm_groups=self.batch_norm_groups,
-          dtype=self.dtype,
-          name=name,
-        )(tokens, train)
-        endpoints[name] = tokens[:, int(has_token) :].reshape(shape)
+      blocks = [
+        {
+          "size": size,
+          "num_heads": self.num_heads[stage],
+          "mlp_ratio": self.mlp_ratios[stage],
+          "qkv_bias": self.qkv_bias[stage],
+          "projection": self.projections[stage],
+          "kernel_size": self.kernel_sizes[stage],
+          "kv_stride": self.kv_strides[stage],
+          "kv_padding": self.kv_paddings[stage],
+          "drop_path_rate": rates[i],
+          "batch_norm_momentum": self.batch_norm_momentum,
+          "batch_norm_groups": self.batch_norm_groups,
+          "dtype": self.dtype,
+        }
+        for i in range(depth)
+      ]
+      name = f"stage{stage + 1}_block"
+      tokens, outputs = apply_blocks(self, Block, name, blocks, tokens, train)
+      for name, output in outputs.items():
+        endpoints[name] = output[:, int(has_token) :].reshape(shape)
       x = tokens[:, int(has_token) :].reshape(shape)
       endpoints[f"stage{stage + 1}"] = x
       if has_token:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import (
   FeatureSpec,
   Preprocessing,
@@ -60,6 +61,7 @@ class FocalNet(nn.Module):
     normalize_modulator: divide the gathered context by the number of its levels.
     drop_path_rate: of the last block; from 0 in the first one, evenly.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, norm statistics and pooling are float32.
   """
 
@@ -81,6 +83,7 @@ class FocalNet(nn.Module):
   normalize_modulator: bool = False
   drop_path_rate: float = 0.0
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -99,8 +102,6 @@ class FocalNet(nn.Module):
   ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
     self._check()
     endpoints = {}
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
     x = images.astype(self.dtype)
     for stage, depth in enumerate(self.depths):
@@ -108,20 +109,21 @@ class FocalNet(nn.Module):
       x = self._embedding(stage, name)(x)
       endpoints[name] = x
       window, levels = self.focal_windows[stage], self.focal_levels[stage]
-      for i in range(depth):
-        name = f"stage{stage + 1}_block{i}"
-        x = block_class(
-          kernel_sizes=tuple(window + 2 * level for level in range(levels)),
-          mlp_ratio=self.mlp_ratio,
-          layer_scale=self.layer_scale,
-          post_norm=self.post_norm,
-          modulation_norm=self.modulation_norm,
-          normalize_modulator=self.normalize_modulator,
-          drop_path_rate=rates[stage][i],
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+      blocks = [
+        {
+          "kernel_sizes": tuple(window + 2 * level for level in range(levels)),
+          "mlp_ratio": self.mlp_ratio,
+          "layer_scale": self.layer_scale,
+          "post_norm": self.post_norm,
+          "modulation_norm": self.modulation_norm,
+          "normalize_modulator": self.normalize_modulator,
+          "drop_path_rate": rates[stage][i],
+          "dtype": self.dtype,
+        }
+        for i in range(depth)
+      ]
+      x, outputs = apply_blocks(self, Block, f"stage{stage + 1}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{stage + 1}"] = x
       if stage + 1 in self.output_norms:
         name = f"stage{stage + 1}_norm"

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import (
   FeatureSpec,
   Published,
@@ -68,6 +69,7 @@ class L2ViT(nn.Module):
     batch_norm_momentum: of the running statistics.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax, the linear attention's sums and norm statistics
       are float32.
   """
@@ -88,6 +90,7 @@ class L2ViT(nn.Module):
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -103,8 +106,6 @@ class L2ViT(nn.Module):
     self._check()
     endpoints = {}
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     x = Stem(
       self.widths[0],
       self.stem,
@@ -119,22 +120,23 @@ class L2ViT(nn.Module):
         name = f"stage{stage}_downsample"
         x = Downsample(width, self.overlapped_downsampling, self.dtype, name=name)(x)
         endpoints[name] = x
-      for i in range(depth):
-        name = f"stage{stage}_block{i}"
-        x = block_class(
-          attends_globally=self.block_types == "global"
+      blocks = [
+        {
+          "attends_globally": self.block_types == "global"
           or (self.block_types == "mixed" and i % 2 == 1),
-          num_heads=self.num_heads[stage - 1],
-          mlp_ratio=self.mlp_ratios[stage - 1],
-          window_size=self.window_size,
-          position_gelu=self.position_gelu,
-          drop_path_rate=rates[stage - 1][i],
-          batch_norm_momentum=self.batch_norm_momentum,
-          batch_norm_groups=self.batch_norm_groups,
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+          "num_heads": self.num_heads[stage - 1],
+          "mlp_ratio": self.mlp_ratios[stage - 1],
+          "window_size": self.window_size,
+          "position_gelu": self.position_gelu,
+          "drop_path_rate": rates[stage - 1][i],
+          "batch_norm_momentum": self.batch_norm_momentum,
+          "batch_norm_groups": self.batch_norm_groups,
+          "dtype": self.dtype,
+        }
+        for i in range(depth)
+      ]
+      x, outputs = apply_blocks(self, Block, f"stage{stage}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{stage}"] = x
       if stage in self.output_norms:
         name = f"stage{stage}_norm"

@@ -81,16 +81,20 @@ class BatchNorm(nn.Module):
 class DropPath(nn.Module):
   """Drops the branch of a sample with probability `rate`; the kept ones are divided by 1 - rate."""
 
-  rate: float
+  rate: Any  # a number, or a float32 array of one where blocks are scanned
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """`[B, ...]`; draws from the "dropout" stream in training when `rate` is not 0."""
-    if not train or self.rate == 0.0:
+    """`[B, ...]`; draws from the "dropout" stream in training when `rate` is not the number 0."""
+    is_array = isinstance(self.rate, jax.Array)
+    if not train or (not is_array and self.rate == 0.0):
       return x
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
-    return jnp.where(kept, x / (1.0 - self.rate), 0.0).astype(x.dtype)
+    keep = 1.0 - self.rate
+    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+    # An array would widen bfloat16, which a number does not.
+    keep = keep.astype(x.dtype) if is_array else keep
+    return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
 class DepthwiseConv(nn.Module):

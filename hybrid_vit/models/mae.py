@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.vit import EncoderBlock
 
 _INIT = nn.initializers.normal(0.02)
@@ -130,6 +131,7 @@ class Decoder(nn.Module):
     depth: number of blocks.
     num_heads: of attention.
     remat: recompute each block in the backward pass.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation.
   """
 
@@ -139,6 +141,7 @@ class Decoder(nn.Module):
   depth: int = 8
   num_heads: int = 16
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -172,18 +175,16 @@ class Decoder(nn.Module):
     all_patches = jnp.take_along_axis(all_patches, restore[..., None], axis=1)
     x = jnp.concatenate([x[:, :before], all_patches], axis=1)
     x = x + jnp.asarray(sincos_positions(self.width, grid, before, self.positions), self.dtype)
-    block_class = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
-    for i in range(self.depth):
-      x = block_class(
-        num_heads=self.num_heads,
-        hidden=4 * self.width,
-        activation="gelu",
-        layer_norm_epsilon=_LAYER_NORM_EPSILON,
-        drop_path_rate=0.0,
-        causal=False,
-        dtype=self.dtype,
-        name=f"block{i}",
-      )(x, train)
+    block = {
+      "num_heads": self.num_heads,
+      "hidden": 4 * self.width,
+      "activation": "gelu",
+      "layer_norm_epsilon": _LAYER_NORM_EPSILON,
+      "drop_path_rate": 0.0,
+      "causal": False,
+      "dtype": self.dtype,
+    }
+    x, _ = apply_blocks(self, EncoderBlock, "block", [block] * self.depth, x, train)
     x = layers.layer_norm(_LAYER_NORM_EPSILON, self.dtype, "norm")(x)
     x = nn.Dense(self.outputs, kernel_init=_INIT, dtype=jnp.float32, name="prediction")(x)
     return x[:, before:]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers, mobileone
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
 
 _HEAD_SIZE = 32
@@ -52,6 +53,7 @@ class MCi(nn.Module):
     batch_norm_momentum: of the running statistics.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax, norm statistics and pooling are float32.
   """
 
@@ -74,6 +76,7 @@ class MCi(nn.Module):
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -103,13 +106,9 @@ class MCi(nn.Module):
     x = Stem(self.widths[0], options, name="stem")(images.astype(self.dtype), train)
     endpoints["stem"] = x
 
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    def made(block: Any) -> Any:
-      return nn.remat(block, static_argnums=(2,)) if self.remat else block
-
     mlp_kernel_size = (self.mlp_kernel_size, self.mlp_kernel_size)
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
-    for stage, (depth, width) in enumerate(zip(self.depths, self.widths)):
+    for stage, width in enumerate(self.widths):
       if self.has_downsample(stage):
         name = f"stage{stage + 1}_downsample"
         se = self.se_downsamples[stage]
@@ -120,23 +119,19 @@ class MCi(nn.Module):
         name = f"stage{stage + 1}_position"
         x = PositionConv(kernel_size, options, name=name)(x)
         endpoints[name] = x
-      for i in range(depth):
-        name = f"stage{stage + 1}_block{i}"
-        common = {"drop_path_rate": rates[stage][i], "options": options, "name": name}
-        if self.token_mixers[stage] == "repmixer":
-          block = made(mobileone.RepMixerBlock)(
-            self.mlp_ratios[stage],
-            (self.mixer_kernel_size, self.mixer_kernel_size),
-            mlp_kernel_size,
-            self.layer_scale,
-            **common,
-          )
-        else:
-          block = made(AttentionBlock)(
-            self.mlp_ratios[stage], mlp_kernel_size, self.layer_scale, **common
-          )
-        x = block(x, train)
-        endpoints[name] = x
+      block: dict[str, Any] = {
+        "mlp_ratio": self.mlp_ratios[stage],
+        "mlp_kernel_size": mlp_kernel_size,
+        "layer_scale": self.layer_scale,
+        "options": options,
+      }
+      block_class: Any = AttentionBlock
+      if self.token_mixers[stage] == "repmixer":
+        block_class = mobileone.RepMixerBlock
+        block["mixer_kernel_size"] = (self.mixer_kernel_size, self.mixer_kernel_size)
+      blocks = [block | {"drop_path_rate": rate} for rate in rates[stage]]
+      x, outputs = apply_blocks(self, block_class, f"stage{stage + 1}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{stage + 1}"] = x
 
     if self.head_expansion is not None:

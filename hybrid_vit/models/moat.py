@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import (
   FeatureSpec,
   Preprocessing,
@@ -65,6 +66,7 @@ class MOAT(nn.Module):
     batch_norm_momentum: of the running statistics; short trainings want less than the authors'.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax, norm statistics and pooling are float32.
   """
 
@@ -90,6 +92,7 @@ class MOAT(nn.Module):
   batch_norm_momentum: float = 0.99
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -116,39 +119,38 @@ class MOAT(nn.Module):
     )(images.astype(self.dtype), train)
     endpoints["stem"] = x
 
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     index, total = 0, sum(self.depths)
     for stage, (block_type, depth, width) in enumerate(
       zip(self.block_types, self.depths, self.widths)
     ):
+      attends = block_type == "moat"
+      blocks: list[dict[str, Any]] = []
       for i in range(depth):
-        attends = block_type == "moat"
         last_is_global = self.global_attention_at_end and i == depth - 1
         window = None if last_is_global else self.window_sizes[stage]
-        name = f"stage{stage + 1}_block{i}"
-        x = block_class(
-          width=width,
-          stride=self.strides[stage] if i == 0 else 1,
-          expansion=self.expansion,
-          pool_size=self.pool_size,
-          se_ratio=None if attends else self.se_ratio,
-          attends=attends,
-          head_size=self.head_size,
-          window=_pair(window),
-          pad_windows=self.pad_windows,
-          position_size=_pair(self.position_sizes[stage])
-          if attends and self.position_bias
-          else None,
-          layer_norm_epsilon=self.layer_norm_epsilon,
-          drop_path_rate=self.drop_path_rate * index / total,
-          batch_norm_momentum=self.batch_norm_momentum,
-          batch_norm_groups=self.batch_norm_groups,
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+        position_size = self.position_sizes[stage] if attends and self.position_bias else None
+        blocks.append(
+          {
+            "width": width,
+            "stride": self.strides[stage] if i == 0 else 1,
+            "expansion": self.expansion,
+            "pool_size": self.pool_size,
+            "se_ratio": None if attends else self.se_ratio,
+            "attends": attends,
+            "head_size": self.head_size,
+            "window": _pair(window),
+            "pad_windows": self.pad_windows,
+            "position_size": _pair(position_size),
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "drop_path_rate": self.drop_path_rate * index / total,
+            "batch_norm_momentum": self.batch_norm_momentum,
+            "batch_norm_groups": self.batch_norm_groups,
+            "dtype": self.dtype,
+          }
+        )
         index += 1
+      x, outputs = apply_blocks(self, Block, f"stage{stage + 1}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{stage + 1}"] = x
       if self.output_activation == "gelu":
         endpoints[f"stage{stage + 1}_gelu"] = layers.gelu(x)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import (
   FeatureSpec,
   Published,
@@ -55,6 +56,7 @@ class PVT(nn.Module):
     qkv_bias: whether query, key and value have biases.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
   """
 
@@ -70,6 +72,7 @@ class PVT(nn.Module):
   qkv_bias: bool = True
   drop_path_rate: float = 0.0
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -84,7 +87,6 @@ class PVT(nn.Module):
     self._check(images.shape[1], images.shape[2])
     endpoints: dict[str, jax.Array] = {}
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
-    block_class = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
     x = images.astype(self.dtype)
     last = len(self.depths) - 1
     trained_side = self.image_size
@@ -110,18 +112,21 @@ class PVT(nn.Module):
       if i == last and not has_token:
         positions = positions[:, 1:]
       tokens = tokens + resize_positions(positions, trained_side, size).astype(self.dtype)
-      for j in range(self.depths[i]):
-        name = f"stage{i + 1}_block{j}"
-        tokens = block_class(
-          num_heads=self.num_heads[i],
-          mlp_ratio=self.mlp_ratios[i],
-          reduction_ratio=self.reduction_ratios[i],
-          qkv_bias=self.qkv_bias,
-          drop_path_rate=rates[i][j],
-          dtype=self.dtype,
-          name=name,
-        )(tokens, size, train)
-        x = tokens[:, tokens.shape[1] - size[0] * size[1] :].reshape(len(x), *size, width)
+      blocks = [
+        {
+          "num_heads": self.num_heads[i],
+          "mlp_ratio": self.mlp_ratios[i],
+          "reduction_ratio": self.reduction_ratios[i],
+          "qkv_bias": self.qkv_bias,
+          "drop_path_rate": rates[i][j],
+          "dtype": self.dtype,
+        }
+        for j in range(self.depths[i])
+      ]
+      name = f"stage{i + 1}_block"
+      tokens, outputs = apply_blocks(self, Block, name, blocks, tokens, size, train)
+      for name, output in outputs.items():
+        x = output[:, output.shape[1] - size[0] * size[1] :].reshape(len(x), *size, width)
         endpoints[name] = x
       endpoints[f"stage{i + 1}"] = x
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
 
 # torch's kaiming_normal_ with fan_out and relu.
@@ -38,6 +39,7 @@ class ResNet(nn.Module):
     batch_norm_momentum: of the running statistics; short trainings want less.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters and norm statistics are float32.
   """
 
@@ -49,6 +51,7 @@ class ResNet(nn.Module):
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -70,20 +73,20 @@ class ResNet(nn.Module):
       images.astype(self.dtype), train
     )
     endpoints["stem"] = x
-    block_class = nn.remat(Bottleneck, static_argnums=(2,)) if self.remat else Bottleneck
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
     for i, (depth, width) in enumerate(zip(self.depths, self.widths), start=1):
-      for j in range(depth):
-        name = f"stage{i}_block{j}"
-        x = block_class(
-          width=width,
-          stride=2 if i > 1 and j == 0 else 1,
-          drop_path_rate=rates[i - 1][j],
+      blocks = [
+        {
+          "width": width,
+          "stride": 2 if i > 1 and j == 0 else 1,
+          "drop_path_rate": rates[i - 1][j],
           **norm,
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+          "dtype": self.dtype,
+        }
+        for j in range(depth)
+      ]
+      x, outputs = apply_blocks(self, Bottleneck, f"stage{i}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{i}"] = x
 
     x = x.mean((1, 2), dtype=jnp.float32)

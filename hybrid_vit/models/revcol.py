@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import scan_blocks
 from hybrid_vit.models.registry import FeatureSpec, Published, imagenet_preprocessing, register
 from hybrid_vit.ops.reversible import inverse_errors, reversible_sequence
 
@@ -70,6 +71,7 @@ class RevCol(nn.Module):
     head_init_scale: factor of the classifier's first kernel; fine-tuning takes 0.001.
     drop_path_rate: of the last block of every column; its first has 0, evenly between.
     remat: recompute each level in the backward pass instead of storing its inside.
+    scan_blocks: all columns but the first as the turns of a loop, see `models/blocks.py`.
     reversible: in training, rebuild every column's maps from the next one's (section 3.2, and
       `ops/reversible.py`), so that of all columns' activations only the maps that `keep_every`
       says are kept. Of the endpoints of single columns there is none then. Maps are float32, in
@@ -97,6 +99,7 @@ class RevCol(nn.Module):
   head_init_scale: float = 1.0
   drop_path_rate: float = 0.0
   remat: bool = False
+  scan_blocks: bool = False
   reversible: bool = False
   keep_every: int = 3
   dtype: Any = jnp.float32
@@ -154,15 +157,23 @@ class RevCol(nn.Module):
     self, stem: jax.Array, train: bool, endpoints: dict[str, jax.Array]
   ) -> tuple[Maps, list[jax.Array]]:
     """The last column's maps, and the deepest ones at the quarters; adds every map's endpoint."""
-    maps: Maps | None = None
-    quarters = []
-    for i in range(self.num_columns):
-      maps = self._column(name=f"column{i}")(stem, maps, train)
+    maps = self._column(name="column0")(stem, None, train)
+    columns = [maps]
+    names = [f"column{i}" for i in range(1, self.num_columns)]
+    if self.scan_blocks and names and not self.is_initializing():
+
+      def call(column: Any, maps: Maps) -> Maps:
+        new: Maps = column(stem, maps, train)
+        return new
+
+      arguments = [self._column_arguments()] * len(names)
+      columns += scan_blocks(self, Column, names, arguments, 1, maps, call, remat=False)
+    else:
+      for name in names:
+        columns.append(self._column(name=name)(stem, columns[-1], train))
+    for i, maps in enumerate(columns):
       endpoints |= {f"column{i}_level{level}": x for level, x in enumerate(maps)}
-      if i in self._quarters():
-        quarters.append(maps[-1])
-    assert maps is not None
-    return maps, quarters
+    return columns[-1], [columns[i][-1] for i in self._quarters()]
 
   def _reversed_columns(self, stem: jax.Array) -> tuple[Maps, list[jax.Array]]:
     """As `_columns`, in training: only the last column's maps are kept."""
@@ -171,7 +182,13 @@ class RevCol(nn.Module):
     key = self.make_rng("dropout") if self.drop_path_rate else jax.random.key(0)
     taps = [(i - 1, _LEVELS - 1) for i in self._quarters() if i]
     (c0, c1, c2, c3), tapped = reversible_sequence(
-      *self._sequence(True), stem, first, key, taps, keep_every=self.keep_every or None
+      *self._sequence(True),
+      stem,
+      first,
+      key,
+      taps,
+      keep_every=self.keep_every or None,
+      scan=self.scan_blocks,
     )
     quarters = ([first[-1]] if 0 in self._quarters() else []) + list(tapped)
     return (c0, c1, c2, c3), quarters
@@ -194,19 +211,21 @@ class RevCol(nn.Module):
     return range(interval - 1, self.num_columns - 1, interval)
 
   def _column(self, column_class: Any = None, **place: Any) -> Any:
-    return (column_class or Column)(
-      widths=self.widths,
-      depths=self.depths,
-      kernel_size=self.kernel_size,
-      expansion=self.expansion,
-      bottom_to_top=self.bottom_to_top,
-      layer_scale_init=self.layer_scale_init,
-      drop_path_rate=self.drop_path_rate,
-      remat=self.remat,
-      dtype=self.dtype,
-      map_dtype=jnp.float32 if self.reversible else self.dtype,
-      **place,
-    )
+    return (column_class or Column)(**self._column_arguments(), **place)
+
+  def _column_arguments(self) -> dict[str, Any]:
+    return {
+      "widths": self.widths,
+      "depths": self.depths,
+      "kernel_size": self.kernel_size,
+      "expansion": self.expansion,
+      "bottom_to_top": self.bottom_to_top,
+      "layer_scale_init": self.layer_scale_init,
+      "drop_path_rate": self.drop_path_rate,
+      "remat": self.remat,
+      "dtype": self.dtype,
+      "map_dtype": jnp.float32 if self.reversible else self.dtype,
+    }
 
   def _decoder(self, part: int) -> nn.Module:
     name = f"decoder{part}"

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
 
 # The authors cut their normal at the absolute values 2 and -2: it is a plain one.
@@ -52,6 +53,7 @@ class SMT(nn.Module):
     batch_norm_momentum: of the running statistics; short trainings want less than the authors'.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax, norm statistics and pooling are float32.
   """
 
@@ -71,6 +73,7 @@ class SMT(nn.Module):
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -86,8 +89,6 @@ class SMT(nn.Module):
   ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
     self._check()
     endpoints = {}
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
     x = images.astype(self.dtype)
     for stage, (depth, width) in enumerate(zip(self.depths, self.widths)):
@@ -105,23 +106,24 @@ class SMT(nn.Module):
         name = f"stage{stage + 1}_embedding"
         x = PatchEmbedding(width, self.dtype, name=name)(x)
       endpoints[name] = x
-      for i in range(depth):
-        name = f"stage{stage + 1}_block{i}"
-        x = block_class(
-          attention_heads=self.attention_heads[stage] if self.attends(stage, i) else None,
-          modulation_heads=self.modulation_heads[stage],
-          mlp_ratio=self.mlp_ratios[stage],
-          expand_ratio=self.expand_ratio,
-          qkv_bias=self.qkv_bias,
-          qk_scale=self.qk_scale,
-          layer_scale=self.layer_scale,
-          drop_path_rate=rates[stage][i],
-          batch_norm_momentum=self.batch_norm_momentum,
-          batch_norm_groups=self.batch_norm_groups,
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+      blocks = [
+        {
+          "attention_heads": self.attention_heads[stage] if self.attends(stage, i) else None,
+          "modulation_heads": self.modulation_heads[stage],
+          "mlp_ratio": self.mlp_ratios[stage],
+          "expand_ratio": self.expand_ratio,
+          "qkv_bias": self.qkv_bias,
+          "qk_scale": self.qk_scale,
+          "layer_scale": self.layer_scale,
+          "drop_path_rate": rates[stage][i],
+          "batch_norm_momentum": self.batch_norm_momentum,
+          "batch_norm_groups": self.batch_norm_groups,
+          "dtype": self.dtype,
+        }
+        for i in range(depth)
+      ]
+      x, outputs = apply_blocks(self, Block, f"stage{stage + 1}_block", blocks, x, train)
+      endpoints |= outputs
       x = layers.layer_norm(_BLOCK_NORM_EPSILON, self.dtype, f"stage{stage + 1}_norm")(x)
       endpoints[f"stage{stage + 1}"] = x
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.positions import resize_grid
 from hybrid_vit.models.registry import (
   FeatureSpec,
@@ -66,6 +67,7 @@ class Swin(nn.Module):
       `features` then names these outputs alone. For dense tasks.
     drop_path_rate: of the last block; the first has 0, evenly between.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
   """
 
@@ -81,6 +83,7 @@ class Swin(nn.Module):
   output_norms: tuple[int, ...] = ()
   drop_path_rate: float = 0.0
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -104,8 +107,6 @@ class Swin(nn.Module):
     self._check()
     endpoints = {}
     rates = layers.linear_drop_path_rates(self.drop_path_rate, self.depths)
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     x = images.astype(self.dtype)
     x = PatchEmbedding(self.width, self.patch_size, self.dtype, name="stem")(x)
     endpoints["stem"] = x
@@ -114,20 +115,21 @@ class Swin(nn.Module):
         name = f"stage{stage + 1}_merging"
         x = PatchMerging(self.dtype, name=name)(x)
         endpoints[name] = x
-      for i in range(depth):
-        name = f"stage{stage + 1}_block{i}"
-        x = block_class(
-          num_heads=self.num_heads[stage],
-          window_size=self.window_size,
-          shifted=i % 2 == 1,
-          mlp_ratio=self.mlp_ratio,
-          qkv_bias=self.qkv_bias,
-          shrink_windows=self.shrink_windows,
-          drop_path_rate=rates[stage][i],
-          dtype=self.dtype,
-          name=name,
-        )(x, train)
-        endpoints[name] = x
+      blocks = [
+        {
+          "num_heads": self.num_heads[stage],
+          "window_size": self.window_size,
+          "shifted": i % 2 == 1,
+          "mlp_ratio": self.mlp_ratio,
+          "qkv_bias": self.qkv_bias,
+          "shrink_windows": self.shrink_windows,
+          "drop_path_rate": rates[stage][i],
+          "dtype": self.dtype,
+        }
+        for i in range(depth)
+      ]
+      x, outputs = apply_blocks(self, Block, f"stage{stage + 1}_block", blocks, x, train)
+      endpoints |= outputs
       endpoints[f"stage{stage + 1}"] = x
       if stage + 1 in self.output_norms:
         name = f"stage{stage + 1}_norm"

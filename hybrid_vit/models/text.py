@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit.models import layers, mobileone
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.positions import resize_sequence
 from hybrid_vit.models.vit import EncoderBlock
 
@@ -72,6 +73,7 @@ class TextTransformer(nn.Module):
     batch_norm_momentum: of the running statistics.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
   """
 
@@ -93,6 +95,7 @@ class TextTransformer(nn.Module):
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -112,16 +115,27 @@ class TextTransformer(nn.Module):
       positions = self.param("position_sequence", normal(0.01), shape, jnp.float32)
       x = x + resize_sequence(positions, tokens.shape[1]).astype(self.dtype)
 
-    endpoints, total = {}, self.depth + 2 * self.mixer_blocks
-    for i in range(total):
-      mixes = self.mixer_blocks and i in (0, total - 1)
-      name = f"block{i}"
-      if mixes:
-        x = self._mixer(x, name, train)
-      else:
-        number = i - self.mixer_blocks
-        x = self._encoder(heads[number], ratios[number], name)(x, train)
-      endpoints[name] = x
+    endpoints = {}
+    first = int(self.mixer_blocks)
+    if self.mixer_blocks:
+      x = endpoints["block0"] = self._mixer(x, "block0", train)
+    blocks = [
+      {
+        "num_heads": number,
+        "hidden": math.ceil(self.width * ratio / 16) * 16,
+        "activation": self.activation,
+        "layer_norm_epsilon": self.layer_norm_epsilon,
+        "drop_path_rate": 0.0,
+        "causal": self.causal,
+        "dtype": self.dtype,
+      }
+      for number, ratio in zip(heads, ratios)
+    ]
+    x, outputs = apply_blocks(self, EncoderBlock, "block", blocks, x, train, first=first)
+    endpoints |= outputs
+    if self.mixer_blocks:
+      name = f"block{first + self.depth}"
+      x = endpoints[name] = self._mixer(x, name, train)
     x = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "final_norm")(x)
     endpoints["final_norm"] = x
     x = x[jnp.arange(len(tokens)), tokens.argmax(-1)].astype(jnp.float32)
@@ -140,20 +154,6 @@ class TextTransformer(nn.Module):
         f"TextTransformer: depth is {self.depth} but {name} has {len(values)} values: {values}"
       )
     return values
-
-  def _encoder(self, num_heads: int, mlp_ratio: float, name: str) -> Any:
-    # Without a fresh key for the recomputation both passes would draw the same.
-    block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
-    return block(
-      num_heads=num_heads,
-      hidden=math.ceil(self.width * mlp_ratio / 16) * 16,
-      activation=self.activation,
-      layer_norm_epsilon=self.layer_norm_epsilon,
-      drop_path_rate=0.0,
-      causal=self.causal,
-      dtype=self.dtype,
-      name=name,
-    )
 
   def _mixer(self, x: jax.Array, name: str, train: bool) -> jax.Array:
     block = mobileone.RepMixerBlock

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.models import layers, positions
+from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
 from hybrid_vit.models.vitdet import RELATIVE_TABLES, Reach, check_reach, relative_bias
 
@@ -74,6 +75,7 @@ class VisionTransformer(nn.Module):
     batch_norm_momentum: of the convolutional stem's running statistics.
     batch_norm_groups: groups of the batch with batch norm statistics of their own.
     remat: recompute each block in the backward pass instead of storing its inside.
+    scan_blocks: equal blocks as the turns of a loop, see `models/blocks.py`.
     dtype: of the computation; parameters, softmax and norm statistics are float32.
   """
 
@@ -104,6 +106,7 @@ class VisionTransformer(nn.Module):
   batch_norm_momentum: float = 0.9
   batch_norm_groups: int = 1
   remat: bool = False
+  scan_blocks: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -156,22 +159,23 @@ class VisionTransformer(nn.Module):
     if self.pre_norm:
       tokens = layers.layer_norm(self.layer_norm_epsilon, self.dtype, "pre_norm")(tokens)
       record("pre_norm", tokens)
-    # Without a fresh key for the recomputation the drop path masks are the same in both passes.
-    block_class = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
     (rates,) = layers.linear_drop_path_rates(self.drop_path_rate, (self.depth,))
-    for i in range(self.depth):
-      tokens = block_class(
-        num_heads=self.num_heads,
-        hidden=int(width * self.mlp_ratio),
-        activation=self.activation,
-        layer_norm_epsilon=self.layer_norm_epsilon,
-        drop_path_rate=rates[i],
-        causal=False,
-        reach=self._reach(i, (rows, columns)),
-        dtype=self.dtype,
-        name=f"stage1_block{i}",
-      )(tokens, train)
-      record(f"stage1_block{i}", tokens)
+    blocks = [
+      {
+        "num_heads": self.num_heads,
+        "hidden": int(width * self.mlp_ratio),
+        "activation": self.activation,
+        "layer_norm_epsilon": self.layer_norm_epsilon,
+        "drop_path_rate": rates[i],
+        "causal": False,
+        "reach": self._reach(i, (rows, columns)),
+        "dtype": self.dtype,
+      }
+      for i in range(self.depth)
+    ]
+    tokens, outputs = apply_blocks(self, EncoderBlock, "stage1_block", blocks, tokens, train)
+    for name, output in outputs.items():
+      record(name, output)
     record("stage1", tokens)
 
     has_norm = bool(self.num_classes or not self.output_blocks)

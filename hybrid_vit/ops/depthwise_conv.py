@@ -108,7 +108,7 @@ def _shift_add(x, kernel, strides, pads):
 
 
 def _shift_add_forward(x, kernel, strides, pads):
-  return depthwise_conv_shift_add_once(x, kernel, strides, pads), (x, kernel)
+  return depthwise_conv_shift_add(x, kernel, strides, pads), (x, kernel)
 
 
 def _shift_add_backward(strides, pads, residuals, g):
@@ -125,7 +125,7 @@ def _shift_add_backward(strides, pads, residuals, g):
   back.append((0, 0, 0))
   spread_g = lax.pad(g, jnp.zeros((), g.dtype), back)
   turned = kernel[::-1, ::-1]
-  dx = depthwise_conv_shift_add_once(spread_g, turned, (1, 1), ((0, 0), (0, 0)))
+  dx = depthwise_conv_shift_add(spread_g, turned, (1, 1), ((0, 0), (0, 0)))
   dk = depthwise_conv_kernel_gradient(x, g, kernel.shape[:2], strides, pads)
   return dx, dk.astype(kernel.dtype)
 
@@ -135,18 +135,11 @@ _shift_add.defvjp(_shift_add_forward, _shift_add_backward)
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def depthwise_conv_shift_add(x, kernel, strides, pads):
-  """The sum over kernel positions of a shifted view of `x` times one kernel value."""
-  padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-  return _sum_of_shifts(padded, kernel, strides).astype(x.dtype)
+  """The sum over kernel positions of a shifted view of `x` times one kernel value.
 
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def depthwise_conv_shift_add_once(x, kernel, strides, pads):
-  """As `depthwise_conv_shift_add`, for a result that several consumers read.
-
-  XLA would fuse the whole sum into each of them and compute it as often; it does not fuse across a
-  conditional. Both branches give the same: the second one, which compiles to one call, is what a
-  NaN kernel takes.
+  XLA would fuse the whole sum into each consumer (a norm has three) and compute it as often; it
+  does not fuse across a conditional. Both branches give the same: the second one, which compiles to
+  one call, is what a NaN kernel takes.
   """
   padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Maps = tuple[jax.Array, ...]
 # `(parameters, shared, new maps above, old maps below, key) → contribution`, of the map's shape.
@@ -44,6 +45,7 @@ def reversible_sequence(
   key: jax.Array,
   taps: Sequence[Tap] = (),
   keep_every: int | None = None,
+  scan: bool = False,
 ) -> tuple[Maps, tuple[jax.Array, ...]]:
   """Runs a state through all columns; gradients without their activations.
 
@@ -58,27 +60,38 @@ def reversible_sequence(
     taps: maps that are wanted besides: their gradients come in where they were made.
     keep_every: number of columns after which the maps are kept and rebuilding starts afresh; None
       to keep those of the last column alone.
+    scan: columns as the turns of a loop, which compiles sooner; their levels are those of the first
+      one, and so are the shapes of their parameters.
 
   Returns:
     The state after the last column, float32, and the tapped maps.
 
   Raises:
-    ValueError: lists of unequal length, a map that is not float32, a tap that is not there, or
-      `keep_every` below 1.
+    ValueError: lists of unequal length, a map that is not float32, a tap that is not there,
+      `keep_every` below 1, or to be scanned, and columns have different functions.
   """
   _check(levels, parameters, alphas, maps, taps)
   if keep_every is not None and keep_every < 1:
     raise ValueError(f"keep_every is {keep_every}; at least 1 was expected, or None")
   length = keep_every or len(levels)
+  if scan and any(column != levels[0] for column in levels):
+    raise ValueError("columns to be scanned have the same functions; some of these have others")
   maps = tuple(maps)
   found: dict[Tap, jax.Array] = {}
-  for first in range(0, len(levels), length):
-    part = slice(first, first + length)
-    own = tuple(tap for tap in taps if first <= tap[0] < first + length)
-    maps, tapped = _reversible_part(
-      levels[part], parameters[part], alphas[part], shared, maps, key, own, first
-    )
+  ends: Sequence[int] = range(length, len(levels) + length, length)
+  if scan:  # the columns that are left over are a shorter loop
+    ends = sorted({len(levels) - len(levels) % length, len(levels)} - {0})
+  first = 0
+  for end in ends:
+    part = slice(first, end)
+    own = tuple(tap for tap in taps if first <= tap[0] < end)
+    arguments = parameters[part], alphas[part], shared, maps, key, own, first
+    if scan:
+      maps, tapped = _scanned_parts(levels[0], *arguments, min(length, end - first))
+    else:
+      maps, tapped = _reversible_part(levels[part], *arguments)
     found.update(zip(own, tapped))
+    first = end
   return maps, tuple(found[tap] for tap in taps)
 
 
@@ -113,6 +126,83 @@ def _reversible_part(
 
   run.defvjp(forward, backward)
   return run(tuple(map(tuple, parameters)), tuple(map(tuple, alphas)), shared, tuple(maps), key)
+
+
+def _scanned_parts(
+  column: Any,
+  parameters: Any,
+  alphas: Any,
+  shared: Any,
+  maps: Maps,
+  key: Any,
+  taps: Any,
+  first: int,
+  length: int,
+) -> tuple[Maps, tuple[jax.Array, ...]]:
+  """Parts of `length` equal columns each, as `_reversible_part`, in a loop of loops."""
+  shape = (len(parameters) // length, length)
+  numbers = first + np.arange(len(parameters)).reshape(shape)
+  tapped_levels = sorted({j for _, j in taps})
+
+  def place(tap: Tap) -> tuple[int, int, int]:
+    """Which of the tapped levels, which part, which of its columns."""
+    return (tapped_levels.index(tap[1]), *divmod(tap[0] - first, length))
+
+  @jax.custom_vjp
+  def run(parameters: Any, alphas: Any, shared: Any, maps: Maps, key: jax.Array) -> Any:
+    return forward(parameters, alphas, shared, maps, key)[0]
+
+  def forward(parameters: Any, alphas: Any, shared: Any, maps: Maps, key: jax.Array) -> Any:
+    def turn(maps: Maps, own: Any) -> tuple[Maps, Any]:
+      own_parameters, own_alphas, number = own
+      new = _column(column, own_parameters, own_alphas, shared, maps, key, number)
+      return new, [new[j] for j in tapped_levels]
+
+    def part(maps: Maps, own: Any) -> tuple[Maps, Any]:
+      maps, found = jax.lax.scan(turn, maps, own)
+      return maps, (maps, found)
+
+    last, (kept, found) = jax.lax.scan(part, maps, (parameters, alphas, numbers))
+    tapped = tuple(found[j][i, k] for j, i, k in map(place, taps))
+    return (last, tapped), (parameters, alphas, shared, kept, key)
+
+  def backward(kept: Any, gradients: Any) -> Any:
+    parameters, alphas, shared, states, key = kept
+    gradient, of_taps = gradients
+    more = [jnp.zeros((*shape, *gradient[j].shape), jnp.float32) for j in tapped_levels]
+    for tap, own in zip(taps, of_taps):
+      j, i, k = place(tap)
+      more[j] = more[j].at[i, k].add(own)
+
+    def turn(carry: Any, own: Any) -> tuple[Any, Any]:
+      new, gradient, of_shared = carry
+      own_parameters, own_alphas, number, own_more = own
+      gradient = list(gradient)
+      for j, of_tap in zip(tapped_levels, own_more):
+        gradient[j] = gradient[j] + of_tap
+      keys = [_key(key, number, j, len(new)) for j in range(len(new))]
+      old, gradient, of_shared, *of_own = _undo_column(
+        column, own_parameters, own_alphas, shared, new, tuple(gradient), of_shared, keys
+      )
+      return (old, gradient, of_shared), of_own
+
+    def part(carry: Any, own: Any) -> tuple[Any, Any]:
+      state, *columns = own
+      (_, *carry), found = jax.lax.scan(turn, (state, *carry), columns, reverse=True)
+      return tuple(carry), found
+
+    of_shared = jax.tree.map(jnp.zeros_like, shared)
+    own = (states, parameters, alphas, numbers, more)
+    (gradient, of_shared), found = jax.lax.scan(part, (gradient, of_shared), own, reverse=True)
+    return (*found, of_shared, gradient, None)
+
+  run.defvjp(forward, backward)
+
+  def stack(trees: Any) -> Any:
+    trees = [tuple(tree) for tree in trees]
+    return jax.tree.map(lambda *x: jnp.stack(x).reshape(*shape, *x[0].shape), *trees)
+
+  return run(stack(parameters), stack(alphas), shared, tuple(maps), key)
 
 
 def plain_sequence(

@@ -79,7 +79,8 @@ def build_contrastive(settings: ContrastiveSettings, context: Context) -> Contra
   """
   image = context.make_network(settings.embedding_size)
   given = dict(settings.text_arguments or {})
-  shared = {name: getattr(image, name) for name in ("dtype", "remat") if hasattr(image, name)}
+  names = ("dtype", "remat", "scan_blocks")
+  shared = {name: getattr(image, name) for name in names if hasattr(image, name)}
   try:
     text = create_text_tower(
       settings.text_tower, **{**shared, **given, "embedding_size": settings.embedding_size}

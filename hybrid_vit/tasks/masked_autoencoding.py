@@ -107,9 +107,8 @@ def build_masked_autoencoding(
       model = model.clone(**here)
     own = dataclasses.asdict(settings.decoder or DecoderSettings())
     grid = full // patch
-    decoder = mae.Decoder(
-      outputs, **own, positions=(grid, grid), remat=model.remat, dtype=model.dtype
-    )
+    shared = {name: getattr(model, name) for name in ("remat", "scan_blocks", "dtype")}
+    decoder = mae.Decoder(outputs, **own, positions=(grid, grid), **shared)
   elif settings.decoder is not None:
     raise ValueError("config.task.decoder is of sparse masking; the dense form has a linear layer")
   else:

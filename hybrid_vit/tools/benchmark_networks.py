@@ -46,6 +46,7 @@ from hybrid_vit.tools.summarize import count_multiply_adds
 MODES = ("inference", "training")
 DTYPES = ("float32", "bfloat16")
 OURS = "hybrid_vit"
+SCANNED = "hybrid_vit, blocks scanned"
 _CLASSES = 1000
 _FIRST = ("network", "mode", "size", "batch", "dtype", "form")
 
@@ -73,10 +74,11 @@ class Setting:
     return {**dataclasses.asdict(self), "form": form}
 
 
-def run_of(setting: Setting) -> Run:
+def run_of(setting: Setting, scan_blocks: bool = False) -> Run:
   """A training of the network: cross entropy, AdamW, 1,000 classes."""
   config = recipes.imagenet(setting.network, batch_size=setting.batch, num_classes=_CLASSES)
   config.precision = setting.dtype
+  config.scan_blocks = scan_blocks
   config.data.image_size = setting.size
   config.total_steps = 1000
   config.optimizer = {
@@ -97,7 +99,7 @@ def random_batch(run: Run) -> dict[str, np.ndarray]:
 
 
 def measure(
-  setting: Setting, rounds: int, peer: str | None = None
+  setting: Setting, rounds: int, peer: str | None = None, scan: bool = False
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
   """Rows of one setting: ours, and each form of the peer's; and versions of its libraries.
 
@@ -105,11 +107,13 @@ def measure(
     setting: of what.
     rounds: all forms take turns so many times, after a call of each that does not count.
     peer: "timm" or "transformers"; None for ours alone.
+    scan: ours with equal blocks scanned, too.
   """
-  run = run_of(setting)
-  call, facts = _compiled(run, setting)
+  ours = {OURS: _compiled(run_of(setting), setting)}
+  if scan:
+    ours[SCANNED] = _compiled(run_of(setting, scan_blocks=True), setting)
   with contextlib.ExitStack() as stack:
-    runs: dict[str, Callable[[], Any]] = {OURS: call}
+    runs: dict[str, Callable[[], Any]] = {name: call for name, (call, _) in ours.items()}
     versions: dict[str, str] = {}
     if peer is not None:
       calls = torch_networks.calls(
@@ -119,7 +123,7 @@ def measure(
       theirs, versions = stack.enter_context(calls)
       runs |= theirs
     seconds = seconds_in_turn(runs, rounds, settle=True)
-  others = [name for name in runs if name != OURS]
+  others = [name for name in runs if name not in ours]
   fastest = min(others, key=lambda name: statistics.median(seconds[name]), default=None)
   rows = []
   for name, own in seconds.items():
@@ -130,7 +134,7 @@ def measure(
     if fastest is not None:
       ratios = [b / a for a, b in zip(own, seconds[fastest])]
       row |= {"speed_ratio": round(statistics.median(ratios), 3), "ratio_to": fastest}
-    rows.append(row | (facts(setting.batch / middle) if name == OURS else {}))
+    rows.append(row | (ours[name][1](setting.batch / middle) if name in ours else {}))
   return rows, versions
 
 
@@ -189,15 +193,23 @@ def _flops(run: Run, setting: Setting) -> float:
   return 2.0 * count_multiply_adds(run.task.predict, variables, {"image": image})
 
 
-def estimate(setting: Setting, topology: str) -> list[dict[str, Any]]:
-  """One row by a TPU's compiler, of one chip.
+def estimate(setting: Setting, topology: str, scan: bool = False) -> list[dict[str, Any]]:
+  """A row by a TPU's compiler, of one chip; with `scan` another one of blocks scanned.
 
   Raises:
     tpu_topology.TopologyError: see `tpu_topology.topology_devices`.
   """
   chip = tpu_topology.chip_of(topology)
   device = tpu_topology.topology_devices(topology)[0]
-  run = run_of(setting)
+  return [
+    _estimated(run_of(setting, scanned), setting, topology, chip, device, form)
+    for scanned, form in ((False, OURS), (True, SCANNED))[: 1 + scan]
+  ]
+
+
+def _estimated(
+  run: Run, setting: Setting, topology: str, chip: Any, device: jax.Device, form: str
+) -> dict[str, Any]:
   if setting.mode == "training":
     mesh = sharding.make_mesh({}, [device])
     said = topology_plan.plan_step(run, topology, mesh, 0).compilation
@@ -205,7 +217,7 @@ def estimate(setting: Setting, topology: str) -> list[dict[str, Any]]:
     variables = jax.eval_shape(run.task.init, jax.random.key(0), run.batches[0])
     image = {"image": run.batches[0]["image"]}
     said = tpu_topology.compile_for(run.task.predict, variables, image, device=device)
-  row = setting.row(f"{OURS}, {topology.partition(':')[0]} estimated") | {
+  row = setting.row(f"{form}, {topology.partition(':')[0]} estimated") | {
     "compile_seconds": round(said.seconds, 1), "fits": said.fits,
     "memory_mib": round(said.peak_bytes / 2**20, 1),
   }  # fmt: skip
@@ -218,7 +230,7 @@ def estimate(setting: Setting, topology: str) -> list[dict[str, Any]]:
       "traffic_mb_per_image": round(said.accessed_bytes / 1e6 / setting.batch, 1),
       "mcycles": round(said.cycles.total / 1e6, 2),
     }  # fmt: skip
-  return [row]
+  return row
 
 
 def settings_of(options: argparse.Namespace) -> Iterator[Setting]:
@@ -254,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--against", choices=torch_networks.PEERS, help="needs .[torch] and it")
+  parser.add_argument("--scan", action="store_true", help="equal blocks scanned, too")
   parser.add_argument("--topology", help="of TPUs to compile for, e.g. v5e:2x2")
   parser.add_argument("--out", type=Path, help="of the files, without an ending")
   given = list(sys.argv[1:] if arguments is None else arguments)
@@ -269,9 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     for setting in settings_of(options):
       if options.topology:
-        found = estimate(setting, options.topology)
+        found = estimate(setting, options.topology, options.scan)
       else:
-        found, versions = measure(setting, options.rounds, options.against)
+        found, versions = measure(setting, options.rounds, options.against, options.scan)
         head |= versions
       for row in found:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

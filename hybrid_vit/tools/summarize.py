@@ -212,7 +212,6 @@ _NOT_COUNTED = ("resized_bilinear", "averaged_bins")
 
 _FAST_FORMS: dict[str, Callable[[Any], int]] = {
   "depthwise_conv_shift_add": _depthwise_conv,
-  "depthwise_conv_shift_add_once": _depthwise_conv,
   "depthwise_conv_kernel_gradient": lambda eqn: (
     math.prod(eqn.invars[1].aval.shape) * math.prod(eqn.outvars[0].aval.shape[:2])
   ),

@@ -127,6 +127,9 @@ def test_reversible_gradients_are_the_plain_ones(overrides):
   tolerance = 1e-4 if overrides.get("keep_every") is None else 5e-2
   for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
     assert float(jnp.linalg.norm(a - b)) <= tolerance * float(jnp.linalg.norm(b))
+  scanned = gradients(plain.clone(reversible=True, scan_blocks=True))
+  for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(found), strict=True):
+    assert float(jnp.linalg.norm(a - b)) <= tolerance * float(jnp.linalg.norm(b))
 
 
 def test_reversible():

@@ -85,10 +85,11 @@ def assert_near(found, expected, tolerance):
 
 @pytest.mark.parametrize("taps", [(), ((0, 1), (2, 0), (4, 1))], ids=["", "tapped"])
 @pytest.mark.parametrize("keep_every", [None, 2])
-def test_gradients_are_those_of_plain_autodiff(taps, keep_every):
+@pytest.mark.parametrize("scan", [False, True])
+def test_gradients_are_those_of_plain_autodiff(taps, keep_every, scan):
   arguments = draw(5)
   expected = gradients(plain_sequence, arguments, taps)
-  found = gradients(reversible_sequence, arguments, taps, keep_every=keep_every)
+  found = gradients(reversible_sequence, arguments, taps, keep_every=keep_every, scan=scan)
   assert_near(found, expected, 1e-4)
 
 
@@ -140,8 +141,10 @@ def test_split_over_devices():
   assert_near(jax.device_get(found), jax.device_get(expected), 1e-4)
 
 
-def test_activations_do_not_grow_with_the_columns():
+@pytest.mark.parametrize("scan", [False, True])
+def test_activations_do_not_grow_with_the_columns(scan):
   """What XLA needs besides arguments and results, at 3 and at 9 columns."""
+  reversed_sequence = functools.partial(reversible_sequence, scan=scan)
 
   def temporary(sequence, columns):
     arguments = jax.eval_shape(lambda: draw(columns, batch=256))
@@ -154,7 +157,7 @@ def test_activations_do_not_grow_with_the_columns():
     return compiled.memory_analysis().temp_size_in_bytes
 
   plain = [temporary(plain_sequence, columns) for columns in (3, 9)]
-  reversible = [temporary(reversible_sequence, columns) for columns in (3, 9)]
+  reversible = [temporary(reversed_sequence, columns) for columns in (3, 9)]
   assert plain[1] > 2 * plain[0]
   assert reversible[1] < 1.05 * reversible[0] < plain[0]
 
@@ -180,5 +183,7 @@ def test_options_that_cannot_be():
   levels, key = [(attention, mlp)] * 2, jax.random.key(0)
   with pytest.raises(ValueError, match="keep_every is 0"):
     reversible_sequence(levels, *draw(2), key, keep_every=0)
+  with pytest.raises(ValueError, match="columns to be scanned have the same functions"):
+    reversible_sequence([(attention, mlp), (mlp, mlp)], *draw(2), key, scan=True)
   with pytest.raises(ValueError, match=r"no map at column 2, level 0, of 2 x 2"):
     reversible_sequence(levels, *draw(2), key, taps=((2, 0),))
