@@ -12,6 +12,29 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# Files of few tests that take long; what is begun last leaves the other worker idle.
+_LONG_FILES = (
+  "test_configs.py",
+  "test_mask_classification.py",
+  "test_detection_run.py",
+  "test_dense.py",
+  "test_distributed.py",
+  "test_notebooks.py",
+  "test_main.py",
+  "test_masked_autoencoding.py",
+  "test_revcol.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Files that take long come first."""
+
+  def place(item):
+    return _LONG_FILES.index(item.path.name) if item.path.name in _LONG_FILES else len(_LONG_FILES)
+
+  items.sort(key=place)
+
+
 def pytest_collection_finish():
   """Tracing makes objects by the million, and a fifth of its time is looking for cycles in them."""
   gc.collect()
