@@ -64,12 +64,11 @@ def decode_picture(encoded: bytes, decoder: str = "pil") -> np.ndarray:
 
 
 def _by_opencv(encoded: bytes) -> np.ndarray | None:
-  flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+  flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   try:
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
   except cv2.error:  # PIL says what is wrong with it.
     return None
-  return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _by_pil(encoded: bytes) -> np.ndarray:
