@@ -23,6 +23,7 @@ import numpy as np
 
 from hybrid_vit.data import spec
 from hybrid_vit.data.ahead import Ahead, available_cores
+from hybrid_vit.data.batch_memory import BatchMemory
 from hybrid_vit.data.canvases import Turn, turns
 from hybrid_vit.data.corrupt import Corrupt
 from hybrid_vit.data.errors import CorruptDataError, CorruptExampleError, DataReadError
@@ -230,7 +231,7 @@ def train_batches(
       position = begin + shown * loads + group
       values = kept.get(position)
       if values is None:
-        one = _empty(reading.fields, 1)
+        one = _empty(reading.fields, 1, BatchMemory())
         one[spec.REPLACED] = np.empty(1, np.float32)
         fill(one, reading, position, Turn(0, position), 0, 1)
         if stop.is_set():
@@ -254,6 +255,7 @@ def train_batches(
           continue
       begin = examples_before(readings[: phase + 1], phase_start)
       # Those of the steps that may be drawn, and of the ones read ahead.
+      memory = BatchMemory()
       kept = KeptRows((reading.replay_steps + prefetch + 2) * (rows // reading.replay))
       for step in itertools.count(first_step) if end is None else range(first_step, end):
         done = step - phase_start
@@ -261,7 +263,7 @@ def train_batches(
         # Of one group the stream is that of all examples, replayed ones apart.
         place = next(turn) if len(members) > 1 else Turn(0, first)
         own = reading.others[place.canvas - 1] if place.canvas else reading
-        batch = _empty(own.fields, rows)
+        batch = _empty(own.fields, rows, memory)
         batch[spec.REPLACED] = np.empty(rows, np.float32)
         job: Callable[[int, int], None]
         if reading.replay > 1:
@@ -364,8 +366,9 @@ def eval_batches(
     stop = threading.Event()
 
     def jobs() -> Iterator[tuple[Any, list[Callable[[], None]]]]:
+      memory = BatchMemory()
       for first in starts:
-        batch = _empty(fields, rows)
+        batch = _empty(fields, rows, memory)
         batch[spec.MASK] = np.zeros(rows, np.float32)
         host: dict[str, list[Any]] = {name: [None] * rows for name in host_names}
         job = functools.partial(fill, batch, host, first, stop)
@@ -439,9 +442,9 @@ def _put(
       raise ValueError(f"{source.describe(index)}: {error}") from error
 
 
-def _empty(fields: Mapping[str, spec.Field], rows: int) -> Batch:
+def _empty(fields: Mapping[str, spec.Field], rows: int, memory: BatchMemory) -> Batch:
   batch = {
-    name: np.empty((rows, *[n or 0 for n in field.shape]), field.dtype)
+    name: memory.empty((rows, *[n or 0 for n in field.shape]), field.dtype)
     for name, field in spec.on_device(fields).items()
   }
   batch[spec.INDEX] = np.empty(rows, np.int32)
