@@ -75,6 +75,29 @@ def resize_image(
   return _resampled(image[rows, columns], (height, width), interpolation, (x0, y0, x1, y1))
 
 
+def resize_box(
+  image: np.ndarray,
+  size: tuple[int, int],
+  interpolation: str,
+  box: tuple[float, float, float, float],
+) -> np.ndarray:
+  """Resizes a part of a picture whose border may lie within pixels.
+
+  Args:
+    image: uint8 `[H, W, 3]`.
+    size: (height, width) of the result.
+    interpolation: "bilinear" or "bicubic".
+    box: (left, top, right, bottom) in pixels; the filter sees what lies around it.
+
+  Returns:
+    uint8 `[height, width, 3]`.
+
+  Raises:
+    CorruptPictureError: see `resize_image`.
+  """
+  return _resampled(image, size, interpolation, box)
+
+
 @functools.cache
 def _compiled() -> Callable[..., np.ndarray] | None:
   """Pillow's resampling to the bit, several times as fast, where the extra "fast" is installed."""
