@@ -34,8 +34,11 @@ class CorruptPictureError(CorruptExampleError):
   """Bytes that are no picture, only part of one, or one that cannot be worked on."""
 
 
-_REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2,
-            4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}  # fmt: skip
+_REDUCED = {
+  2: cv2.IMREAD_REDUCED_COLOR_2,
+  4: cv2.IMREAD_REDUCED_COLOR_4,
+  8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 
 
 def decode_picture(encoded: bytes, decoder: str = "pil", divisor: int = 1) -> np.ndarray:
@@ -83,11 +86,13 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 
 
 def _by_opencv(encoded: bytes, divisor: int) -> np.ndarray | None:
-  flags = _REDUCED[divisor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+  flags = cv2.IMREAD_COLOR_RGB if divisor == 1 else _REDUCED[divisor]
   try:
-    return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
   except cv2.error:  # PIL says what is wrong with it.
     return None
+  # There is no reduced RGB.
+  return image if image is None or divisor == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _by_pil(encoded: bytes, divisor: int) -> np.ndarray:
