@@ -39,6 +39,6 @@ class BatchMemory:
       unused = self._unused.setdefault(size, collections.deque(maxlen=_KEPT))
       memory = unused.pop() if unused else np.empty(size, np.uint8)
     # What views of an array over a memoryview hold is that array, not what lies under it.
-    owner = np.frombuffer(memoryview(memory), dtype)
+    owner = np.frombuffer(memory.data, dtype)
     weakref.finalize(owner, unused.append, memory).atexit = False
     return owner.reshape(shape)

@@ -48,22 +48,22 @@ class ScaledPicture(OnPlaneLater):
     Raises:
       CorruptPictureError: see `decode_picture`.
     """
-    planes = merged(self._planes)
+    planes: Sequence[Plane] = merged(self._planes)
     top, left, height, width, rest = self._cropped(planes)
+    resize = rest[0] if rest else None
     divisor = 1
-    if rest and isinstance(rest[0], Resize | ResizedCrop) and rest[0].interpolation != "nearest":
-      whole = rest[0].whole if isinstance(rest[0], ResizedCrop) else rest[0].size
+    if isinstance(resize, Resize | ResizedCrop) and resize.interpolation != "nearest":
+      whole = resize.whole if isinstance(resize, ResizedCrop) else resize.size
       divisor = _divisor((height, width), whole)
     image = decode_picture(self._encoded, self._decoder, divisor)
-    if divisor == 1:
-      for plane in planes:
-        image = plane.image(image)
-      return image
-    box = left / divisor, top / divisor, (left + width) / divisor, (top + height) / divisor
-    image = resize_box(image, whole, rest[0].interpolation, box)
-    if isinstance(rest[0], ResizedCrop):
-      image = Crop(rest[0].size, whole, rest[0].top, rest[0].left).image(image)
-    for plane in rest[1:]:
+    if divisor > 1:
+      assert isinstance(resize, Resize | ResizedCrop)
+      box = left / divisor, top / divisor, (left + width) / divisor, (top + height) / divisor
+      image = resize_box(image, whole, resize.interpolation, box)
+      if isinstance(resize, ResizedCrop):
+        image = Crop(resize.size, whole, resize.top, resize.left).image(image)
+      planes = rest[1:]
+    for plane in planes:
       image = plane.image(image)
     return image
 
