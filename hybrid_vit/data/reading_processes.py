@@ -196,7 +196,7 @@ def _serve(pipe: Connection, memory: mmap.mmap, told: bytes) -> None:
   while True:
     try:
       asked = pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the loader is gone
       return
     try:
       said = pickle.dumps((None, answer(*asked)))
@@ -204,7 +204,7 @@ def _serve(pipe: Connection, memory: mmap.mmap, told: bytes) -> None:
       said = _pickled(error)
     try:
       pipe.send_bytes(said)
-    except OSError:  # nobody waits any more
+    except OSError:
       return
 
 

@@ -111,6 +111,11 @@ def _compiled() -> Callable[..., np.ndarray] | None:
     return None
 
 
+def resizer() -> str:
+  """Whose loops resize pictures here: "numba" or "Pillow"; the pixels are the same."""
+  return "Pillow" if _compiled() is None else "numba"
+
+
 def _columns_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
   """Pillow 13's choice: the columns where they lose more than twice as many pixels as the lines."""
   return before[0] - after[0] > 2 * max(before[1] - after[1], 0)
