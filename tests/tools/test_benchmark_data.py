@@ -170,23 +170,25 @@ def test_memory_that_grows_shows(tmp_path, capsys, monkeypatch):
   times = np.linspace(0, 2, 50)
   slope, error = memory_drift.fitted_slope(times, 100 + 7 * times + np.sin(40 * times))
   assert slope == pytest.approx(7, abs=3 * error) and 0 < error < 1
-  write_folder(tmp_path, {"train/cat": 3, "val/cat": 1})
-  resident, grown = memory_drift.resident_mib, []
-
-  def growing(pids):
-    grown.append(np.ones(2**20, np.uint8))  # a MiB at each look
-    return resident(pids)
-
-  monkeypatch.setattr(memory_drift, "resident_mib", growing)
-  measure = memory_drift.measure
-  monkeypatch.setattr(memory_drift, "measure", lambda *a, **k: measure(*a, **k, every=0.002))
-  command = [f"--source=folder:{tmp_path}", "--transform=decode|resize(8)", "--minutes=0.008"]
-  out = tmp_path / "memory"
-  assert memory_drift.main([*command, "--batch_size=2", f"--out={out}"]) == 0
+  command = [f"--source=folder:{tmp_path}", "--transform=decode|resize(8)", "--batch_size=2"]
+  # The first fifth, in which buffers fill, does not count.
+  points = [(t, 10 * t, 100.0 if t < 20 else 300 + 7 * t / 3600) for t in range(101)]
+  out, told = tmp_path / "memory", {}
+  with monkeypatch.context() as patch:
+    patch.setattr(memory_drift, "measure", lambda *given, **more: told.update(more) or points)
+    assert memory_drift.main([*command, "--minutes=30", f"--out={out}"]) == 0
+  assert told["seconds"] == 1800 and told["batch_size"] == 2
   (row,) = json.loads(out.with_suffix(".json").read_text())["rows"]
-  assert row["mib_per_hour"] > 10 * row["standard_error"] > 0
-  assert row["last_mib"] > row["first_mib"] and row["pictures"] > 0
-  assert memory_drift.main([*command[:2], "--minutes=0"]) == 1
+  assert (row["mib_per_hour"], row["standard_error"], row["pictures"]) == (7.0, 0.0, 1000)
+  assert (row["first_mib"], row["least_mib"], row["source"]) == (300.0, 300.0, "folder")
+  write_folder(tmp_path, {"train/cat": 3, "val/cat": 1})
+  found = memory_drift.measure(
+    f"folder:{tmp_path}", "train", None, "decode|resize(8)", "pil",
+    batch_size=2, threads=1, seconds=0.05, every=0.0,
+  )  # fmt: skip
+  assert [read for _, read, _ in found] == list(range(2, 2 * len(found) + 1, 2))
+  assert found[-1][0] >= 0.05 and all(10 < mib < 10_000 for _, _, mib in found)
+  assert memory_drift.main([*command, "--minutes=0"]) == 1
   assert "three late ones at least" in capsys.readouterr().err
 
 
