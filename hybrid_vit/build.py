@@ -407,6 +407,9 @@ def read_evaluation(
   found = []
   for name in sets.names():
     fields = sets.group(name)
+    processes = fields.integer("num_processes", None, minimum=1)
+    # Where a set has processes, the training's threads are not asked for.
+    threads = None if processes else data.get("num_threads")
     transform, kind = fields.text("transform", None), fields.text("kind", "")
     usual = recipes.eval_transform(preprocessing)
     if task is not None:
@@ -419,7 +422,8 @@ def read_evaluation(
         source=fields.text("source", data.source),
         data_dir=fields.text("data_dir", data.get("data_dir")),
         batch_size=fields.integer("batch_size", data.batch_size, minimum=1),
-        num_threads=fields.integer("num_threads", data.get("num_threads"), minimum=1),
+        num_threads=fields.integer("num_threads", threads, minimum=1),
+        num_processes=processes,
         transform=fill_transform(transform or usual, preprocessing),
         own_transform=transform is not None,
         kind=kind,

@@ -182,6 +182,17 @@ def test_a_smoke_run_is_the_recipe_in_a_few_steps():
     (dict(phases=(dict(epochs=1, task=dict(los="x")),)), "config.phases.task.los` is not read"),
     (dict(data__repeats=0), "`config.data.repeats` is 0"),
     (dict(data__num_threads=0), "`config.data.num_threads` is 0"),
+    (dict(data__num_processes=0), "`config.data.num_processes` is 0"),
+    (
+      dict(data__num_threads=2, data__num_processes=3),
+      "`config.data.num_threads` is 2 and `config.data.num_processes` 3; one of them",
+    ),
+    (
+      dict(
+        evaluation__sets__validation__num_threads=2, evaluation__sets__validation__num_processes=2
+      ),
+      "`config.evaluation.sets.validation.num_threads` is 2",
+    ),
     (dict(data__max_corrupt_fraction=2), "max_corrupt_fraction` is 2"),
     (dict(task__label_smoothing=1.5), "label_smoothing is 1.5"),
     (dict(task__loss="softmaks"), "loss 'softmaks' is not one of softmax, sigmoid"),
@@ -203,6 +214,14 @@ def test_the_best_is_by_the_measures_own_direction():
   assert build.build(local(), DIGITS).settings.best_is_max
   off = build.build(local(checkpoint__keep_best=False), DIGITS)
   assert off.settings.best_metric is None
+
+
+def test_processes_of_a_set_are_its_own():
+  run = build.build(local(data__num_processes=3), DIGITS)
+  assert run.data.num_processes == 3 and run.evaluation[0].num_processes is None
+  sets = dict(data__num_threads=2, evaluation__sets__validation__num_processes=2)
+  (found,) = build.build(local(**sets), DIGITS).evaluation
+  assert (found.num_processes, found.num_threads) == (2, None)
 
 
 def test_everything_that_a_run_has_is_read():

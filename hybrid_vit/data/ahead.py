@@ -30,16 +30,22 @@ class Ahead(Generic[T]):
     threads: how many.
     depth: so many jobs are begun and not yet taken.
     stop: set at the end, so that parts may notice it.
+    ended: called at the end, once.
   """
 
   def __init__(
-    self, jobs: Iterator[tuple[T, Parts]], threads: int, depth: int, stop: threading.Event
+    self,
+    jobs: Iterator[tuple[T, Parts]],
+    threads: int,
+    depth: int,
+    stop: threading.Event,
+    ended: Callable[[], None] = lambda: None,
   ):
     self._jobs, self._depth = jobs, depth
     self._begun: collections.deque[tuple[T, list[Future[None]]]] = collections.deque()
     self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
     # Whoever drops this without closing it must not keep the threads.
-    self._end = weakref.finalize(self, _end, self._pool, stop)
+    self._end = weakref.finalize(self, _end, self._pool, stop, ended)
 
   def __iter__(self) -> Ahead[T]:
     return self
@@ -78,9 +84,10 @@ class Ahead(Generic[T]):
       self._begun.append((result, [self._pool.submit(part) for part in parts]))
 
 
-def _end(pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+def _end(pool: ThreadPoolExecutor, stop: threading.Event, ended: Callable[[], None]) -> None:
   stop.set()
   pool.shutdown(wait=False, cancel_futures=True)
+  ended()
 
 
 def available_cores() -> int:

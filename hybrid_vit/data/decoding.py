@@ -34,7 +34,14 @@ class CorruptPictureError(CorruptExampleError):
   """Bytes that are no picture, only part of one, or one that cannot be worked on."""
 
 
-def decode_picture(encoded: bytes, decoder: str = "pil") -> np.ndarray:
+_REDUCED = {
+  2: cv2.IMREAD_REDUCED_COLOR_2,
+  4: cv2.IMREAD_REDUCED_COLOR_4,
+  8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
+def decode_picture(encoded: bytes, decoder: str = "pil", divisor: int = 1) -> np.ndarray:
   """The picture in a file, uint8 RGB `[H, W, 3]`.
 
   Of 16 bits a channel the upper 8 are kept, transparency is dropped, of an animation the first
@@ -45,6 +52,8 @@ def decode_picture(encoded: bytes, decoder: str = "pil") -> np.ndarray:
     encoded: the file's bytes: JPEG, PNG, WebP, BMP, PPM, GIF, TIFF and what else PIL reads.
     decoder: one of `DECODERS`. "opencv" is the faster one for JPEG, PNG and WebP; the pixels are
       PIL's.
+    divisor: 1, or 2, 4 or 8 for a JPEG of which `jpeg_size` tells the size: its sides are divided
+      by it, rounded up, by leaving out frequencies.
 
   Raises:
     CorruptPictureError: no picture, a part of one, or more than `MAX_PIXELS`; also where the
@@ -57,25 +66,41 @@ def decode_picture(encoded: bytes, decoder: str = "pil") -> np.ndarray:
   if header is not None:
     _check_size(header[0], header[1], header[2], len(encoded))
   if decoder == "opencv" and _is_for_opencv(encoded, header):
-    image = _by_opencv(encoded)
+    image = _by_opencv(encoded, divisor)
     if image is not None:
       return image
-  return _by_pil(encoded)
+  return _by_pil(encoded, divisor)
 
 
-def _by_opencv(encoded: bytes) -> np.ndarray | None:
-  flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+  """(height, width) by the header of a JPEG that is grey or has three colours; None for others.
+
+  Raises:
+    CorruptPictureError: see `decode_picture`.
+  """
+  header = _header(encoded)
+  if header is None or header[0] != "JPEG" or header[3] not in (1, 3):
+    return None
+  _check_size("JPEG", header[1], header[2], len(encoded))
+  return (header[2], header[1]) if header[1] and header[2] else None
+
+
+def _by_opencv(encoded: bytes, divisor: int) -> np.ndarray | None:
+  flags = cv2.IMREAD_COLOR_RGB if divisor == 1 else _REDUCED[divisor]
   try:
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
   except cv2.error:  # PIL says what is wrong with it.
     return None
-  return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+  # There is no reduced RGB.
+  return image if image is None or divisor == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _by_pil(encoded: bytes) -> np.ndarray:
+def _by_pil(encoded: bytes, divisor: int) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(encoded)) as picture:
       _check_size(picture.format or "", picture.width, picture.height, len(encoded))
+      if divisor > 1:
+        picture.draft(picture.mode, (picture.width // divisor, picture.height // divisor))
       return _as_rgb(picture)
   except CorruptPictureError:
     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,8 @@ class EvaluationSet:
       process_index=self.part,
       process_count=parts,
       num_threads=settings.num_threads,
+      num_processes=settings.num_processes,
+      opens=functools.partial(open_source, settings),
       max_corrupt_fraction=settings.max_corrupt_fraction,
     )
 

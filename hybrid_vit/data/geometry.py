@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 
 from hybrid_vit.data.resizing import resize_image, resize_nearest
@@ -152,6 +153,9 @@ class Mirror(Plane):
   """Left and right change places."""
 
   def image(self, image: np.ndarray) -> np.ndarray:
+    # A picture that is read backwards is copied ten times as slowly.
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+      return cv2.flip(image, 1)
     return image[:, ::-1]
 
   def map(self, values: np.ndarray, fill: int) -> np.ndarray:

@@ -10,33 +10,33 @@ photos that are grouped by canvases, each group has such a stream of its own (`d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hybrid_vit.data import spec
 from hybrid_vit.data.ahead import Ahead, available_cores
+from hybrid_vit.data.batch_memory import BatchMemory
 from hybrid_vit.data.canvases import Turn, turns
 from hybrid_vit.data.corrupt import Corrupt
-from hybrid_vit.data.errors import CorruptDataError, CorruptExampleError, DataReadError
+from hybrid_vit.data.errors import CorruptDataError, CorruptExampleError
+from hybrid_vit.data.examples import Transform, read_row
 from hybrid_vit.data.orders import Order, members_of
+from hybrid_vit.data.reading_processes import ReadingProcesses
 from hybrid_vit.data.replaying import KeptRows, replayed_step
 from hybrid_vit.data.sources import Source
 
 Batch = dict[str, np.ndarray]
-Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 
 # A run of corrupt examples longer than this is no accident.
 _MAX_REPLACEMENTS = 100
-# Seconds between tries to read an example: a hiccup of a network disk passes, an outage does not.
-_WAITS = (0.5, 2.0, 8.0)
 # Rows that a thread does at once: few enough that all threads end together, enough that handing
 # them out costs nothing.
 _CHUNK = 16
@@ -134,6 +134,8 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int | None = None,
+  num_processes: int | None = None,
+  opens: Callable[[], Source] | None = None,
   prefetch: int = 2,
   repeats: int = 1,
   max_corrupt_fraction: float = 0.1,
@@ -149,6 +151,8 @@ def train_batches(
     process_index: which part.
     process_count: of how many.
     num_threads: that read and transform; the cores that this process may use where None.
+    num_processes: that do so instead, see `reading_processes`; None for none. Rows are the same.
+    opens: gives each of them the source; None where pickle can hand the source over.
     prefetch: batches kept ready.
     repeats: each drawn example comes so many times in a row, under other draws (repeated
       augmentation, Hoffer et al., 2019); an epoch keeps its length, as in timm.
@@ -183,37 +187,45 @@ def train_batches(
         f"a process's {rows} rows of a batch do not fall into groups of {reading.replay}, which "
         "show one loaded example and replayed ones: choose another batch size, or fewer processes"
       )
-  threads, stop, length = _threads(num_threads), threading.Event(), _length(source)
+  threads, stop = _threads(num_threads, num_processes), threading.Event()
+  length = _length(source)
   corrupt = Corrupt(source, max_corrupt_fraction, length / process_count / repeats)
   members = members_of(groups, length)
   _check_groups(readings, len(members))
   orders = [Order(own, (seed, 0), repeats, (g,) * (g > 0)) for g, own in enumerate(members)]
 
-  def find(reading: Reading, position: int, place: Turn) -> tuple[dict[str, Any], int, bool]:
-    """The example of a position, its index, and whether it came in another one's place."""
+  reader = _reader(source, readings, num_processes, opens, stop)
+
+  def fill_row(
+    batch: Batch, row: int, names: Iterable[str], reading: Reading, position: int, place: Turn
+  ) -> None:
+    """The example of a position, or another one in its place."""
     order, count = orders[place.canvas], len(members[place.canvas])
     epoch, offset = divmod(place.position, count)
     for further in range(_MAX_REPLACEMENTS):
       index = int(order(epoch)[(offset + further) % count])
       key = (seed, 1, position, further)
       try:
-        return _read(source, index, reading.transform, key, stop), index, further > 0
+        with reader.row(reading, index, key) as values:
+          for name in names:
+            batch[name][row] = values[name]
       except CorruptExampleError as error:
         corrupt.add(index, error, epoch)
+        continue
+      batch[spec.INDEX][row], batch[spec.REPLACED][row] = index, further > 0
+      return
     raise CorruptDataError(
       f"{_MAX_REPLACEMENTS} examples in a row are corrupt, the last of them "
       f"{source.describe(index)}"
     )
 
   def fill(batch: Batch, reading: Reading, first: int, turn: Turn, start: int, end: int) -> None:
-    fields = spec.on_device(reading.fields)
+    names = spec.on_device(reading.fields)
     for row in range(start, end):
       if stop.is_set():
         return
       place = Turn(turn.canvas, turn.position + row)
-      example, index, replaced = find(reading, first + row, place)
-      _put(batch, row, example, fields, source, index)
-      batch[spec.INDEX][row], batch[spec.REPLACED][row] = index, replaced
+      fill_row(batch, row, names, reading, first + row, place)
 
   def replay(
     batch: Batch, reading: Reading, kept: KeptRows, begin: int, step: int, start: int, end: int
@@ -230,7 +242,7 @@ def train_batches(
       position = begin + shown * loads + group
       values = kept.get(position)
       if values is None:
-        one = _empty(reading.fields, 1)
+        one = _empty(reading.fields, 1, BatchMemory())
         one[spec.REPLACED] = np.empty(1, np.float32)
         fill(one, reading, position, Turn(0, position), 0, 1)
         if stop.is_set():
@@ -254,6 +266,7 @@ def train_batches(
           continue
       begin = examples_before(readings[: phase + 1], phase_start)
       # Those of the steps that may be drawn, and of the ones read ahead.
+      memory = BatchMemory()
       kept = KeptRows((reading.replay_steps + prefetch + 2) * (rows // reading.replay))
       for step in itertools.count(first_step) if end is None else range(first_step, end):
         done = step - phase_start
@@ -261,7 +274,7 @@ def train_batches(
         # Of one group the stream is that of all examples, replayed ones apart.
         place = next(turn) if len(members) > 1 else Turn(0, first)
         own = reading.others[place.canvas - 1] if place.canvas else reading
-        batch = _empty(own.fields, rows)
+        batch = _empty(own.fields, rows, memory)
         batch[spec.REPLACED] = np.empty(rows, np.float32)
         job: Callable[[int, int], None]
         if reading.replay > 1:
@@ -272,7 +285,7 @@ def train_batches(
           job = functools.partial(fill, batch, own, first + skipped, place)
         yield batch, _chunks(job, rows, threads)
 
-  return TrainBatches(Ahead(jobs(), threads, prefetch, stop), corrupt)
+  return TrainBatches(Ahead(jobs(), threads, prefetch, stop, reader.close), corrupt)
 
 
 class EvalBatches:
@@ -303,6 +316,8 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int | None = None,
+  num_processes: int | None = None,
+  opens: Callable[[], Source] | None = None,
   max_corrupt_fraction: float = 0.0,
 ) -> EvalBatches:
   """One pass in order; every process gets the same number of batches, the last one is padded.
@@ -313,6 +328,8 @@ def eval_batches(
     process_index: which part.
     process_count: of how many.
     num_threads: see `train_batches`.
+    num_processes: see there; they begin and end with each pass.
+    opens: see there.
     max_corrupt_fraction: of this process's part of the data; none by default, because a figure
       that leaves examples out is another figure.
 
@@ -325,7 +342,7 @@ def eval_batches(
     ValueError, CorruptDataError, DataReadError: see `train_batches`.
   """
   rows = _rows_per_process(reading.batch_size, process_index, process_count)
-  threads, length = _threads(num_threads), _length(source)
+  threads, length = _threads(num_threads, num_processes), _length(source)
   steps = math.ceil(length / reading.batch_size)
   starts = [step * reading.batch_size + process_index * rows for step in range(steps)]
   part = sum(min(max(length - start, 0), rows) for start in starts)
@@ -337,6 +354,7 @@ def eval_batches(
     batch: Batch,
     host: dict[str, list[Any]],
     first: int,
+    reader: _Here | ReadingProcesses,
     stop: threading.Event,
     start: int,
     end: int,
@@ -348,30 +366,32 @@ def eval_batches(
       batch[spec.INDEX][row] = index
       if index < length:
         try:
-          example = _read(source, index, reading.transform, index, stop)
-        except CorruptExampleError as error:
-          corrupt.add(index, error)
-        else:
-          _put(batch, row, example, fields, source, index)
-          for name in host_names:
-            host[name][row] = example.get(name)
+          with reader.row(reading, index, index) as values:
+            for name in fields:
+              batch[name][row] = values[name]
+            for name in host_names:
+              host[name][row] = values[name]
           batch[spec.MASK][row] = 1
           continue
+        except CorruptExampleError as error:
+          corrupt.add(index, error)
       for name, field in fields.items():
         batch[name][row] = spec.blank(field)
 
   def begin() -> Ahead[tuple[Batch, dict[str, list[Any]]]]:
     stop = threading.Event()
+    reader = _reader(source, [reading], num_processes, opens, stop)
 
     def jobs() -> Iterator[tuple[Any, list[Callable[[], None]]]]:
+      memory = BatchMemory()
       for first in starts:
-        batch = _empty(fields, rows)
+        batch = _empty(fields, rows, memory)
         batch[spec.MASK] = np.zeros(rows, np.float32)
         host: dict[str, list[Any]] = {name: [None] * rows for name in host_names}
-        job = functools.partial(fill, batch, host, first, stop)
+        job = functools.partial(fill, batch, host, first, reader, stop)
         yield (batch, host), _chunks(job, rows, threads)
 
-    return Ahead(jobs(), threads, 2, stop)
+    return Ahead(jobs(), threads, 2, stop, reader.close)
 
   return EvalBatches(begin, steps, corrupt)
 
@@ -389,59 +409,41 @@ def _steps_of(reading: Reading) -> Iterator[int]:
   return iter(itertools.count()) if reading.steps is None else iter(range(reading.steps))
 
 
-class _StoppedError(Exception):
-  """Nobody waits for the result any more."""
+class _Here:
+  """Reads in the thread that asks."""
+
+  def __init__(self, source: Source, stop: threading.Event):
+    self._source, self._stop = source, stop
+
+  @contextlib.contextmanager
+  def row(self, reading: Reading, index: int, key: Any) -> Iterator[dict[str, Any]]:
+    """See `read_row`."""
+    yield read_row(self._source, index, reading.transform, reading.fields, key, self._stop)
+
+  def close(self) -> None:
+    """Nothing to end."""
 
 
-def _read(
-  source: Source, index: int, transform: Transform, key: Any, stop: threading.Event
-) -> dict[str, Any]:
-  """One example behind the transform; its bytes are asked for several times where need be."""
-  for wait in (*_WAITS, None):
-    try:
-      return transform(source[index], np.random.default_rng(key))
-    except OSError as error:
-      name = source.describe(index)
-      if wait is None:
-        raise DataReadError(
-          f"{name} could not be read in {len(_WAITS) + 1} tries over {sum(_WAITS):g} s: {error}. "
-          "The disk or the network fails, or the file is gone since the start; the run can go on "
-          "from its last checkpoint once it can be read"
-        ) from error
-      logging.warning("%s could not be read (%s); trying again in %g s", name, error, wait)
-      if stop.wait(wait):
-        raise _StoppedError from error
-    except CorruptExampleError:
-      raise
-    except Exception as error:
-      error.add_note(f"while reading {source.describe(index)}")
-      raise
-  raise AssertionError
-
-
-def _put(
-  batch: Batch,
-  row: int,
-  example: Mapping[str, Any],
-  fields: Mapping[str, spec.Field],
+def _reader(
   source: Source,
-  index: int,
-) -> None:
-  for name, field in fields.items():
-    if name not in example:
-      raise ValueError(
-        f"{source.describe(index)} has no {name!r} behind the transform; it has: "
-        f"{', '.join(sorted(example))}"
-      )
-    try:
-      batch[name][row] = spec.row(field, name, example[name])
-    except (ValueError, TypeError) as error:
-      raise ValueError(f"{source.describe(index)}: {error}") from error
+  readings: Sequence[Reading],
+  num_processes: int | None,
+  opens: Callable[[], Source] | None,
+  stop: threading.Event,
+) -> _Here | ReadingProcesses:
+  if num_processes is None:
+    return _Here(source, stop)
+  flat = [one for reading in readings for one in (reading, *reading.others)]
+  return ReadingProcesses(num_processes, source, opens or functools.partial(_itself, source), flat)
 
 
-def _empty(fields: Mapping[str, spec.Field], rows: int) -> Batch:
+def _itself(source: Source) -> Source:
+  return source
+
+
+def _empty(fields: Mapping[str, spec.Field], rows: int, memory: BatchMemory) -> Batch:
   batch = {
-    name: np.empty((rows, *[n or 0 for n in field.shape]), field.dtype)
+    name: memory.empty((rows, *[n or 0 for n in field.shape]), field.dtype)
     for name, field in spec.on_device(fields).items()
   }
   batch[spec.INDEX] = np.empty(rows, np.int32)
@@ -461,7 +463,16 @@ def _rows_per_process(batch_size: int, process_index: int, process_count: int) -
   return batch_size // process_count
 
 
-def _threads(num_threads: int | None) -> int:
+def _threads(num_threads: int | None, num_processes: int | None) -> int:
+  """A thread for each process, which waits for it; or those that read themselves."""
+  if num_processes is not None and num_threads is not None:
+    raise ValueError(
+      f"num_threads is {num_threads} and num_processes {num_processes}; one of them was expected"
+    )
+  if num_processes is not None:
+    if num_processes < 1:
+      raise ValueError(f"num_processes is {num_processes}; at least 1 was expected")
+    return num_processes
   if num_threads is not None and num_threads < 1:
     raise ValueError(f"num_threads is {num_threads}; at least 1 was expected")
   return available_cores() if num_threads is None else num_threads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from hybrid_vit.data import augment
 from hybrid_vit.data.decoding import decode_picture
 from hybrid_vit.data.geometry import Crop, Mirror, Plane, Resize
 from hybrid_vit.data.resizing import FILTERS
+from hybrid_vit.data.scaled_decoding import scaled_picture
 from hybrid_vit.data.transform_registry import (
   Example,
+  Later,
   OnImages,
   OnPlane,
   Transform,
@@ -23,20 +25,29 @@ from hybrid_vit.data.transform_registry import (
 
 
 @register_transform("decode")
-def decode(*, decoder: str, kinds: Mapping[str, str]) -> Transform:
-  """Encoded pictures → uint8 RGB (see `decode_picture`); arrays pass."""
+def decode(*, scaled: bool = False, decoder: str, kinds: Mapping[str, str]) -> Transform | Later:
+  """Encoded pictures → uint8 RGB (see `decode_picture`); arrays pass.
+
+  With `scaled` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where what the operations on the
+  plane behind it want is at least that much smaller: faster for large photos, and other pixels. On
+  photos they are 1 to 3 grey levels off on average, and a crop's border also sees what lies around
+  it. What is drawn stays the same; smaller pictures and other formats are decoded whole.
+  """
   names = [name for name, kind in kinds.items() if kind == "image"]
+  if not isinstance(scaled, bool):
+    raise ValueError(f"scaled is {scaled!r}; True or False was expected")
+  read: Callable[[bytes, str], Any] = scaled_picture if scaled else decode_picture
 
   def transform(example: Example, rng: np.random.Generator) -> Example:
     del rng
     decoded = {
-      name: decode_picture(bytes(example[name]), decoder)
+      name: read(bytes(example[name]), decoder)
       for name in names
       if name in example and not isinstance(example[name], np.ndarray)
     }
     return {**example, **decoded}
 
-  return transform
+  return Later(transform) if scaled else transform
 
 
 @register_transform("resize")

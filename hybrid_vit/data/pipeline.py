@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ class TrainingSettings:
     split: see there.
     data_dir: where prepared TFDS data lies; None for TFDS's own default.
     num_threads: that read and transform; None for the cores that this process may use.
+    num_processes: that do so instead, see `hybrid_vit.data.reading_processes`; None for none.
     repeats: how many times a drawn example comes in a row (repeated augmentation).
     max_corrupt_fraction: more unreadable examples than that of a process's part stop the run.
     decoder: "opencv" or "pil", see `hybrid_vit.data.transforms`.
@@ -45,6 +47,7 @@ class TrainingSettings:
   split: str = "train"
   data_dir: str | None = None
   num_threads: int | None = None
+  num_processes: int | None = None
   repeats: int = 1
   max_corrupt_fraction: float = 0.1
   decoder: str = "opencv"
@@ -54,10 +57,11 @@ class TrainingSettings:
   def __post_init__(self) -> None:
     for canvas in self.canvases:
       check.sides("config.data.canvases", canvas)
-    for name in ("num_threads", "repeats"):
+    for name in ("num_threads", "num_processes", "repeats"):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f"`config.data.{name}` is {value}; at least 1 was expected")
+    _check_workers("config.data", self.num_threads, self.num_processes)
     _check_fraction("config.data", self.max_corrupt_fraction)
 
 
@@ -74,6 +78,7 @@ class EvaluationSettings:
     split: see `hybrid_vit.data.sources`.
     data_dir: as in `TrainingSettings`.
     num_threads: as in `TrainingSettings`.
+    num_processes: as there, for each pass anew.
     max_corrupt_fraction: unreadable examples that are allowed; a figure without them is no longer
       that of the set, so none are unless told.
     decoder: "pil", which published figures are measured with, or "opencv".
@@ -90,6 +95,7 @@ class EvaluationSettings:
   split: str = "validation"
   data_dir: str | None = None
   num_threads: int | None = None
+  num_processes: int | None = None
   max_corrupt_fraction: float = 0.0
   decoder: str = "pil"
   max_batches: int | None = None
@@ -97,7 +103,17 @@ class EvaluationSettings:
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
-    _check_fraction(f"config.evaluation.sets.{self.name}", self.max_corrupt_fraction)
+    path = f"config.evaluation.sets.{self.name}"
+    _check_fraction(path, self.max_corrupt_fraction)
+    _check_workers(path, self.num_threads, self.num_processes)
+
+
+def _check_workers(path: str, threads: int | None, processes: int | None) -> None:
+  if threads is not None and processes is not None:
+    raise ValueError(
+      f"`{path}.num_threads` is {threads} and `{path}.num_processes` {processes}; one of them was "
+      "expected: each process has a thread that waits for it"
+    )
 
 
 def _check_fraction(path: str, fraction: float) -> None:
@@ -172,6 +188,8 @@ def training_batches(
     process_index=process_index,
     process_count=process_count,
     num_threads=run.data.num_threads,
+    num_processes=run.data.num_processes,
+    opens=functools.partial(open_source, run.data),
     repeats=run.data.repeats,
     max_corrupt_fraction=run.data.max_corrupt_fraction,
     groups=groups,

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+  import jax
 
 # How a key follows when the picture is resized, cropped, flipped or padded:
 #   image    [H, W, C], resampled by the operation's filter
@@ -93,6 +95,8 @@ def batch_shapes(
   fields: Fields, batch_size: int, *, train: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """The arrays of a batch of resolved fields, those that the loader adds included."""
+  import jax  # here alone: processes that read have no use for it
+
   shapes = {
     name: jax.ShapeDtypeStruct((batch_size, *map(int, field.shape)), np.dtype(field.dtype))  # type: ignore[arg-type]
     for name, field in on_device(fields).items()

@@ -39,6 +39,17 @@ class OnImages:
   moves: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Later:
+  """An operation that gives a `ScaledPicture`, which operations on the plane must follow.
+
+  Attributes:
+    apply: as any `(example, generator) → example`.
+  """
+
+  apply: Transform
+
+
 REGISTRY: dict[str, Callable[..., Any]] = {}
 # Given by `parse_transform`, not by the string, to the factories that ask for them.
 GIVEN = ("decoder", "kinds")

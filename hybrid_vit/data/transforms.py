@@ -26,10 +26,12 @@ from hybrid_vit.data import segment_operations as _segments  # noqa: F401  (and 
 from hybrid_vit.data import spec
 from hybrid_vit.data.decoding import DECODERS, CorruptPictureError, decode_picture
 from hybrid_vit.data.geometry import PLANE_KINDS, Plane, move, plane_size
+from hybrid_vit.data.scaled_decoding import ScaledPicture
 from hybrid_vit.data.transform_registry import (
   GIVEN,
   REGISTRY,
   Example,
+  Later,
   OnImages,
   OnPlane,
   Transform,
@@ -68,18 +70,39 @@ def parse_transform(
     if kind not in spec.KINDS:
       raise ValueError(f"kind {kind!r} of {name!r} is not one of {', '.join(spec.KINDS)}")
   operations = [_parse_one(part.strip(), decoder, kinds) for part in _split(text)]
+  for operation, after in zip(operations, [*operations[1:], None]):
+    if isinstance(operation, Later) and not isinstance(after, OnPlane):
+      raise ValueError(
+        f"transform {text!r}: what decode(scaled=True) may leave out is told by the operation on "
+        "the plane behind it, such as random_resized_crop, and none comes next"
+      )
   steps: list[Transform] = []
   # Neighbours on the plane are drawn one after another and applied together.
   for is_plane, group in itertools.groupby(operations, lambda item: isinstance(item, OnPlane)):
     members = list(group)
     steps += [_plane_step(members, kinds)] if is_plane else [_step(o, kinds) for o in members]
 
-  def transform(example: Example, rng: np.random.Generator) -> Example:
-    for step in steps:
+  return ParsedTransform(text, decoder, kinds, steps)
+
+
+class ParsedTransform:
+  """What a string of operations does; another process gets the string and reads it anew.
+
+  Args:
+    text, decoder, kinds: as given to `parse_transform`.
+    steps: what it made of them.
+  """
+
+  def __init__(self, text: str, decoder: str, kinds: dict[str, str], steps: Sequence[Transform]):
+    self._given, self._steps = (text, decoder, kinds), steps
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    for step in self._steps:
       example = step(example, rng)
     return example
 
-  return transform
+  def __reduce__(self) -> tuple[Any, ...]:
+    return parse_transform, self._given
 
 
 def _plane_step(operations: Sequence[OnPlane], kinds: Mapping[str, str]) -> Transform:
@@ -90,12 +113,18 @@ def _plane_step(operations: Sequence[OnPlane], kinds: Mapping[str, str]) -> Tran
       drawn = operation.draw(*size, rng)
       planes += [drawn] if isinstance(drawn, Plane) else drawn
       size = planes[-1].size if planes else size
-    return move(example, planes, kinds)
+    moved = move(example, planes, kinds)
+    for name, kind in kinds.items():
+      if kind == "image" and isinstance(value := moved.get(name), ScaledPicture):
+        moved[name] = value.decoded()
+    return moved
 
   return transform
 
 
-def _step(operation: OnImages | Transform, kinds: Mapping[str, str]) -> Transform:
+def _step(operation: OnImages | Later | Transform, kinds: Mapping[str, str]) -> Transform:
+  if isinstance(operation, Later):
+    return operation.apply
   if not isinstance(operation, OnImages):
     return operation
   names = [name for name, kind in kinds.items() if kind == "image"]

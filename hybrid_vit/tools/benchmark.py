@@ -1,8 +1,7 @@
 r"""Times on this machine: the forms of an operation side by side, or pictures read a second.
 
     python -m hybrid_vit.tools.benchmark depthwise_conv
-    python -m hybrid_vit.tools.benchmark data --source=folder:/path/flowers \
-      --transform="decode|random_resized_crop(224)|flip_lr"
+    python -m hybrid_vit.tools.benchmark data --source=folder:/path/flowers --against=timm
     python -m hybrid_vit.tools.benchmark tokenizer
     python -m hybrid_vit.tools.benchmark networks moat_0 --against=timm
 
@@ -27,15 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybrid_vit.data import spec
 from hybrid_vit.data.ahead import available_cores
-from hybrid_vit.data.loader import Reading, train_batches
-from hybrid_vit.data.sources import Source, create_source
 from hybrid_vit.data.tokenizer import ClipTokenizer
-from hybrid_vit.data.transforms import DECODERS, parse_transform
 from hybrid_vit.huge_pages import restart_with_huge_pages
 from hybrid_vit.ops import depthwise_conv
-from hybrid_vit.tools import benchmark_networks
+from hybrid_vit.tools import benchmark_data, benchmark_networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,46 +152,6 @@ def interleaved_medians(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> d
   return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def pictures_per_second(
-  source: Source,
-  transform: str,
-  decoders: Sequence[str],
-  *,
-  pictures: int,
-  batch_size: int,
-  threads: int | None,
-  rounds: int,
-) -> dict[str, float]:
-  """Pictures a second that the iterator of a training gives, batch by batch.
-
-  Args:
-    source: see `hybrid_vit.data.sources`.
-    transform: see `hybrid_vit.data.transforms`.
-    decoders: to compare.
-    pictures: in a round, at least; in a training's order, several epochs where there are fewer.
-    batch_size: of this process.
-    threads: that read and transform; the cores that this process may use where None.
-    rounds: the decoders take turns so many times.
-  """
-  steps = -(-pictures // batch_size)
-
-  def reader(decoder: str) -> Callable[[], Any]:
-    apply = parse_transform(transform, decoder)
-    fields = {"image": spec.Field("image", shape=(None, None, None))}
-    fields = spec.resolve(fields, apply, lambda: source[0])
-    # So many steps and no more: what is read ahead of the last one would be in the others' way.
-    reading = Reading(batch_size, apply, fields, steps)
-
-    def read() -> None:
-      for _ in train_batches(source, [reading], seed=0, num_threads=threads):
-        pass
-
-    return read
-
-  medians = interleaved_medians({decoder: reader(decoder) for decoder in decoders}, rounds)
-  return {decoder: steps * batch_size / seconds for decoder, seconds in medians.items()}
-
-
 # Of captions made by rule: common letters of nine scripts.
 _SCRIPTS = (
   "abcdefghijklmnopqrstuvwxyz",
@@ -279,29 +234,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser(name, help="forward and backward time of each form")
     command.add_argument("--rounds", type=int, default=15)
     command.add_argument("--cases", type=int, help="only the first so many")
-  command = commands.add_parser("data", help="pictures a second of a source and a transform")
-  command.add_argument("--source", required=True, help="as config.data.source")
-  command.add_argument("--split", default="train")
-  command.add_argument("--data_dir")
-  command.add_argument("--transform", default="decode|random_resized_crop(224)|flip_lr")
-  command.add_argument("--decoders", nargs="+", choices=DECODERS, default=["pil", "opencv"])
-  command.add_argument("--threads", type=int, default=available_cores())
-  command.add_argument("--batch_size", type=int, default=64, help="of one process")
-  command.add_argument("--pictures", type=int, default=400, help="in a round, in whole batches")
-  command.add_argument("--rounds", type=int, default=5)
   command = commands.add_parser("tokenizer", help="captions a second, reference and fast")
   command.add_argument("--captions", type=int, default=2000, help="in a round")
   command.add_argument("--rounds", type=int, default=5)
   commands.add_parser("networks", help="whole networks, see benchmark_networks", add_help=False)
+  commands.add_parser("data", help="pictures a second, see benchmark_data", add_help=False)
   given = list(sys.argv[1:] if arguments is None else arguments)
   if given[:1] == ["networks"]:
     return benchmark_networks.main(given[1:])
+  if given[:1] == ["data"]:
+    return benchmark_data.main(given[1:])
   options = parser.parse_args(given)
   try:
     if options.what == "tokenizer":
       _print_tokenizer(options)
-    elif options.what == "data":
-      _print_data(options)
     else:
       _print_operation(options)
   except (OSError, ValueError, ImportError) as error:
@@ -336,29 +282,6 @@ def _print_tokenizer(options: argparse.Namespace) -> None:
   print(
     f"{options.captions} captions, median of {options.rounds} rounds, {available_cores()} cores; "
     "repair by ftfy is not counted"
-  )
-
-
-def _print_data(options: argparse.Namespace) -> None:
-  source = create_source(options.source, options.split, options.data_dir)
-  print(f"{options.source} {options.split}, {len(source)} pictures: {options.transform}")
-  rates = pictures_per_second(
-    source,
-    options.transform,
-    options.decoders,
-    pictures=options.pictures,
-    batch_size=options.batch_size,
-    threads=options.threads,
-    rounds=options.rounds,
-  )
-  reference = rates[options.decoders[0]]
-  row = "{:10} {:>12} {:>8}"
-  print(row.format("decoder", "pictures/s", "ratio"))
-  for decoder, rate in rates.items():
-    print(row.format(decoder, f"{rate:.0f}", f"{rate / reference:.2f}"))
-  print(
-    f"{options.threads} threads, batches of {options.batch_size}, "
-    f"median of {options.rounds} rounds of at least {options.pictures}"
   )
 
 

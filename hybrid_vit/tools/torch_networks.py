@@ -1,23 +1,21 @@
 """The same networks in PyTorch, as calls to time: timm's and transformers'.
 
 Where neither has the very network, one of the same kind and size stands beside it; the form's name
-says which. PyTorch runs in a process of its own, which waits while others are measured: within one,
-its threads and its memory slow XLA's calls down to a half.
+says which.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
+import importlib
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.models.registry import model_entry
+from hybrid_vit.tools.torch_process import PeerError, serve, served
 
 PEERS = ("timm", "transformers")
 # Names there, by ours.
@@ -54,14 +52,10 @@ _TRANSFORMERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class PeerError(RuntimeError):
-  """The network cannot be had in PyTorch here; the message says what to do."""
-
-
 @contextlib.contextmanager
 def calls(
   peer: str, network: str, size: int, batch: int, dtype: str, training: bool
-) -> Iterator[tuple[dict[str, Callable[[], None]], dict[str, str]]]:
+) -> Iterator[tuple[dict[str, Callable[[], str]], dict[str, str]]]:
   """One call of each form, by its name: a forward pass, or a training step with AdamW.
 
   Args:
@@ -81,61 +75,30 @@ def calls(
   table: Any = _TIMM if peer == "timm" else _TRANSFORMERS
   if network not in table:
     raise PeerError(f"{peer} has nothing beside {network}; it has: {', '.join(sorted(table))}")
-  for module in ("torch", peer):
-    if importlib.util.find_spec(module) is None:
-      raise PeerError(f"--against={peer} needs {module}: pip install {module}")
   arguments = (peer, network, str(size), str(batch), dtype, str(int(training)))
-  with subprocess.Popen(
-    [sys.executable, "-m", __name__, *arguments],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-  ) as process:  # fmt: skip
-    assert process.stdin is not None and process.stdout is not None
-
-    def answer() -> str:
-      # Libraries print lines of their own.
-      for line in process.stdout or ():
-        if line.startswith(_MARK):
-          return line.removeprefix(_MARK).rstrip("\n")
-      raise PeerError(f"{peer}'s process ended with status {process.wait()}; see above")
-
-    def called(form: str) -> None:
-      print(form, file=process.stdin, flush=True)
-      answer()
-
-    versions = dict(part.split("=") for part in answer().split())
-    forms = answer().split("|")
-    try:
-      yield {form: functools.partial(called, form) for form in forms}, versions
-    finally:
-      process.stdin.close()
-
-
-# Before each line that the process answers with.
-_MARK = "benchmark: "
+  with served(__name__, peer, arguments) as found:
+    yield found
 
 
 def _serve(peer: str, network: str, size: int, batch: int, dtype: str, training: bool) -> None:
-  """Makes the forms, then calls one for each line that names it."""
   import torch
 
-  versions = {"torch": torch.__version__, peer: importlib.import_module(peer).__version__}
-  print(_MARK + " ".join(f"{k}={v}" for k, v in versions.items()), flush=True)
-  torch.set_num_threads(available_cores())
-  torch.manual_seed(0)
-  rate = float(dict(model_entry(network).arguments).get("drop_path_rate", 0.0))
-  label = _TIMM[network] if peer == "timm" and network in _STAND_INS else peer
-  layouts = {"eager": torch.contiguous_format, "channels_last": torch.channels_last}
-  forms = {
-    f"{label}, {name}": _call(_made(peer, network, rate), layout, size, batch, dtype, training)
-    for name, layout in layouts.items()
-  }
-  if shutil.which("g++") or shutil.which("clang++"):
-    compiled = torch.compile(_made(peer, network, rate))
-    forms[f"{label}, compiled"] = _call(compiled, torch.channels_last, size, batch, dtype, training)
-  print(_MARK + "|".join(forms), flush=True)
-  for line in sys.stdin:
-    forms[line.rstrip("\n")]()
-    print(_MARK, flush=True)
+  def made() -> dict[str, Callable[[], Any]]:
+    torch.set_num_threads(available_cores())
+    torch.manual_seed(0)
+    rate = float(dict(model_entry(network).arguments).get("drop_path_rate", 0.0))
+    label = _TIMM[network] if peer == "timm" and network in _STAND_INS else peer
+    layouts = {"eager": torch.contiguous_format, "channels_last": torch.channels_last}
+    forms = {
+      f"{label}, {name}": _call(_made(peer, network, rate), layout, size, batch, dtype, training)
+      for name, layout in layouts.items()
+    }
+    if shutil.which("g++") or shutil.which("clang++"):
+      model = torch.compile(_made(peer, network, rate))
+      forms[f"{label}, compiled"] = _call(model, torch.channels_last, size, batch, dtype, training)
+    return forms
+
+  serve({"torch": torch.__version__, peer: importlib.import_module(peer).__version__}, made)
 
 
 def _made(peer: str, network: str, drop_path_rate: float) -> Any:

@@ -44,6 +44,16 @@ def test_opencv_reads_what_it_reads_fast(monkeypatch):
     assert not (decode_picture(encoded(photo(4, 200, 300), format_name), "opencv") == 128).all()
 
 
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+def test_opencv_needs_no_help_with_a_jpeg(monkeypatch, divisor):
+  raw = encoded(photo(4, 203, 301))
+  expected = decode_picture(raw, "pil", divisor)
+  monkeypatch.setattr(decoding, "_by_pil", None)
+  image = decode_picture(raw, "opencv", divisor)
+  assert image.shape == expected.shape
+  assert np.abs(image.astype(int) - expected).mean() < 0.5
+
+
 RGB = Image.fromarray(photo(2))
 GREY = np.asarray(RGB.convert("L"))
 GREY16 = GREY.astype(np.uint16) * 256 + np.arange(60, dtype=np.uint16) * 4

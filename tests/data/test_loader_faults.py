@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from hybrid_vit.data import loader
+from hybrid_vit.data import examples
 from hybrid_vit.data.errors import CorruptDataError, DataReadError
 from hybrid_vit.data.loader import Reading, eval_batches, train_batches
 from hybrid_vit.data.spec import Field
@@ -99,7 +99,7 @@ def test_the_limit_of_corrupt_pictures_is_that_of_a_part():
 
 
 def test_a_read_error_is_tried_again_and_never_corrupt(monkeypatch, caplog):
-  monkeypatch.setattr(loader, "_WAITS", (0.0, 0.01, 0.0))
+  monkeypatch.setattr(examples, "_WAITS", (0.0, 0.01, 0.0))
   healthy = take(numbers(Numbers(10), (5, 2)))
   batches = numbers(Numbers(10, failing={3: 3, 7: 1}), (5, 2), max_corrupt_fraction=0.0)
   with caplog.at_level(logging.WARNING):
@@ -116,7 +116,7 @@ def test_a_read_error_is_tried_again_and_never_corrupt(monkeypatch, caplog):
 
 
 def test_a_missing_file_stops_the_run(monkeypatch):
-  monkeypatch.setattr(loader, "_WAITS", (0.0,))
+  monkeypatch.setattr(examples, "_WAITS", (0.0,))
 
   class Gone(Numbers):
     def __getitem__(self, index):

@@ -2,11 +2,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hybrid_vit.data.loader import train_batches
-from hybrid_vit.data.sources import create_source
 from hybrid_vit.ops.depthwise_conv import FORMS
 from hybrid_vit.tools import benchmark
-from tests.data.pictures import write_folder
 
 
 def test_forms_take_turns_and_the_median_counts(monkeypatch):
@@ -39,43 +36,6 @@ def test_command_for_an_operation(capsys):
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2 + len(FORMS) and f"on {jax.default_backend()}" in lines[0]
   assert [line.split(" ms")[0].split()[-5] for line in lines[2:]] == list(FORMS)
-
-
-def test_command_for_data(tmp_path, capsys):
-  write_folder(tmp_path, {"train/cat": 3, "val/cat": 1})
-  arguments = [f"--source=folder:{tmp_path}", "--transform=decode|resize(8)"]
-  assert benchmark.main(["data", *arguments, "--pictures=7", "--rounds=1", "--threads=2"]) == 0
-  lines = capsys.readouterr().out.splitlines()
-  assert lines[2].split()[0] == "pil" and lines[2].split()[-1] == "1.00"
-  assert lines[3].split()[0] == "opencv" and int(lines[3].split()[1]) > 0
-  assert benchmark.main(["data", "--source=folder:/not/there"]) == 1
-  assert "looked for at /not/there" in capsys.readouterr().err
-
-
-def test_data_is_timed_on_the_way_that_training_takes(tmp_path, monkeypatch):
-  write_folder(tmp_path, {"train/cat": 3, "val/cat": 1})
-  calls, batches = [], []
-
-  def watched(source, readings, **options):
-    calls.append((readings[0].batch_size, readings[0].steps, options))
-    for batch in train_batches(source, readings, **options):
-      batches.append(batch)
-      yield batch
-
-  monkeypatch.setattr(benchmark, "train_batches", watched)
-  rates = benchmark.pictures_per_second(
-    create_source(f"folder:{tmp_path}", "train"),
-    "decode|resize(8)",
-    ["pil"],
-    pictures=7,
-    batch_size=2,
-    threads=1,
-    rounds=2,
-  )
-  # A round to warm up and two that count, each of whole batches and nothing beyond them.
-  assert calls == [(2, 4, {"seed": 0, "num_threads": 1})] * 3 and len(batches) == 12
-  assert {batch["image"].shape for batch in batches} == {(2, 8, 8, 3)}
-  assert rates["pil"] > 0
 
 
 def test_names_are_registered_once():
