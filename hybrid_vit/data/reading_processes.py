@@ -58,7 +58,7 @@ class ReadingProcesses:
     readings: how examples are read; what is asked for later is one of these.
 
   Raises:
-    ValueError: `opens` or a transform cannot be handed to another process.
+    ValueError: `opens` or a transform cannot be handed to another process, or no Linux.
   """
 
   def __init__(
@@ -68,6 +68,11 @@ class ReadingProcesses:
     opens: Callable[[], Source],
     readings: Sequence[Readable],
   ):
+    if not hasattr(os, "memfd_create"):
+      raise ValueError(
+        f"num_processes is {count}, which needs Linux's memory without a name; here is "
+        f"{sys.platform}: leave it out, threads read then"
+      )
     self._source, self._readings = source, list(readings)
     layouts = [spec.on_device(reading.fields) for reading in self._readings]
     modules = {factory.__module__ for factory in REGISTRY.values()} - {"__main__"}

@@ -15,6 +15,7 @@ from hybrid_vit.data import loader
 from hybrid_vit.data.errors import CorruptDataError
 from hybrid_vit.data.loader import Reading, eval_batches, train_batches
 from hybrid_vit.data.pipeline import TrainingSettings, open_source, training_batches
+from hybrid_vit.data.reading_processes import ReadingProcesses
 from hybrid_vit.data.spec import Field
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.tools.process_figures import children
@@ -196,3 +197,9 @@ def test_a_row_is_not_another_one_s_while_it_is_read():
     assert (first["image"] != second["image"]).any()
     np.testing.assert_array_equal(first["image"], kept)
   reader.close()
+
+
+def test_another_system_is_told(monkeypatch):
+  monkeypatch.delattr("os.memfd_create")
+  with pytest.raises(ValueError, match="num_processes is 2, which needs Linux"):
+    ReadingProcesses(2, None, list, [])
