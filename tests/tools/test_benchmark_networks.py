@@ -18,7 +18,7 @@ def tiny(monkeypatch):
   """A network that compiles in no time in the place of the registry's."""
   build = benchmark_networks.run_of
 
-  def tiny_run(setting):
+  def tiny_run(setting, scan_blocks=False):
     recipe = benchmark_networks.recipes.imagenet
 
     def imagenet(*args, **kwargs):
@@ -32,7 +32,9 @@ def tiny(monkeypatch):
 
     with monkeypatch.context() as patch:
       patch.setattr(benchmark_networks.recipes, "imagenet", imagenet)
-      return build(setting)
+      run = build(setting, scan_blocks)
+    assert run.tasks[0].model.scan_blocks is scan_blocks
+    return run
 
   monkeypatch.setattr(benchmark_networks, "run_of", tiny_run)
 
@@ -47,7 +49,8 @@ def test_rows_beside_a_peer_and_their_files(tiny, monkeypatch, tmp_path):
 
   monkeypatch.setattr(torch_networks, "calls", calls)
   out = tmp_path / "speed" / "cpu"
-  command = ["networks", "tiny_moat_0", "--size=32", "--batch=2", "--rounds=2", "--against=timm"]
+  command = ["networks", "tiny_moat_0", "--size=32", "--batch=2", "--rounds=2", "--against=timm",
+             "--scan"]  # fmt: skip
   assert benchmark.main([*command, f"--out={out}"]) == 0
   assert asked == [("timm", "tiny_moat_0", 32, 2, "float32", t) for t in (False, True)]
   stored = json.loads(out.with_suffix(".json").read_text())
@@ -60,14 +63,15 @@ def test_rows_beside_a_peer_and_their_files(tiny, monkeypatch, tmp_path):
   assert [(r["mode"], r["form"]) for r in rows] == [
     (mode, form)
     for mode in ("inference", "training")
-    for form in ("hybrid_vit", "timm, eager", "timm, channels_last")
+    for form in ("hybrid_vit", "hybrid_vit, blocks scanned", "timm, eager", "timm, channels_last")
   ]
   ours = rows[0]
   assert ours["images_per_second"] == pytest.approx(2e3 / ours["ms"], rel=0.05)
   assert ours["compile_seconds"] > 0 and ours["memory_mib"] > 0
   # What does nothing is faster than we are.
   assert ours["ratio_to"] in ("timm, eager", "timm, channels_last") and ours["speed_ratio"] < 0.5
-  assert rows[3]["gflop_per_image"] == pytest.approx(3 * ours["gflop_per_image"], rel=0.2)
+  assert rows[4]["gflop_per_image"] == pytest.approx(3 * ours["gflop_per_image"], rel=0.2)
+  assert rows[1]["compile_seconds"] > 0 and rows[1]["ratio_to"] == ours["ratio_to"]
   assert "| tiny_moat_0 | training |" in out.with_suffix(".md").read_text()
   assert out.with_suffix(".png").stat().st_size > 5000
 
@@ -94,6 +98,8 @@ def test_estimates_are_of_one_chip(tiny, monkeypatch, mode):
   (row,) = benchmark_networks.estimate(setting, "v5e:2x2")
   assert row["ms"] == 2.0 and row["images_per_second"] == 1000.0 and row["memory_mib"] == 1024
   assert row["traffic_mb_per_image"] == 2000 and row["form"] == "hybrid_vit, v5e estimated"
+  both = benchmark_networks.estimate(setting, "v5e:2x2", scan=True)
+  assert both == [row, {**row, "form": "hybrid_vit, blocks scanned, v5e estimated"}]
   assert row["mfu"] == round(1e9 * row["gflop_per_image"] * 1000 / 197e12, 4)
 
 
