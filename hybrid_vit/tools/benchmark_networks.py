@@ -13,7 +13,8 @@ network (or what stands beside it, as the table says) trains and predicts in PyT
 channels_last, and compiled where a C++ compiler is at hand; the ratio is to the fastest of these.
 With --topology nothing is run: the figures are the compiler's estimates, of one chip (libtpu is
 needed: pip install 'jax[tpu]').
-Writes OUT.json, OUT.md and OUT.png.
+Writes OUT.json, OUT.md and OUT.png, in which rows of an earlier call stay, but those of the same
+network, mode, size, batch and type.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -240,14 +242,32 @@ def settings_of(options: argparse.Namespace) -> Iterator[Setting]:
     yield Setting(network, mode, size, batch, dtype)
 
 
+def _earlier(path: Path | None) -> list[dict[str, Any]]:
+  """Rows of an earlier call."""
+  stored = None if path is None else path.with_name(path.name + ".json")
+  if stored is None or not stored.is_file():
+    return []
+  found = json.loads(stored.read_text("utf-8"))
+  return [{"date": found["date"], **row} for row in found["rows"]]
+
+
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
   """Pictures a second of each row, a panel for each mode."""
   panels: dict[str, dict[str, dict[str, float]]] = {}
+  stand_ins = {
+    row["network"]: name
+    for row in rows
+    if (name := row["form"].rpartition(", ")[0]) in torch_networks.stand_ins()
+  }
   for row in rows:
     if "images_per_second" in row:
       label = f"{row['network']}, {row['batch']} x {row['size']}, {row['dtype']}"
+      form = row["form"]
+      # What stands in is said beside our name: its forms have the peer's colours.
+      if name := stand_ins.get(row["network"]):
+        label, form = f"{label}\n(timm: {name})", form.replace(name, "timm")
       bars = panels.setdefault(f"{row['mode']}, images a second", {}).setdefault(label, {})
-      bars[row["form"]] = row["images_per_second"]
+      bars[form] = row["images_per_second"]
   if panels:
     plot_bars(panels, path.with_name(path.name + ".png"), title)
 
@@ -277,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       parser.error(f"no network is named {name!r}{closest_hint(name, known)}")
   if options.topology and options.against:
     parser.error("--topology runs nothing that --against could be beside")
-  rows: list[dict[str, Any]] = []
+  rows = _earlier(options.out)
   head = head_of("benchmark networks", given, options.topology, options.rounds)
   try:
     for setting in settings_of(options):
@@ -288,7 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         head |= versions
       for row in found:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-      rows += found
+      same = dataclasses.asdict(setting).items()
+      rows = [row for row in rows if not same <= row.items()]
+      rows += [{**row, "date": head["date"]} for row in found]
       if options.out is not None:
         # Also what an interrupted call leaves is whole.
         write_results(options.out, head, rows, _FIRST)

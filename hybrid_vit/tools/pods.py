@@ -133,7 +133,6 @@ def _row(
     "lines": spelt or "as published",
     "peak_gib": max(step.compilation.peak_bytes for step in found) / 2**30,
     "of_gib": chip.hbm_bytes / 2**30,
-    "compile_seconds": sum(step.compilation.seconds for step in found),
   }  # fmt: skip
   if not fits:
     return row

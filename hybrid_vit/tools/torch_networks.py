@@ -52,6 +52,11 @@ _TRANSFORMERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def stand_ins() -> set[str]:
+  """Names in timm of what stands beside a network that it has not."""
+  return {_TIMM[name] for name in _STAND_INS}
+
+
 @contextlib.contextmanager
 def calls(
   peer: str, network: str, size: int, batch: int, dtype: str, training: bool
@@ -131,7 +136,7 @@ def _logits_of(model: Any) -> Any:
 
 def _call(
   model: Any, layout: Any, size: int, batch: int, dtype: str, training: bool
-) -> Callable[[], Any]:
+) -> Callable[[], None]:
   import torch
 
   model = model.to(memory_format=layout)
@@ -141,21 +146,21 @@ def _call(
   if not training:
     model.eval()
 
-    def predict() -> Any:
+    def predict() -> None:
       with torch.inference_mode(), half:
-        return model(images)
+        model(images)
 
     return predict
   model.train()
   optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
 
-  def step() -> Any:
+  def step() -> None:
     optimizer.zero_grad(set_to_none=True)
     with half:
       loss = torch.nn.functional.cross_entropy(model(images), labels)
     loss.backward()
     optimizer.step()
-    return loss.item()
+    loss.item()
 
   return step
 

@@ -68,9 +68,14 @@ def served(
 
 
 def serve(versions: Mapping[str, str], made: Callable[[], Mapping[str, Callable[[], Any]]]) -> None:
-  """Prepares the calls, then makes one for each line that names it, and answers its result."""
+  """Prepares the calls, then makes one for each line that names it, and answers its result.
+
+  What a call returns is written in one line.
+  """
   print(_MARK + " ".join(f"{k}={v}" for k, v in versions.items()), flush=True)
   forms = made()
   print(_MARK + "|".join(forms), flush=True)
   for line in sys.stdin:
-    print(f"{_MARK}{forms[line.rstrip(chr(10))]()}", flush=True)
+    said = str(forms[line.rstrip("\n")]())
+    assert "\n" not in said, f"{line!r} answered several lines"
+    print(f"{_MARK}{said}", flush=True)

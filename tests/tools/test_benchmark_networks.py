@@ -74,6 +74,14 @@ def test_rows_beside_a_peer_and_their_files(tiny, monkeypatch, tmp_path):
   assert rows[1]["compile_seconds"] > 0 and rows[1]["ratio_to"] == ours["ratio_to"]
   assert "| tiny_moat_0 | training |" in out.with_suffix(".md").read_text()
   assert out.with_suffix(".png").stat().st_size > 5000
+  # Rows of another setting stay, those of the same one are taken anew.
+  again = ["networks", "tiny_moat_0", "--size=32", "--rounds=1", "--modes=inference"]
+  assert benchmark.main([*again, "--batch=2", f"--out={out}"]) == 0
+  kept = json.loads(out.with_suffix(".json").read_text())["rows"]
+  assert [(r["mode"], r["form"]) for r in kept] == [
+    *[(r["mode"], r["form"]) for r in rows[4:]],
+    ("inference", "hybrid_vit"),
+  ]
 
 
 def test_a_training_step_is_the_loops_own_and_goes_on(tiny):
@@ -101,6 +109,24 @@ def test_estimates_are_of_one_chip(tiny, monkeypatch, mode):
   both = benchmark_networks.estimate(setting, "v5e:2x2", scan=True)
   assert both == [row, {**row, "form": "hybrid_vit, blocks scanned, v5e estimated"}]
   assert row["mfu"] == round(1e9 * row["gflop_per_image"] * 1000 / 197e12, 4)
+
+
+def test_the_chart_has_a_stand_in_in_the_peer_s_colours(monkeypatch, tmp_path):
+  drawn = []
+  monkeypatch.setattr(benchmark_networks, "plot_bars", lambda panels, *rest: drawn.append(panels))
+  own = {"mode": "training", "batch": 8, "size": 224, "dtype": "float32", "images_per_second": 1.0}
+  rows = [
+    {**own, "network": name, "form": form}
+    for name, form in (
+      ("moat_0", "hybrid_vit"), ("moat_0", "coatnet_0_rw_224, eager"), ("mci0", "timm, eager"),
+    )
+  ]  # fmt: skip
+  benchmark_networks.draw(tmp_path / "a", rows, "")
+  (panel,) = drawn[0].values()
+  assert {label: set(bars) for label, bars in panel.items()} == {
+    "moat_0, 8 x 224, float32\n(timm: coatnet_0_rw_224)": {"hybrid_vit", "timm, eager"},
+    "mci0, 8 x 224, float32": {"timm, eager"},
+  }
 
 
 def test_what_cannot_be_is_named(monkeypatch, capsys):
