@@ -314,6 +314,17 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     group[last] = value
 
 
+def set_fields(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
+  """Fields by their paths, see `set_field`; values are those that a command line would give."""
+  for name, value in values.items():
+    set_field(config, name, value if isinstance(value, str) else repr(value))
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+  """The same as a command line has them, for people."""
+  return " ".join(f"--config.{name}={value}" for name, value in values.items())
+
+
 def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
@@ -423,8 +434,7 @@ def load_sweep(
         "ConfigDict"
       )
     config = module.get_config(argument) if argument is not None else module.get_config()
-    for name, value in entry.items():
-      set_field(config, name, value if isinstance(value, str) else repr(value))
+    set_fields(config, entry)
     found.append((dict(entry), config))
   return found
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from hybrid_vit import build, programs, sharding, topology_plan, tpu_topology
 from hybrid_vit.collectives import Collective, collectives_of
-from hybrid_vit.config import Config, ConfigError, set_field
+from hybrid_vit.config import Config, ConfigError, as_flags, set_fields
 from hybrid_vit.run_plan import Plan, examine, with_groups
 from hybrid_vit.tools.summarize import count_parameters, parameters_by_module
 
@@ -145,9 +145,8 @@ def _try_to_fit(plan: Plan, topology: str, chips: Sequence[Any], phase: int, can
   assert plan.run is not None
   for changes in topology_plan.fitting_changes(plan.run, len(chips)):
     values = ConfigDict(plan.run.config)
-    for name, value in changes.items():
-      set_field(values, name, repr(value))
-    said = " ".join(f"--config.{name}={value}" for name, value in changes.items())
+    set_fields(values, changes)
+    said = as_flags(changes)
     other = examine(Config(values), len(chips))
     if other.problems or other.run is None:
       print(f"  {said}: {'; '.join(other.problems)}", flush=True)

@@ -20,11 +20,11 @@ def compiler(monkeypatch):
   monkeypatch.setattr(pods, "RECIPES", {"A": (TINY, {}), "B": (TINY, {"remat": True})})
   monkeypatch.setattr(pods.tpu_topology, "topology_devices", lambda name: [None] * 4)
 
-  def steps(plan, topology, devices):
+  def steps(run, topology, devices):
     assert len(devices) == 4
     fits = Compilation(2.0, True, 9 * GIB, cycles=Cycles(3_000_000, {}, {}, 0))
     refused = Compilation(2.0, False, 20 * GIB)
-    found = fits if plan.run.config["remat"] else refused
+    found = fits if run.config["remat"] else refused
     chip = tpu_topology.chip_of(topology)
     return [topology_plan.StepPlan(0, "", 8, chip, {}, found, (), 2**20, flops_per_example=1e9)]
 

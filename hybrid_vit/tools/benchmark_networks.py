@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -42,7 +41,7 @@ from hybrid_vit.config import Config
 from hybrid_vit.models.registry import closest_hint, list_models
 from hybrid_vit.plots import plot_bars
 from hybrid_vit.tools import torch_networks
-from hybrid_vit.tools.benchmark_results import head_of, seconds_in_turn, write_results
+from hybrid_vit.tools.benchmark_results import earlier_rows, head_of, seconds_in_turn, write_results
 from hybrid_vit.tools.summarize import count_multiply_adds
 
 MODES = ("inference", "training")
@@ -242,15 +241,6 @@ def settings_of(options: argparse.Namespace) -> Iterator[Setting]:
     yield Setting(network, mode, size, batch, dtype)
 
 
-def _earlier(path: Path | None) -> list[dict[str, Any]]:
-  """Rows of an earlier call."""
-  stored = None if path is None else path.with_name(path.name + ".json")
-  if stored is None or not stored.is_file():
-    return []
-  found = json.loads(stored.read_text("utf-8"))
-  return [{"date": found["date"], **row} for row in found["rows"]]
-
-
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
   """Pictures a second of each row, a panel for each mode."""
   panels: dict[str, dict[str, dict[str, float]]] = {}
@@ -297,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       parser.error(f"no network is named {name!r}{closest_hint(name, known)}")
   if options.topology and options.against:
     parser.error("--topology runs nothing that --against could be beside")
-  rows = _earlier(options.out)
+  rows = [] if options.out is None else earlier_rows(options.out)
   head = head_of("benchmark networks", given, options.topology, options.rounds)
   try:
     for setting in settings_of(options):

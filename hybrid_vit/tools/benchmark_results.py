@@ -84,6 +84,12 @@ def libraries() -> dict[str, str]:
   return {n: str(sys.modules[n].__version__) for n in _LIBRARIES if n in sys.modules}
 
 
+def earlier_rows(path: Path) -> list[dict[str, Any]]:
+  """Rows that an earlier call of `write_results` left at this path; none without such a file."""
+  stored = path.with_name(path.name + ".json")
+  return list(json.loads(stored.read_text("utf-8"))["rows"]) if stored.is_file() else []
+
+
 def write_results(
   path: Path,
   head: Mapping[str, Any],

@@ -15,7 +15,6 @@ kind is here. Writes OUT.json and OUT.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybrid_vit import programs, sharding, topology_plan, tpu_topology
-from hybrid_vit.config import Config, load_config, set_field
+from hybrid_vit.build import Run
+from hybrid_vit.config import Config, as_flags, load_config, set_fields
 from hybrid_vit.config_files import find_config
-from hybrid_vit.run_plan import Plan, examine
-from hybrid_vit.tools.benchmark_results import head_of, write_results
+from hybrid_vit.run_plan import examine
+from hybrid_vit.tools.benchmark_results import earlier_rows, head_of, write_results
 
 # The largest published training of each system: its configuration, and lines set beside it.
 RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -53,8 +53,7 @@ def configuration(recipe: str, lines: Mapping[str, Any]) -> ConfigDict:
   """A recipe's configuration with lines set: "moat:moat_4_22k", {"remat": True}."""
   name, _, argument = recipe.partition(":")
   values = load_config(find_config(name), argument or None)
-  for field, value in lines.items():
-    set_field(values, field, repr(value))
+  set_fields(values, lines)
   return values
 
 
@@ -73,37 +72,30 @@ def row_of(system: str, topology: str, scan_blocks: bool) -> dict[str, Any]:
   recipe, lines = RECIPES[system]
   devices = tpu_topology.topology_devices(topology)
   base = {**lines, "scan_blocks": True} if scan_blocks else dict(lines)
-  plan = _examined(recipe, base, len(devices))
-  tries: list[dict[str, Any]] = [{}, *topology_plan.fitting_changes(_run(plan), len(devices))]
-  found: list[topology_plan.StepPlan] = []
-  changes: dict[str, Any] = {}
-  for changes in tries:
-    try:
-      plan = _examined(recipe, {**base, **changes}, len(devices))
-    except ValueError as error:
-      print(f"  {changes}: {error}", flush=True)
-      continue
-    found = _steps(plan, topology, devices)
-    if all(step.compilation.fits for step in found):
+  run = _examined(recipe, base, len(devices))
+  row = _row(system, base, topology, run, _steps(run, topology, devices))
+  for changes in topology_plan.fitting_changes(run, len(devices)):
+    if row["fits"]:
       break
-  return _row(system, recipe, {**base, **changes}, topology, plan, found)
+    changed = {**base, **changes}
+    try:
+      other = _examined(recipe, changed, len(devices))
+    except ValueError as error:
+      print(f"  {as_flags(changes)}: {error}", flush=True)
+      continue
+    row = _row(system, changed, topology, other, _steps(other, topology, devices))
+  return row
 
 
-def _examined(recipe: str, lines: Mapping[str, Any], devices: int) -> Plan:
+def _examined(recipe: str, lines: Mapping[str, Any], devices: int) -> Run:
   plan = examine(Config(configuration(recipe, lines)), devices)
   if plan.problems or plan.run is None:
     raise ValueError(f"{recipe} on {devices} devices: {'; '.join(plan.problems)}")
-  return plan
-
-
-def _run(plan: Plan) -> Any:
-  assert plan.run is not None
   return plan.run
 
 
-def _steps(plan: Plan, topology: str, devices: Sequence[Any]) -> list[topology_plan.StepPlan]:
+def _steps(run: Run, topology: str, devices: Sequence[Any]) -> list[topology_plan.StepPlan]:
   """The distinct steps, up to the first one that does not fit."""
-  run = _run(plan)
   mesh = sharding.make_mesh(run.mesh_axes, devices)
   found = []
   for phase, canvas in programs.distinct_steps(run):
@@ -117,26 +109,23 @@ def _steps(plan: Plan, topology: str, devices: Sequence[Any]) -> list[topology_p
 
 def _row(
   system: str,
-  recipe: str,
   lines: Mapping[str, Any],
   topology: str,
-  plan: Plan,
+  run: Run,
   found: Sequence[topology_plan.StepPlan],
 ) -> dict[str, Any]:
-  chip = found[0].chip
+  chip, recipe = found[0].chip, RECIPES[system][0]
   chips = tpu_topology.device_count(topology)
   fits = all(step.compilation.fits for step in found)
-  spelt = " ".join(f"--config.{name}={value}" for name, value in lines.items())
   row = {
     "system": system, "recipe": f"configs/{recipe.replace(':', '.py:')}", "topology": topology,
     "chips": chips, "fits": fits,
-    "lines": spelt or "as published",
+    "lines": as_flags(lines) or "as published",
     "peak_gib": max(step.compilation.peak_bytes for step in found) / 2**30,
     "of_gib": chip.hbm_bytes / 2**30,
   }  # fmt: skip
   if not fits:
     return row
-  run = _run(plan)
   seconds = links = sent = images = used = 0.0
   for index, phase in enumerate(run.curriculum.phases):
     step = next(step for step in found if _same_step(run, step.phase, index))
@@ -154,9 +143,10 @@ def _row(
   }  # fmt: skip
 
 
-def _same_step(run: Any, phase: int, other: int) -> bool:
-  return bool(
-    run.tasks[phase] == run.tasks[other] and run.canvas_batches(phase) == run.canvas_batches(other)
+def _same_step(run: Run, phase: int, other: int) -> bool:
+  return (run.tasks[phase], run.canvas_batches(phase)) == (
+    run.tasks[other],
+    run.canvas_batches(other),
   )
 
 
@@ -176,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   for system in options.systems:
     if system not in RECIPES:
       parser.error(f"no system is named {system!r}; there are {', '.join(RECIPES)}")
-  path = options.out.with_name(options.out.name + ".json")
-  rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+  rows = earlier_rows(options.out)
   head = head_of("pods", [], " and ".join(options.topologies), 0)
   for system in options.systems or RECIPES:
     for topology in options.topologies:

@@ -11,7 +11,7 @@ import pytest
 from hybrid_vit.models import layers
 from hybrid_vit.models.registry import create_model
 from hybrid_vit.models.text import TextTransformer
-from tests.models import contract
+from tests.models import contract, test_cvt, test_l2vit
 
 # Name, arguments of a small one with rows of equal blocks, and the turns of its loops.
 NETWORKS = {
@@ -71,30 +71,8 @@ NETWORKS = {
     {"embed_dim": 8, "depths": (1, 3), "focal_levels": (2, 2), "focal_windows": (3, 3)},
     [3],
   ),
-  "cvt": (
-    "cvt_13",
-    {
-      "widths": (8, 16),
-      "depths": (1, 3),
-      "num_heads": (1, 2),
-      "patch_sizes": (7, 3),
-      "strides": (4, 2),
-      "paddings": (2, 1),
-      "mlp_ratios": (2, 2),
-      "qkv_bias": (True, True),
-      "class_tokens": (False, True),
-      "projections": ("dw_bn", "dw_bn"),
-      "kernel_sizes": (3, 3),
-      "kv_strides": (2, 2),
-      "kv_paddings": (1, 1),
-    },
-    [3],
-  ),
-  "l2vit": (
-    "l2vit_tiny",
-    {"widths": (8, 16), "depths": (2, 4), "num_heads": (1, 2), "mlp_ratios": (2, 2)},
-    [2],
-  ),
+  "cvt": ("cvt_13", {**test_cvt.SMALL, "depths": (1, 3)}, [3]),
+  "l2vit": ("l2vit_tiny", {**test_l2vit.SMALL, "depths": (2, 4)}, [2]),
   "mci": (
     "mci0",
     {
