@@ -24,6 +24,13 @@ MAX_PIXELS = 2**30
 # A header that says more lies.
 _MOST_PIXELS_A_BYTE = {"PNG": 1032 * 8, "JPEG": 64 * 8 * 4}
 
+# OpenCV's flags by what they divide the sides by.
+_REDUCED = {
+  2: cv2.IMREAD_REDUCED_COLOR_2,
+  4: cv2.IMREAD_REDUCED_COLOR_4,
+  8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
 # The loader's threads are the parallelism; OpenCV's own would fight them.
 cv2.setNumThreads(0)
 # PIL's own limit is for web servers and refuses photos of 180 megapixels.
@@ -32,13 +39,6 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 class CorruptPictureError(CorruptExampleError):
   """Bytes that are no picture, only part of one, or one that cannot be worked on."""
-
-
-_REDUCED = {
-  2: cv2.IMREAD_REDUCED_COLOR_2,
-  4: cv2.IMREAD_REDUCED_COLOR_4,
-  8: cv2.IMREAD_REDUCED_COLOR_8,
-}
 
 
 def decode_picture(encoded: bytes, decoder: str = "pil", divisor: int = 1) -> np.ndarray:

@@ -101,14 +101,19 @@ def resize_box(
 @functools.cache
 def _compiled() -> Callable[..., np.ndarray] | None:
   """Pillow's resampling to the bit, several times as fast, where the extra "fast" is installed."""
-  # Elsewhere Pillow's own compiler may fuse multiplications and additions: other last bits.
-  if platform.machine() != "x86_64" or _PILLOW != 13 or not importlib.util.find_spec("numba"):
+  if not can_be_compiled() or not importlib.util.find_spec("numba"):
     return None
   try:
     return importlib.import_module("hybrid_vit.data.compiled_resizing").resample
   except ImportError as error:
     logging.warning("numba is installed and cannot be used (%s): Pillow resizes", error)
     return None
+
+
+def can_be_compiled() -> bool:
+  """Whether compiled loops give this machine's Pillow's bits."""
+  # Elsewhere Pillow's own compiler may fuse multiplications and additions: other last bits.
+  return platform.machine() == "x86_64" and _PILLOW == 13
 
 
 def resizer() -> str:

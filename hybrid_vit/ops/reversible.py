@@ -60,8 +60,8 @@ def reversible_sequence(
     taps: maps that are wanted besides: their gradients come in where they were made.
     keep_every: number of columns after which the maps are kept and rebuilding starts afresh; None
       to keep those of the last column alone.
-    scan: columns as the turns of a loop, which compiles sooner; their levels are those of the first
-      one, and so are the shapes of their parameters.
+    scan: columns as the turns of a loop, of which one is compiled; their levels are those of the
+      first one, and so are the shapes of their parameters.
 
   Returns:
     The state after the last column, float32, and the tapped maps.

@@ -112,7 +112,7 @@ def _pictures() -> tuple[bool, str]:
   import numpy as np
   from PIL import Image
 
-  from hybrid_vit.data.resizing import resizer
+  from hybrid_vit.data.resizing import can_be_compiled, resizer
   from hybrid_vit.data.transforms import parse_transform
 
   ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[:, None, None], (1, 32, 3))
@@ -123,7 +123,9 @@ def _pictures() -> tuple[bool, str]:
     for decoder in ("opencv", "pil")
   ]
   far = max(np.abs(d["image"].astype(int) - ramp).max() for d in decoded)
-  by = f"{resizer()} resizes" + (' (faster with pip install -e ".[fast]")' * (resizer() != "numba"))
+  by = f"{resizer()} resizes"
+  if resizer() == "Pillow" and can_be_compiled():
+    by += ' (faster with pip install -e ".[fast]")'
   return bool(far < 16), f"OpenCV and PIL decode a JPEG (at most {far} of 255 away); {by}"
 
 
