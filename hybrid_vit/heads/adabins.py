@@ -28,6 +28,7 @@ from hybrid_vit.heads.depth_layers import check_depth_head, conv
 from hybrid_vit.heads.layers import check_levels
 from hybrid_vit.heads.registry import register_head
 from hybrid_vit.models.layers import (
+  Conv,
   PointwiseConv,
   batch_norm,
   dot_product_attention,
@@ -173,7 +174,7 @@ class AdaBins(nn.Module):
         f"adabins: a decoded map of {x.shape[1]} x {x.shape[2]} has {rows * columns} patches of "
         f"{size} x {size}; 1 to num_positions={self.num_positions} were expected"
       )
-    patches = nn.Conv(
+    patches = Conv(
       self.channels,
       (size, size),
       strides=size,

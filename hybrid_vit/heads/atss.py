@@ -25,6 +25,7 @@ from hybrid_vit.heads.dense_detection import (
 from hybrid_vit.heads.detection_losses import binary_cross_entropy
 from hybrid_vit.heads.detectors import register_without_masks
 from hybrid_vit.heads.retinanet import class_loss
+from hybrid_vit.models.layers import Conv
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.assignment import atss_assign
 from hybrid_vit.ops.boxes import decode_boxes, elementwise_giou
@@ -87,7 +88,7 @@ class ATSSHead(nn.Module):
     def conv(width: int, name: str, bias: float = 0.0) -> nn.Conv:
       init = nn.initializers.constant(bias)
       pad = ((1, 1), (1, 1))
-      return nn.Conv(width, (3, 3), padding=pad, kernel_init=NORMAL, bias_init=init, name=name)
+      return Conv(width, (3, 3), padding=pad, kernel_init=NORMAL, bias_init=init, name=name)
 
     classes = conv(self.num_anchors * self.num_classes, "classifier", PRIOR_BIAS)
     deltas, centerness = conv(4 * self.num_anchors, "deltas"), conv(self.num_anchors, "centerness")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from hybrid_vit.heads.detection_losses import cross_entropy, smooth_l1
 from hybrid_vit.heads.layers import he_normal_fan_out
 from hybrid_vit.heads.roi_sampling import RoISample
-from hybrid_vit.models.layers import batch_norm, layer_norm
+from hybrid_vit.models.layers import Conv, batch_norm, layer_norm
 from hybrid_vit.ops.boxes import decode_boxes, elementwise_giou, encode_boxes
 from hybrid_vit.ops.nms import Detections, SoftNMS, multiclass_nms
 
@@ -95,7 +95,7 @@ def conv_relu(module: Any, x: jax.Array, width: int, name: str, train: bool) -> 
   """
   if module.norm not in NORMS:
     raise ValueError(f"norm is {module.norm!r}; None, 'batch' or 'layer' was expected")
-  x = nn.Conv(
+  x = Conv(
     width, (3, 3), padding=((1, 1), (1, 1)), use_bias=module.norm is None,
     kernel_init=he_normal_fan_out, dtype=module.dtype, name=name,
   )(x)  # fmt: skip

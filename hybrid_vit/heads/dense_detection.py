@@ -17,6 +17,7 @@ import numpy as np
 from hybrid_vit.heads.batch_norm_groups import groups_of, with_groups
 from hybrid_vit.heads.layers import check_levels
 from hybrid_vit.heads.registry import create_neck, neck_arguments
+from hybrid_vit.models.layers import Conv
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.anchors import pyramid_anchors, valid_anchors
 from hybrid_vit.ops.boxes import decode_boxes
@@ -115,7 +116,7 @@ def towers(
     found: list[Any] = []
     for i in range(module.num_convs):
       found.append(
-        nn.Conv(
+        Conv(
           module.channels, (3, 3), padding=((1, 1), (1, 1)), use_bias=not norm_groups,
           kernel_init=NORMAL, dtype=module.dtype, name=f"{kind}_conv{i}",
         )

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybrid_vit.models.layers import Initializer
+from hybrid_vit.models.layers import Conv, Initializer
 
 # exp(80) is 5e34: a depth of 1e-34 m.
 _LOWEST = 80.0
@@ -26,7 +26,7 @@ def conv(
 ) -> nn.Conv:
   """A convolution of stride 1 whose zeros around the map keep its size; odd kernels."""
   pad = kernel_size // 2
-  return nn.Conv(
+  return Conv(
     features,
     (kernel_size, kernel_size),
     padding=((pad, pad), (pad, pad)),

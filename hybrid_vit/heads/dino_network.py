@@ -203,7 +203,7 @@ class DINONetwork(nn.Module):
 
   def _projected(self, x: jax.Array, level: int, size: int) -> jax.Array:
     pad, stride = (0, 1) if size == 1 else (1, 2)
-    x = nn.Conv(
+    x = layers.Conv(
       self.channels,
       (size, size),
       strides=(stride, stride),

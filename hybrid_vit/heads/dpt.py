@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from hybrid_vit.heads.depth_layers import bounded_depth, check_depth_head, conv
 from hybrid_vit.heads.layers import Deconv, check_levels
 from hybrid_vit.heads.registry import register_head
-from hybrid_vit.models.layers import PointwiseConv, batch_norm, gelu
+from hybrid_vit.models.layers import Conv, PointwiseConv, batch_norm, gelu
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.resize import resize_bilinear
 
@@ -117,7 +117,7 @@ class DPTDecoder(nn.Module):
       )(x)
     elif factor < 1:
       step = round(1 / factor)
-      x = nn.Conv(
+      x = Conv(
         width,
         (3, 3),
         strides=step,

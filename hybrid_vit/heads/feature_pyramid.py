@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from hybrid_vit.heads.layers import Deconv, check_levels
 from hybrid_vit.heads.registry import register_neck
-from hybrid_vit.models.layers import batch_norm, gelu, layer_norm, torch_bias_init
+from hybrid_vit.models.layers import Conv, batch_norm, gelu, layer_norm, torch_bias_init
 from hybrid_vit.models.registry import FeatureSpec
 
 # ConvTranspose2d's of PyTorch, 2x2 kernels: uniform within 1 / sqrt(4 * out channels).
@@ -116,7 +116,7 @@ class SimplePyramid(nn.Module):
     for level, y in zip(self.outputs, (up4, up2, x, _max_pool(x))):
       for i, size in enumerate((1, 3)):
         name, pad = f"{level.name}_conv{i}", (size // 2, size // 2)
-        y = nn.Conv(
+        y = Conv(
           self.channels,
           (size, size),
           padding=(pad, pad),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from hybrid_vit.heads.layers import check_levels
 from hybrid_vit.heads.registry import register_neck
+from hybrid_vit.models.layers import Conv
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.resize import resize_nearest
 
@@ -74,7 +75,7 @@ class FPN(nn.Module):
 
   def _conv(self, size: int, name: str, stride: int = 1) -> nn.Conv:
     pad = (size // 2, size // 2)
-    return nn.Conv(
+    return Conv(
       self.channels,
       (size, size),
       strides=stride,

@@ -69,7 +69,7 @@ class NormedConv(nn.Module):
     elif self.kernel_size == 1:
       x = layers.PointwiseConv(self.features, **options, name="conv")(x)
     else:
-      x = nn.Conv(
+      x = layers.Conv(
         self.features,
         size,
         padding=((pad, pad), (pad, pad)),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybrid_vit.models.layers import BatchNorm, Initializer
+from hybrid_vit.models.layers import BatchNorm, Conv, Initializer
 
 # mmcv's for convolutions before a ReLU: normal, variance 2 / fan_out.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -47,7 +47,7 @@ class ConvNorm(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """`[B, H, W, C]` to `[B, H, W, features]`."""
     pad = self.dilation * (self.kernel_size // 2)
-    x = nn.Conv(
+    x = Conv(
       self.features,
       (self.kernel_size, self.kernel_size),
       padding=((pad, pad), (pad, pad)),
@@ -149,7 +149,7 @@ def dropout_channels(module: nn.Module, x: jax.Array, rate: float, train: bool) 
 
 def classifier(features: int, name: str = "classifier") -> nn.Conv:
   """The 1x1 convolution to the classes, float32: normal with 0.01, bias 0, as mmseg's conv_seg."""
-  return nn.Conv(
+  return Conv(
     features, (1, 1), kernel_init=nn.initializers.normal(0.01), dtype=jnp.float32, name=name
   )
 

@@ -23,6 +23,7 @@ import numpy as np
 from hybrid_vit.heads.deformable import DeformableEncoderLayer, cell_centres
 from hybrid_vit.heads.layers import check_levels
 from hybrid_vit.heads.sine_positions import sine_positions
+from hybrid_vit.models.layers import Conv
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.resize import resize_bilinear
 
@@ -126,7 +127,7 @@ class PixelDecoder(nn.Module):
 
   def _conv(self, features: int, size: int, use_bias: bool, init: Any, name: str) -> nn.Conv:
     pad = size // 2
-    return nn.Conv(
+    return Conv(
       features,
       (size, size),
       padding=((pad, pad), (pad, pad)),

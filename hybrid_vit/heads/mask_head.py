@@ -22,6 +22,7 @@ from jax import lax
 from hybrid_vit.heads.box_head import conv_relu, widths
 from hybrid_vit.heads.detection_losses import binary_cross_entropy
 from hybrid_vit.heads.layers import Deconv, he_normal_fan_out
+from hybrid_vit.models.layers import Conv
 from hybrid_vit.ops.roi_align import roi_align
 
 # Boxes whose targets are cut from whole pictures at a time.
@@ -64,7 +65,7 @@ class MaskHead(nn.Module):
       x = conv_relu(self, x, width, f"conv{i}", train)
     width = self.channels if isinstance(self.channels, int) else self.channels[-1]
     x = nn.relu(Deconv(width, 2, 2, dtype=self.dtype, name="upsample")(x))
-    return nn.Conv(
+    return Conv(
       self.num_classes, (1, 1), kernel_init=he_normal_fan_out, dtype=jnp.float32, name="classifier"
     )(x.astype(jnp.float32))
 

@@ -24,6 +24,7 @@ from hybrid_vit.heads.dense_detection import (
 )
 from hybrid_vit.heads.detection_losses import sigmoid_focal, smooth_l1
 from hybrid_vit.heads.detectors import register_without_masks
+from hybrid_vit.models.layers import Conv
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.anchors import octave_scales
 from hybrid_vit.ops.assignment import max_iou_assign
@@ -78,9 +79,9 @@ class RetinaHead(nn.Module):
     del train
     pad = ((1, 1), (1, 1))
     prior = nn.initializers.constant(PRIOR_BIAS)
-    classes = nn.Conv(self.num_anchors * self.num_classes, (3, 3), padding=pad, kernel_init=NORMAL,
+    classes = Conv(self.num_anchors * self.num_classes, (3, 3), padding=pad, kernel_init=NORMAL,
                       bias_init=prior, name="classifier")  # fmt: skip
-    deltas = nn.Conv(4 * self.num_anchors, (3, 3), padding=pad, kernel_init=NORMAL, name="deltas")
+    deltas = Conv(4 * self.num_anchors, (3, 3), padding=pad, kernel_init=NORMAL, name="deltas")
     both = towers(self, maps)
     return {"classes": [classes(x) for x, _ in both], "deltas": [deltas(y) for _, y in both]}
 

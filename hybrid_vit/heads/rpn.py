@@ -21,6 +21,7 @@ from jax import lax
 
 from hybrid_vit.heads.detection_losses import binary_cross_entropy, smooth_l1
 from hybrid_vit.heads.layers import check_levels
+from hybrid_vit.models.layers import Conv
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.ops.assignment import max_iou_assign, random_sample
 from hybrid_vit.ops.boxes import decode_boxes, encode_boxes
@@ -72,14 +73,14 @@ class RPNHead(nn.Module):
     check_levels("rpn", self.features, 1)
     normal = nn.initializers.normal(0.01)
     convs = [
-      nn.Conv(
+      Conv(
         self.channels, (3, 3), padding=((1, 1), (1, 1)), kernel_init=normal, dtype=self.dtype,
         name=f"conv{i}",
       )
       for i in range(self.num_convs)
     ]  # fmt: skip
     objectness, deltas = (
-      nn.Conv(width, (1, 1), kernel_init=normal, dtype=jnp.float32, name=name)
+      Conv(width, (1, 1), kernel_init=normal, dtype=jnp.float32, name=name)
       for name, width in (("objectness", self.num_anchors), ("deltas", 4 * self.num_anchors))
     )
     found = []

@@ -140,7 +140,7 @@ class Patches(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     norm = layers.layer_norm(_LAYER_NORM_EPSILON, self.dtype, "norm")
-    conv = nn.Conv(
+    conv = layers.Conv(
       self.width,
       (self.size, self.size),
       strides=self.size,

@@ -153,7 +153,7 @@ class ConvEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (self.kernel_size, self.kernel_size),
       strides=self.stride,

@@ -234,7 +234,7 @@ class TokenEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (self.patch_size, self.patch_size),
       strides=self.stride,

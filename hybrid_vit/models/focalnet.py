@@ -197,7 +197,7 @@ class PatchEmbedding(nn.Module):
         f"{self.kernel_size - 2 * self.padding} rows and columns, got {x.shape[1]} x {x.shape[2]}: "
         f"give larger images"
       )
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (self.kernel_size, self.kernel_size),
       strides=self.stride,

@@ -358,7 +358,7 @@ def _conv(
   name: str,
   use_bias: bool = True,
 ) -> nn.Conv:
-  return nn.Conv(
+  return layers.Conv(
     features,
     (kernel, kernel),
     strides=stride,

@@ -1,5 +1,6 @@
 """Layers that two or more networks share; what one network alone needs stays in its own file."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from hybrid_vit.ops.activations import quick_gelu as quick_gelu
 from hybrid_vit.ops.attention import dot_product_attention as dot_product_attention
 from hybrid_vit.ops.attention import split_heads as split_heads
 from hybrid_vit.ops.batch_norm import batch_norm as batch_norm_op
+from hybrid_vit.ops.convolution import conv_general_dilated
 from hybrid_vit.ops.layer_norm import layer_norm as layer_norm_op
 from hybrid_vit.ops.platforms import target_platform
 
@@ -95,6 +97,10 @@ class DropPath(nn.Module):
     # An array would widen bfloat16, which a number does not.
     keep = keep.astype(x.dtype) if is_array else keep
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
+
+
+# Convolutions but depthwise and 1x1 ones: flax's own, see `ops/convolution.py`.
+Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class DepthwiseConv(nn.Module):

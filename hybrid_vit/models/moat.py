@@ -198,7 +198,7 @@ class Stem(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     for i, width in enumerate(self.widths):
-      x = nn.Conv(
+      x = layers.Conv(
         width,
         (3, 3),
         strides=self.stride if i == 0 else 1,

@@ -100,7 +100,7 @@ class Convolution(nn.Module):
       x = x[:, ::stride, ::stride]
       conv = layers.PointwiseConv(self.features, **common)
     else:
-      conv = nn.Conv(self.features, self.kernel_size, strides=stride, padding=pads, **common)
+      conv = layers.Conv(self.features, self.kernel_size, strides=stride, padding=pads, **common)
     nn.share_scope(self, conv)
     return conv(x)
 

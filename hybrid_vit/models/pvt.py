@@ -172,7 +172,7 @@ class PatchEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (self.patch_size, self.patch_size),
       strides=self.patch_size,
@@ -224,7 +224,7 @@ class SpatialReductionAttention(nn.Module):
     query = _dense(channels, self.qkv_bias, self.dtype, "query")(x)
     source, ratio = x, self.reduction_ratio
     if ratio > 1:
-      source = nn.Conv(
+      source = layers.Conv(
         channels,
         (ratio, ratio),
         strides=ratio,

@@ -154,7 +154,7 @@ class Bottleneck(nn.Module):
 
 def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
   pad = size // 2
-  return nn.Conv(
+  return layers.Conv(
     width,
     (size, size),
     strides=stride,

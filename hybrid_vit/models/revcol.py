@@ -375,7 +375,7 @@ class Level(nn.Module):
     """
     x = above
     if self.downsample:
-      x = nn.Conv(
+      x = layers.Conv(
         self.width,
         (2, 2),
         strides=2,
@@ -443,7 +443,7 @@ class Stem(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (4, 4),
       strides=4,

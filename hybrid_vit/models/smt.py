@@ -177,7 +177,7 @@ class Stem(nn.Module):
     if min(x.shape[1:3]) < 3:
       raise ValueError(f"SMT: images have at least 3 x 3 cells, not {x.shape[1]} x {x.shape[2]}")
     size = self.kernel_size
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (size, size),
       strides=2,
@@ -188,7 +188,7 @@ class Stem(nn.Module):
       name="conv_0",
     )(x)
     x = nn.relu(_batch_norm(self, "batch_norm")(x, train))
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (2, 2),
       strides=2,
@@ -209,7 +209,7 @@ class PatchEmbedding(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[B, H, W, C]` to `[B, ceil(H / 2), ceil(W / 2), width]`."""
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (3, 3),
       strides=2,

@@ -165,7 +165,7 @@ class PatchEmbedding(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     x = _pad_to_multiple(x, self.patch_size)
-    x = nn.Conv(
+    x = layers.Conv(
       self.width,
       (self.patch_size, self.patch_size),
       strides=self.patch_size,

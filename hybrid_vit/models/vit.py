@@ -222,7 +222,7 @@ class VisionTransformer(nn.Module):
         self.width, self.batch_norm_momentum, self.batch_norm_groups, self.dtype, name="stem"
       )(x, train)
     size = (self.patch_size, self.patch_size)
-    return nn.Conv(
+    return layers.Conv(
       self.width,
       size,
       strides=size,
@@ -311,7 +311,7 @@ class ConvStem(nn.Module):
     narrow = max(32, self.width // 4)
     # The authors' padding of (4 - 1) // 2 on both sides: the first patch begins outside.
     for i, (width, size, pad) in enumerate(((narrow, 4, 1), (narrow, 2, 0), (self.width, 2, 0))):
-      x = nn.Conv(
+      x = layers.Conv(
         width,
         (size, size),
         strides=size,

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from hybrid_vit.ops.platforms import target_platform
 
@@ -42,7 +43,7 @@ def split_heads(x: jax.Array, parts: int, num_heads: int) -> tuple[jax.Array, ..
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any) -> jax.Array:
   logits = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32)
-  weights = softmax(logits if bias is None else logits + bias, value.dtype)
+  weights = softmax(logits if bias is None else add_bias(logits, bias), value.dtype)
   return jnp.einsum("...hqk,...khe->...qhe", weights, value)
 
 
@@ -55,7 +56,7 @@ def _attend_on_cpu(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any
   """
   query, key, value = (jnp.swapaxes(x, -2, -3) for x in (query, key, value))
   logits = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
-  weights = softmax(logits if bias is None else logits + bias, value.dtype)
+  weights = softmax(logits if bias is None else add_bias(logits, bias), value.dtype)
   return jnp.swapaxes(jnp.einsum("...qk,...ke->...qe", weights, value), -2, -3)
 
 
@@ -70,6 +71,48 @@ def _attend_backward(back: Any, g: jax.Array) -> Any:
 
 
 _attend_on_cpu.defvjp(_attend_forward, _attend_backward)
+
+
+def add_bias(logits: jax.Array, bias: Any) -> jax.Array:
+  """The sum of `logits` and what is broadcast to its shape.
+
+  On CPUs the gradient of the latter is summed by halves of the batch: XLA's reduction of a few
+  large rows to one takes ten times as long there.
+  """
+  if target_platform() != "cpu":
+    return logits + bias
+  return _add_bias(logits, jnp.asarray(bias))
+
+
+@jax.custom_vjp
+def _add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
+  return logits + bias
+
+
+def _add_bias_forward(logits: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return logits + bias, bias
+
+
+def _add_bias_backward(bias: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+  shape = (1,) * (g.ndim - bias.ndim) + bias.shape
+  of_bias = g
+  for axis, size in enumerate(shape):
+    if size == 1 and g.shape[axis] > 1:
+      of_bias = _sum_by_halves(of_bias, axis)
+  return g, of_bias.reshape(bias.shape).astype(bias.dtype)
+
+
+def _sum_by_halves(x: jax.Array, axis: int) -> jax.Array:
+  """The sum over an axis, which stays with size 1."""
+  while (size := x.shape[axis]) > 1:
+    half = size // 2
+    added = lax.slice_in_dim(x, 0, half, axis=axis) + lax.slice_in_dim(x, half, 2 * half, axis=axis)
+    rest = lax.slice_in_dim(x, 2 * half, size, axis=axis)
+    x = added if size == 2 * half else jnp.concatenate([added, rest], axis)
+  return x
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

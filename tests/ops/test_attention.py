@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit.ops.attention import dot_product_attention, softmax, split_heads
+from hybrid_vit.ops.attention import add_bias, dot_product_attention, softmax, split_heads
 
 
 def plain(query, key, value, scale, bias=None):
@@ -67,3 +67,21 @@ def test_heads_are_those_of_the_authors_order():
   whole = x.reshape(2, 5, 3, 2, 4)
   for i, part in enumerate(split_heads(x, 3, 2)):
     np.testing.assert_array_equal(part, whole[:, :, i])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(
+  "shape", [(3, 5, 4), (5, 4), (1, 5, 4), (3, 1, 4), (7, 1, 1, 4), (1, 3, 5, 4), (7, 3, 5, 4), ()]
+)
+def test_a_bias_of_any_shape(platform, shape):
+  """Its gradient is summed over every axis that it is broadcast along, odd ones too."""
+  logits = jax.random.normal(jax.random.key(0), (7, 3, 5, 4))
+  bias = jax.random.normal(jax.random.key(1), shape)
+  g = jax.random.normal(jax.random.key(2), logits.shape)
+  with on(platform):
+    out, back = jax.vjp(add_bias, logits, bias)
+  np.testing.assert_allclose(out, logits + bias, rtol=1e-6)
+  of_logits, of_bias = back(g)
+  np.testing.assert_array_equal(of_logits, g)
+  assert of_bias.shape == shape
+  np.testing.assert_allclose(of_bias, jax.vjp(jnp.add, logits, bias)[1](g)[1], rtol=1e-5, atol=1e-5)
