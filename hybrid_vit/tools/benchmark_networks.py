@@ -289,6 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error("--topology runs nothing that --against could be beside")
   rows = [] if options.out is None else earlier_rows(options.out)
   head = head_of("benchmark networks", given, options.topology, options.rounds)
+  # Rows of other days and machines stand beside these.
+  made = {name: head[name] for name in ("date", "device") if name in head}
   try:
     for setting in settings_of(options):
       if options.topology:
@@ -300,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
       same = dataclasses.asdict(setting).items()
       rows = [row for row in rows if not same <= row.items()]
-      rows += [{**row, "date": head["date"]} for row in found]
+      rows += [{**row, **made} for row in found]
       if options.out is not None:
         # Also what an interrupted call leaves is whole.
         write_results(options.out, head, rows, _FIRST)

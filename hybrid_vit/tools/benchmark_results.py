@@ -74,9 +74,26 @@ def head_of(
   }
   if topology is not None:
     return {**head, "compiled for": topology}
-  device = jax.devices()[0].device_kind
-  return {**head, "device": f"{device} ({platform.machine()}, {available_cores()} cores)",
-          "rounds": rounds}  # fmt: skip
+  return {**head, "device": device_name(), "rounds": rounds}
+
+
+def device_name() -> str:
+  """What calls run on here: an accelerator's kind, or the processor's name and cores."""
+  kind = jax.devices()[0].device_kind
+  if kind != "cpu":
+    return kind
+  return f"{_processor()} ({platform.machine()}, {available_cores()} cores)"
+
+
+def _processor() -> str:
+  """Its name where the system says it (Linux), with the widest vectors that it has."""
+  try:
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+  except OSError:
+    return platform.processor() or "cpu"
+  said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+  vectors = next((v for v in ("avx512f", "avx2") if v in said.get("flags", "").split()), "")
+  return " ".join(filter(None, (said.get("model name", "cpu"), vectors)))
 
 
 def libraries() -> dict[str, str]:

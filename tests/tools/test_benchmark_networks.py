@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 
+from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.tools import benchmark, benchmark_networks, benchmark_results, torch_networks
 from hybrid_vit.tools.benchmark_networks import Setting
 from hybrid_vit.tpu_topology import Compilation, Cycles
@@ -60,6 +61,9 @@ def test_rows_beside_a_peer_and_their_files(tiny, monkeypatch, tmp_path):
     and "benchmark networks tiny_moat_0" in stored["command"]
   )
   rows = stored["rows"]
+  # Which processor is said of each, since rows of others may stand beside them.
+  cores = f"{available_cores()} cores)"
+  assert all(row["device"] == stored["device"] and cores in row["device"] for row in rows)
   assert [(r["mode"], r["form"]) for r in rows] == [
     (mode, form)
     for mode in ("inference", "training")
