@@ -1,4 +1,4 @@
-"""Stand-ins of `gcloud`, `xpk`, `sbatch`, `srun` and `scontrol`: strict about what they are given.
+"""Stand-ins of `gcloud`, `xpk` and SLURM's commands: strict about what they are given.
 
 Each knows the subcommands and flags that a launcher uses, as its original documents them (gcloud of
 2025, XPK of June 2026, SLURM 22.05): which are needed and what a value looks like. Anything else
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ GRAMMAR = {
     },
   ),
   "srun": (None, {(False, "--kill-on-bad-exit"): "[01]", (False, "--label"): None}),
+  "scancel": ([r"\d+"], {(True, "--signal"): r"[A-Z]+\d?"}),
   "scontrol requeue": ([r"\d+(,\d+)*"], {}),
 }
 COMMANDS = sorted({words.split()[0] for words in GRAMMAR})
@@ -103,7 +105,7 @@ class Clusters:
     self.plan()
 
   def plan(self, **plan):
-    """What shall happen; see the functions `_gcloud`, `_xpk`, `_srun` and `_scontrol`."""
+    """What shall happen; see the functions `_gcloud`, `_xpk` and `_scontrol`."""
     (self.path / "plan.json").write_text(json.dumps(plan))
 
   def environment(self):
@@ -169,9 +171,7 @@ def _main(arguments):
     log.write(json.dumps({"command": words, "arguments": arguments}) + "\n")
   if words.startswith("gcloud"):
     return _gcloud(words.removeprefix(f"{_TPUS} "), given, plan, here / "state.json")
-  return {"xpk": _xpk, "srun": _srun, "scontrol": _scontrol, "sbatch": _sbatch}[arguments[0]](
-    given, places, plan
-  )
+  return _OTHERS[arguments[0]](given, places, plan)
 
 
 def _tell(text, code):
@@ -255,13 +255,30 @@ def _sbatch(given, places, plan):
 
 
 def _srun(given, places, plan):
-  """Runs the command once, and becomes it: signals reach it, its code is the step's."""
+  """Runs the command once and becomes it: its code is the step's."""
+  (Path(os.environ["CLUSTERS"]) / "step").write_text(str(os.getpid()))
   os.execvp(places[0], places)
+
+
+def _scancel(given, places, plan):
+  """Signals the step, as SLURM does where neither --batch nor --full is given."""
+  step = int((Path(os.environ["CLUSTERS"]) / "step").read_text())
+  os.kill(step, signal.Signals[f"SIG{given['--signal']}"])
+  return 0
 
 
 def _scontrol(given, places, plan):
   """`plan["requeue"]`: what it ends with."""
   return plan.get("requeue", 0)
+
+
+_OTHERS = {
+  "xpk": _xpk,
+  "sbatch": _sbatch,
+  "srun": _srun,
+  "scancel": _scancel,
+  "scontrol": _scontrol,
+}
 
 
 if __name__ == "__main__":
