@@ -4,12 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  __version__: str
   from hybrid_vit.models.clip_systems import create_clip
   from hybrid_vit.models.registry import create_model, list_models
   from hybrid_vit.stored_tasks import load_task
   from hybrid_vit.weights.stored_clip import load_clip
 
-__all__ = ["create_clip", "create_model", "list_models", "load_clip", "load_task"]
+__all__ = ["__version__", "create_clip", "create_model", "list_models", "load_clip", "load_task"]
 
 _PLACES = {
   "create_clip": "hybrid_vit.models.clip_systems",
@@ -22,6 +23,14 @@ _PLACES = {
 
 def __getattr__(name: str) -> Any:
   # JAX and the networks are loaded when first asked for, so that `import hybrid_vit` stays light.
+  if name == "__version__":
+    # setup.cfg's, as it was installed.
+    from importlib import metadata
+
+    try:
+      return metadata.version("hybrid_vit")
+    except metadata.PackageNotFoundError as error:
+      raise AttributeError("hybrid_vit has no __version__: it is not installed") from error
   if name in _PLACES:
     return getattr(importlib.import_module(_PLACES[name]), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,11 @@
 # The command that every launcher runs; what a launcher adds is how it gets to the machines.
 main_command=(python -m hybrid_vit.main --distributed)
 
+# What the run exits with once it has saved after SIGTERM: the same command goes on from there.
+saved=143
+
 fail() {
-  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
+  say "$1"
   exit 2
 }
 
@@ -17,6 +20,16 @@ usage() {
 # need NAME VALUE: an option that must be given.
 need() {
   [[ -n "$2" ]] || fail "--$1=... is needed (see $0 --help)"
+}
+
+# whole NAME VALUE: an option that must be a whole number.
+whole() {
+  [[ "$2" =~ ^[0-9]+$ ]] || fail "--$1=$2: a whole number is needed"
+}
+
+# What the launcher itself has to say, beside the output of what it runs.
+say() {
+  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
 }
 
 # Words quoted so that a shell reads them back as they are.

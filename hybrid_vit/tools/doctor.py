@@ -125,7 +125,7 @@ def _pictures() -> tuple[bool, str]:
   far = max(np.abs(d["image"].astype(int) - ramp).max() for d in decoded)
   by = f"{resizer()} resizes"
   if resizer() == "Pillow" and can_be_compiled():
-    by += ' (faster with pip install -e ".[fast]")'
+    by += " (faster with pip install 'hybrid_vit[fast]')"
   return bool(far < 16), f"OpenCV and PIL decode a JPEG (at most {far} of 255 away); {by}"
 
 
