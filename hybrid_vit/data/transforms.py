@@ -89,7 +89,9 @@ class ParsedTransform:
   """What a string of operations does; another process gets the string and reads it anew.
 
   Args:
-    text, decoder, kinds: as given to `parse_transform`.
+    text: as given to `parse_transform`.
+    decoder: likewise.
+    kinds: likewise.
     steps: what it made of them.
   """
 
