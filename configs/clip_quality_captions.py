@@ -42,6 +42,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     argument,
     VARIANTS,
     "datacompdr12m",
+    runlocal_keys=("batch_size", "steps", "captions"),
     model="mobileclip_b",
     batch_size=None,
     steps=None,

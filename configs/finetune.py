@@ -40,6 +40,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     argument,
     VARIANTS,
     "tiny_moat_0",
+    runlocal_keys=("arch", "init", "lr", "probe", "balance", "weights", "patience", "carry"),
     arch=None,
     data="folder:data/pictures",
     init=None,

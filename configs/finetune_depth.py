@@ -29,6 +29,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     argument,
     VARIANTS,
     "pictures",
+    runlocal_keys=("head", "init", "max_depth"),
     arch="swin_tiny",
     data="depth:data/pictures",
     head="glpn",

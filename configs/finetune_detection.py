@@ -29,6 +29,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     argument,
     VARIANTS,
     "pictures",
+    runlocal_keys=("detector", "init"),
     arch="convnext_tiny",
     data="coco:data/coco",
     detector="mask_rcnn",

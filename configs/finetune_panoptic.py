@@ -30,6 +30,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     argument,
     VARIANTS,
     "pictures",
+    runlocal_keys=("kind", "init"),
     arch="swin_tiny",
     data="coco_panoptic:data/coco",
     kind="panoptic",

@@ -37,6 +37,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     argument,
     VARIANTS,
     "pictures",
+    runlocal_keys=("head", "init"),
     arch="convnext_tiny",
     data="maps:data/pictures",
     head="upernet",

@@ -33,7 +33,13 @@ PREPROCESSING = Preprocessing(224, 0.875, "bicubic", recipes.IMAGENET_MEAN, reci
 def get_config(argument: str | None = None) -> ConfigDict:
   """See the head of this file. Keys: `epochs`, `batch_size`; `model` for the dense form."""
   variant, keys = parse_argument(
-    argument, VARIANTS, "vit_base", epochs=None, batch_size=None, model="convnext_tiny"
+    argument,
+    VARIANTS,
+    "vit_base",
+    runlocal_keys=("epochs",),
+    epochs=None,
+    batch_size=None,
+    model="convnext_tiny",
   )
   epochs, batch_size = keys["epochs"], keys["batch_size"]
   if variant == "vit_base_finetune":

@@ -43,7 +43,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
   Keys: `batch_size`, `position_bias`, and for fine-tuning `from_22k`: which weights it starts from.
   """
   variant, keys = parse_argument(
-    argument, VARIANTS, "moat_0", batch_size=None, position_bias=True, from_22k=True
+    argument,
+    VARIANTS,
+    "moat_0",
+    runlocal_keys=("position_bias",),
+    batch_size=None,
+    position_bias=True,
+    from_22k=True,
   )
   name, _, stage = variant.partition("_finetune_")
   suffix = "" if keys["position_bias"] else "_no_pe"

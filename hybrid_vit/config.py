@@ -362,7 +362,12 @@ def _value(values: Mapping[str, Any], full_name: str) -> Any:
 
 
 def parse_argument(
-  argument: str | None, variants: Iterable[str], default: str, **fields: Any
+  argument: str | None,
+  variants: Iterable[str],
+  default: str,
+  *,
+  runlocal_keys: Iterable[str] = (),
+  **fields: Any,
 ) -> tuple[str, dict[str, Any]]:
   """Splits the text after the colon of `--config=file.py:variant,key=value,…`.
 
@@ -370,6 +375,8 @@ def parse_argument(
     argument: that text, or None.
     variants: the variants the file offers.
     default: the variant where none is named.
+    runlocal_keys: those of the fields that the file's local tries read (variants that begin with
+      "runlocal"); the others they set themselves.
     **fields: the keys the file offers and their defaults; a given value is read as a Python
       literal, and as text where it is none.
 
@@ -377,10 +384,12 @@ def parse_argument(
     The variant and all keys with their values.
 
   Raises:
-    ConfigError: an unknown variant or key, naming the closest one.
+    ConfigError: an unknown variant or key, naming the closest one; or a key that a local try would
+      not read.
   """
   variants = list(variants)
   variant, values = default, dict(fields)
+  given = []
   for position, part in enumerate(p.strip() for p in (argument or "").split(",") if p.strip()):
     key, equals, text = part.partition("=")
     if not equals:
@@ -395,6 +404,14 @@ def parse_argument(
       hint = f"did you mean {near!r}?" if near else f"one of: {', '.join(fields) or 'none'}"
       raise ConfigError(f"unknown key {key!r} after the colon of --config; {hint}")
     values[key] = _literal(text)
+    given.append(key)
+  taken = list(runlocal_keys)
+  unread = [key for key in given if key not in taken]
+  if variant.startswith("runlocal") and unread:
+    raise ConfigError(
+      f"{variant} is a local try with {', '.join(unread)} of its own; after the colon it takes "
+      f"{', '.join(taken) or 'no key'}, and any field as --config.FIELD=… behind it"
+    )
   return variant, values
 
 

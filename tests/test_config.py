@@ -173,3 +173,15 @@ def test_none_is_meant_where_a_field_may_be_none():
   assert read(divisor=1) == Seen(divisor=1)
   assert read(scale=None, divisor=None) == Seen(scale=None)
   assert read(scale=(64, 64), shift=2) == Seen((64, 64), 32, 2)
+
+
+@pytest.mark.parametrize("argument", ["runlocal,size=8", "runlocal_dense,size=8,epochs=2"])
+def test_a_local_try_refuses_keys_that_it_would_not_read(argument):
+  variants, fields = ("full", "runlocal", "runlocal_dense"), {"size": 224, "epochs": 90}
+  with pytest.raises(ConfigError, match=r"with size of its own; after the colon it takes epochs"):
+    parse_argument(argument, variants, "full", runlocal_keys=("epochs",), **fields)
+  variant, keys = parse_argument(
+    "runlocal,epochs=2", variants, "full", runlocal_keys=("epochs",), **fields
+  )
+  assert (variant, keys) == ("runlocal", {"size": 224, "epochs": 2})
+  assert parse_argument("full,size=8", variants, "full", **fields)[1]["size"] == 8

@@ -106,7 +106,7 @@ def test_weights_of_data_whose_counts_are_not_known():
 
 
 def probe(**changes):
-  config = load_config(FILE, "runlocal,probe=linear,epochs=1")
+  config = load_config(FILE, "runlocal,probe=linear")
   config.total_epochs = 1
   with config.unlocked(), config.ignore_type():
     config.update(changes)
