@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_vit.weights import kinds
+from hybrid_vit.weights import kinds, stated_preprocessing
 
 # As `sha256sum` writes it; over every file of an export that was pushed.
 SUMS_FILE = "SHA256SUMS"
@@ -25,6 +25,8 @@ METADATA_FILE = "metadata.json"
 WEIGHTS_FOLDER = "weights"
 CARD_FILE = "README.md"
 
+# Small files in which other libraries say how pictures are to be prepared.
+_BESIDE = (stated_preprocessing.TIMM, stated_preprocessing.TRANSFORMERS)
 _ADDRESS = re.compile(
   r"hf:(?://)?(?P<repository>[\w.-]+/[\w.-]+)"
   r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@\s]+))?(?:/(?P<path>[^@]+?))?/?"
@@ -295,6 +297,10 @@ def _file(listing: _Listing, where: _Address) -> Path:
     if len(found) != 1:
       raise HubError(_which(where, found, sorted(listing.sums)))
     name = base + found[0]
+  folder = name.rpartition("/")[0]
+  for beside in _BESIDE:
+    if (about := f"{folder}/{beside}" if folder else beside) in listing.sums:
+      _checked(listing, about)
   path = _checked(listing, name)
   if name.endswith(".index.json"):
     try:
@@ -303,7 +309,6 @@ def _file(listing: _Listing, where: _Address) -> Path:
       raise HubError(
         f"{name} of {where.repository} is no index of a checkpoint in several files"
       ) from error
-    folder = name.rpartition("/")[0]
     for part in parts:
       _checked(listing, f"{folder}/{part}" if folder else part)
   return path

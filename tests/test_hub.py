@@ -249,15 +249,25 @@ def test_without_the_library_the_command_that_installs_it_is_said(monkeypatch, t
 
 
 @pytest.mark.slow
-def test_a_network_by_its_address_its_name_and_with_another_head(server, monkeypatch):
+def test_a_network_by_its_address_its_name_and_with_another_head(
+  server, monkeypatch, tmp_path, capsys
+):
   model = create_model("tiny_moat_0", 10)
   variables = made_variables("tiny_moat_0", 10)
   content = io.BytesIO()
   np.savez(content, **families.export_checkpoint(variables, "tiny_moat_0", model))
-  server.put("someone/net", {"README.md": CARD, "weights.npz": content.getvalue()})
+  config = json.dumps({"pretrained_cfg": {"mean": [0.5, 0.25, 0.75]}})
+  files = {"README.md": CARD, "config.json": config, "weights.npz": content.getvalue()}
+  server.put("someone/net", files)
   network = stored.load_network("hf:someone/net", "tiny_moat_0")
   assert network.model == model and network.metadata["source"]["licence"] == "apache-2.0"
   jax.tree.map(np.testing.assert_array_equal, network.variables, variables)
+  assert network.preprocessing.mean == (0.5, 0.25, 0.75)
+  command = ["--from=hf:someone/net", "--arch=tiny_moat_0", f"--to={tmp_path / 'out'}"]
+  assert import_weights.main(command) == 0
+  printed = capsys.readouterr().out
+  assert "prepared as config.json beside them says: mean (0.5, 0.25, 0.75) ((0.485" in printed
+  assert stored.load_network(tmp_path / "out").preprocessing == network.preprocessing
   with pytest.raises(ValueError, match="no copy of tiny_moat_0 on the hub is known"):
     stored.load_network("tiny_moat_0")
   monkeypatch.setattr(stored, "hub_copies", lambda name: ["hf:someone/net", "hf:someone/b"])

@@ -24,8 +24,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hybrid_vit import checkpoints, dense_imports, hub
+from hybrid_vit.models.registry import as_preprocessing
 from hybrid_vit.paths import as_path
-from hybrid_vit.weights import dense_checkpoints, families, importing, readers
+from hybrid_vit.weights import architectures, dense_checkpoints, families, importing, readers
+from hybrid_vit.weights.stated_preprocessing import described_difference
 
 
 def import_weights(
@@ -191,6 +193,14 @@ def _copy(fetched: hub.Fetched, args: argparse.Namespace) -> int:
   return 0
 
 
+def _preparation(metadata: dict[str, Any]) -> str:
+  """How pictures are prepared where a file beside the weights says it."""
+  usual = architectures.preprocessing_of(metadata.get("system") or metadata["name"])
+  differs = described_difference(usual, as_preprocessing(metadata["preprocessing"]))
+  said_by = metadata["source"]["preprocessing"]
+  return f"pictures prepared as {said_by} beside them says: {differs or 'as usually'}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; 0, or 1 after an error."""
   parser = argparse.ArgumentParser(prog="import_weights", description=__doc__.splitlines()[0])
@@ -249,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     classes = metadata.get("num_classes")
     width = metadata["task"] if classes is None else f"{classes} classes"
   print(f"{network}, {width}, layout {imported.layout}{branch}")
+  if about.get("preprocessing"):
+    print(_preparation(metadata))
   for name, digest in about["files"].items():
     print(f"from {name}, SHA-256 {digest}")
   print(f"written to {args.to}")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrid_vit.hub import Fetched
+from hybrid_vit.hub import Fetched, fetch, is_address
 from hybrid_vit.weights import architectures, families, readers
 from hybrid_vit.weights.dense_checkpoints import ImportedDense
+from hybrid_vit.weights.stated_preprocessing import stated_preprocessing
 
 
 def import_network(
@@ -33,26 +34,35 @@ def import_network(
     arguments: attributes of the network that replace the registry's.
 
   Returns:
-    (the numbers, metadata as `weights.stored.network_of` reads it).
+    (the numbers, metadata as `weights.stored.network_of` reads it). Pictures are prepared as files
+    of timm or transformers beside the weights say, else as the registry does.
 
   Raises:
     ValueError: the file cannot be read, is of another network, or of several where `architecture`
       is None.
     ModuleNotFoundError: a library that is needed to read it is not installed.
   """
+  if not isinstance(source, Fetched) and is_address(source):
+    source = fetch(source)
   file = readers.read_checkpoint(source, average=average)
   architecture = architecture or _only_architecture(file.weights, source)
   imported = families.import_checkpoint(
     file.weights, architecture, num_classes=num_classes, layout=layout, arguments=arguments
   )
-  return imported, {
+  usual = architectures.preprocessing_of(architecture)
+  directory = _directory(source)
+  preprocessing, said_by = stated_preprocessing(directory, usual) if directory else (usual, "")
+  metadata = {
     **architectures.stored_description(architecture, imported.num_classes, imported.arguments),
     "num_classes": imported.num_classes,
-    "preprocessing": dataclasses.asdict(architectures.preprocessing_of(architecture)),
+    "preprocessing": dataclasses.asdict(preprocessing),
     # Files of weights do not say by which loss they came about.
     "task_settings": {},
     **origin(file, imported),
   }
+  if said_by:
+    metadata["source"]["preprocessing"] = said_by
+  return imported, metadata
 
 
 def origin(
@@ -74,6 +84,14 @@ def origin(
     },
     "initialised_anew": imported.report.initialised,
   }
+
+
+def _directory(source: str | Path | Fetched) -> Path | None:
+  """The directory or repository that weights lie in; beside a file alone anything may lie."""
+  if isinstance(source, Fetched):
+    return source.path.parent
+  path = Path(source).expanduser()
+  return path if path.is_dir() else None
 
 
 def _only_architecture(weights: Mapping[str, Any], source: str | Path | Fetched) -> str:
