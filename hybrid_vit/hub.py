@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,13 @@ def is_address(place: Any) -> bool:
   return os.fspath(place).startswith("hf:")
 
 
+def address_of(repository: str, revision: str | None = None) -> str:
+  """The address of a repository's revision; None or "main" for the main one."""
+  if revision in (None, "main"):
+    return f"hf:{repository}"
+  return f"hf:{repository}@{urllib.parse.quote(str(revision), safe='')}"
+
+
 def local(place: str | os.PathLike, say: Callable[[str], None] = print) -> str:
   """A path as it is; an address as the path of what `fetch` fetched."""
   return str(fetch(place, say).path) if is_address(place) else os.fspath(place)
@@ -99,8 +107,8 @@ def fetch(address: str | os.PathLike, say: Callable[[str], None] = print) -> Fet
   """Fetches the weights of a repository, or finds them in the hub's cache.
 
   Args:
-    address: "hf:owner/name", then perhaps "@" and a branch, tag or commit, then perhaps "/" and a
-      file or folder in it.
+    address: "hf:owner/name", then perhaps "@" and a branch, tag or commit (a slash in it as "%2F"),
+      then perhaps "/" and a file or folder in it.
     say: told the commit and the licence before anything large is fetched, and what is taken from
       the cache because the hub cannot be reached.
 
@@ -181,7 +189,8 @@ def _parsed(text: str) -> _Address:
       f"{text!r} is no address of the hub; hf:owner/name, hf:owner/name@revision or "
       "hf:owner/name@revision/file was expected"
     )
-  return _Address(text, match["repository"], match["revision"] or "main", path)
+  revision = urllib.parse.unquote(match["revision"] or "main")
+  return _Address(text, match["repository"], revision, path)
 
 
 def _listed(hub: Any, where: _Address, say: Callable[[str], None]) -> _Listing:
@@ -317,7 +326,7 @@ def _file(listing: _Listing, where: _Address) -> Path:
 def _which(where: _Address, found: Sequence[str], names: Sequence[str]) -> str:
   """What to say where no file, or no single one, is meant."""
   base = f"{where.path}/" if where.path else ""
-  at = f"hf:{where.repository}" + (f"@{where.revision}" if where.revision != "main" else "")
+  at = address_of(where.repository, where.revision)
   if found:
     return (
       f"{where.text} holds several files of weights, name one, as {at}/{base}{found[0]}: "

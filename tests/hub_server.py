@@ -171,12 +171,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     )
 
   def _resolve(self):
-    path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-    match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path)
+    # A revision with a slash is one part of the path, in which that is quoted.
+    path = urllib.parse.urlsplit(self.path).path
+    match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
     if match is None:
       self._send({"error": f"no route {path}"}, 404)
       return
-    repository, revision, name = match.groups()
+    repository, revision, name = map(urllib.parse.unquote, match.groups())
     if (files := self._files(repository, revision)) is None:
       return
     if name not in files:

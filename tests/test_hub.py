@@ -89,6 +89,9 @@ def test_revisions_and_files_are_named(server):
   path = lambda address: hub.fetch(address, lambda _: None).path  # noqa: E731
   assert path("hf:someone/net@v1").read_bytes() == b"older"
   assert path("hf:someone/net@refs/pr/3/one.pth").read_bytes() == b"asked for"
+  server.put("someone/net", {"one.pth": b"of a branch"}, "try/it")
+  assert hub.address_of("someone/net", "try/it") == "hf:someone/net@try%2Fit"
+  assert path("hf:someone/net@try%2Fit/one.pth").read_bytes() == b"of a branch"
   commit = server.commit("someone/net", "v1")
   assert path(f"hf:someone/net@{commit}").read_bytes() == b"older"
   assert path("hf:someone/net/deep").read_bytes() == b"3"

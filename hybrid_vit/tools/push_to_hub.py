@@ -69,7 +69,7 @@ def prepare(
       f"nothing says under which licence the weights in {directory} are given: say it, as by "
       "--licence=apache-2.0"
     )
-  address = f"hf:{repository}" + (f"@{revision}" if revision else "")
+  address = hub.address_of(repository, revision)
   checkpoints.export(folder, weights, _published(metadata))
   names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
   (folder / hub.SUMS_FILE).write_text(hub.sha256sums(folder, names))

@@ -71,6 +71,21 @@ def test_what_is_sent_is_read_again_with_all_that_it_says(server, trained, capsy
   assert not [name for name, content in files.items() if b"/home/me" in content]
 
 
+def test_stored_weights_with_another_head(trained):
+  there = stored.load_network(trained)
+  assert stored.load_network(trained, num_classes=3).class_names == there.class_names
+  for classes in (7, 0):
+    other = stored.load_network(trained, num_classes=classes)
+    assert other.num_classes == classes and other.class_names == ()
+    assert other.model == create_model(SMT, classes, **ARGUMENTS)
+    own = other.variables["params"].pop("head", None)
+    assert (own is None) == (classes == 0)
+    assert own is None or (own["kernel"].shape[-1] == 7 and np.std(own["kernel"]) > 0)
+    trunk = {name: leaf for name, leaf in there.variables["params"].items() if name != "head"}
+    jax.tree.map(np.testing.assert_array_equal, other.variables["params"], trunk)
+    assert set(other.variables) == {"params", "batch_stats"}
+
+
 def test_the_card(trained):
   variables, metadata = checkpoints.load_weights(trained)
   card = model_card.model_card("hf:me/flowers", variables, metadata, "apache-2.0")
