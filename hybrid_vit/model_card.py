@@ -63,7 +63,7 @@ def model_card(
     f"---\n{yaml.safe_dump(header, sort_keys=True)}---",
     f"# {_title(metadata, network)}",
     _table(_facts(variables, metadata, network, task, licence)),
-    "## Pictures\n\nPhotos are prepared so; the loaders below do it.",
+    "## Pictures\n\nThe weights expect photos prepared so:",
     _table({k: _cell(v) for k, v in (metadata.get("preprocessing") or {}).items()}),
     "## Measured",
     _measured(metadata),
@@ -134,6 +134,7 @@ def _use(address: str, metadata: Mapping[str, Any], task: str) -> str:
   else:
     code = (
       f'network = hybrid_vit.load_network("{address}")\n'
+      "# images: float32 [B, S, S, 3], prepared as network.preprocessing says.\n"
       "logits, endpoints = network.model.apply(network.variables, images, train=False)"
     )
   return (
