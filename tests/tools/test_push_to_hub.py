@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 
 import jax
 import numpy as np
@@ -201,4 +202,6 @@ def test_what_is_refused(server, trained, tmp_path, capsys):
 def test_nothing_of_this_machine_is_sent(server, trained):
   assert run(trained, "me/flowers", "--licence=mit") == 0
   sent = json.loads(server.repositories["me/flowers"]["main"]["metadata.json"])
+  for name, content in server.repositories["me/flowers"]["main"].items():
+    assert tempfile.gettempdir().encode() not in content, name
   assert sent["config"] == {"model": {"name": SMT}} and "path" not in sent["teacher"]
