@@ -8,15 +8,25 @@ if TYPE_CHECKING:
   from hybrid_vit.models.clip_systems import create_clip
   from hybrid_vit.models.registry import create_model, list_models
   from hybrid_vit.stored_tasks import load_task
+  from hybrid_vit.weights.stored import load_network
   from hybrid_vit.weights.stored_clip import load_clip
 
-__all__ = ["__version__", "create_clip", "create_model", "list_models", "load_clip", "load_task"]
+__all__ = [
+  "__version__",
+  "create_clip",
+  "create_model",
+  "list_models",
+  "load_clip",
+  "load_network",
+  "load_task",
+]
 
 _PLACES = {
   "create_clip": "hybrid_vit.models.clip_systems",
   "create_model": "hybrid_vit.models.registry",
   "list_models": "hybrid_vit.models.registry",
   "load_clip": "hybrid_vit.weights.stored_clip",
+  "load_network": "hybrid_vit.weights.stored",
   "load_task": "hybrid_vit.stored_tasks",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from hybrid_vit import hub
 from hybrid_vit.fingerprints import fingerprints, first_difference
 from hybrid_vit.paths import as_path, is_remote
 from hybrid_vit.stored_trees import (
@@ -112,7 +113,8 @@ def load_weights(directory: Any, *, raw: bool = False) -> tuple[dict[str, Any], 
   averaged variables where it has them. Each process reads for itself; none waits for another.
 
   Args:
-    directory: where they lie.
+    directory: where they lie; or an address of the hub, "hf:owner/name", of an export that was
+      pushed there, or what `hub.fetch` gave of it.
     raw: whether the variables of the last step are wanted though there is an average of them. Only
       whole states have both: exports and best/ are passed over.
 
@@ -125,6 +127,8 @@ def load_weights(directory: Any, *, raw: bool = False) -> tuple[dict[str, Any], 
     CheckpointError: nothing usable there; the message lists what was looked for. Or it cannot be
       read, or is damaged; the message says why.
   """
+  if isinstance(directory, hub.Fetched) or hub.is_address(directory):
+    return _load_from_hub(directory, raw)
   directory = as_path(directory)
   names = patiently(lambda: names_in(directory), str(directory))
   if not names and f"{directory.name}.old" in _names(directory.parent):
@@ -161,6 +165,21 @@ def load_weights(directory: Any, *, raw: bool = False) -> tuple[dict[str, Any], 
     "(state/ and metadata/) and a work directory (export/, checkpoints/, best/); "
     + (f"there are: {_few(names)}" if names else "there is nothing")
   )
+
+
+def _load_from_hub(place: Any, raw: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+  try:
+    fetched = place if isinstance(place, hub.Fetched) else hub.fetch(place)
+  except (hub.HubError, ModuleNotFoundError) as error:
+    raise CheckpointError(str(error)) from error
+  if fetched.path.is_file():
+    raise CheckpointError(
+      f"{place} holds {fetched.path.name}, a file of another program: `python -m "
+      f"hybrid_vit.tools.import_weights --from={place} --to=DIR` makes a directory of it"
+    )
+  weights, metadata = load_weights(fetched.path, raw=raw)
+  source = {**(metadata.get("source") or {}), **fetched.origin}
+  return weights, {**metadata, "source": source}
 
 
 def _few(names: Sequence[str], most: int = 8) -> str:

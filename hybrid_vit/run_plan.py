@@ -25,6 +25,7 @@ from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.pipeline import TrainingSettings, open_source, readable_example, source_info
 from hybrid_vit.data.spec import batch_shapes, on_device
 from hybrid_vit.example_reading import read_transform
+from hybrid_vit.hub import is_address
 from hybrid_vit.models.registry import model_entry
 from hybrid_vit.paths import as_path
 from hybrid_vit.tasks.base import constants_of, with_constants
@@ -148,7 +149,7 @@ def _examine_batches(plan: Plan, run: Run) -> None:
   sizes = {phase.batch_size for phase in run.curriculum.phases}
   if run.settings is not None:
     for name in (run.settings.init_from, run.settings.resume_from):
-      if name is not None and not as_path(name).exists():
+      if name is not None and not is_address(name) and not as_path(name).exists():
         plan.notes.append(f"{name} is not on this machine")
   for size in sorted(sizes):
     if size % parts:

@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from hybrid_vit import programs, sharding
+from hybrid_vit import hub, programs, sharding
 from hybrid_vit.build import Run
 from hybrid_vit.checkpoints import (
   Checkpointer,
@@ -172,7 +172,12 @@ def _head(weights: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _initial_weights(run: Run, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What `config.init_from` names: a directory that this package wrote, or an authors' file."""
+  """What `config.init_from` names: a directory that this package wrote, or an authors' file.
+
+  Raises:
+    ValueError: a repository of the hub that cannot be fetched; see `hub.fetch`.
+  """
+  place = _of_the_hub(place)
   path = as_path(place)
   if not path.is_file():
     return load_weights(place)
@@ -187,6 +192,15 @@ def _initial_weights(run: Run, place: str) -> tuple[dict[str, Any], dict[str, An
     return whole.variables, {"num_classes": classes}
   imported = import_checkpoint(weights, network)
   return imported.variables, {"num_classes": imported.num_classes}
+
+
+def _of_the_hub(place: str) -> str:
+  """An address of the hub as the path of what was fetched; each process fetches for itself."""
+  say = print if jax.process_index() == 0 else lambda _: None
+  try:
+    return hub.local(place, say)
+  except ModuleNotFoundError as error:
+    raise ValueError(str(error)) from error
 
 
 def describe(run: Run, state: TrainState, mesh: Mesh) -> str:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybrid_vit.ops.platforms import target_platform
+from hybrid_vit.ops.platforms import on_cpu, target_platform
 
 
 def dot_product_attention(
@@ -25,8 +25,7 @@ def dot_product_attention(
   Logits, `bias` (broadcast to `[..., H, Q, K]`) and softmax are float32; the result has the dtype
   of `value`. The query is multiplied by `scale` first.
   """
-  attend = _attend_on_cpu if target_platform() == "cpu" else _attend
-  return attend(query * scale, key, value, bias)
+  return on_cpu(_attend_on_cpu, _attend)(query * scale, key, value, bias)
 
 
 def split_heads(x: jax.Array, parts: int, num_heads: int) -> tuple[jax.Array, ...]:

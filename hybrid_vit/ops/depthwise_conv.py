@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybrid_vit.ops.platforms import target_platform
+from hybrid_vit.ops.platforms import on_cpu, target_platform
 
 FORMS = ("reference", "shift_add")
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -59,6 +59,10 @@ def depthwise_conv(
         f"depthwise_conv: the padded input, {size} + {pads[axis]}, is smaller than the kernel, "
         f"{kernel_size[axis]}"
       )
+  if form is None and target_platform() == "several":
+    fixed = functools.partial(depthwise_conv, stride=strides, padding=pads)
+    of_each = (functools.partial(fixed, form=name) for name in ("shift_add", "reference"))
+    return on_cpu(*of_each)(x, kernel)
   if form is None:
     form = default_form()
   kernel = kernel.astype(x.dtype)
@@ -70,7 +74,7 @@ def depthwise_conv(
 
 
 def default_form() -> str:
-  """The form that `depthwise_conv` takes when none is named."""
+  """The form that `depthwise_conv` takes when none is named, traced for one kind of device."""
   return "shift_add" if target_platform() == "cpu" else "reference"
 
 

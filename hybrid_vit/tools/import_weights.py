@@ -2,33 +2,36 @@
 
 python -m hybrid_vit.tools.import_weights --arch=tiny_moat_0 --from=FILE --to=DIR
 python -m hybrid_vit.tools.import_weights --config=configs/swin_ade20k.py --from=FILE --to=DIR
+python -m hybrid_vit.tools.import_weights --from=hf:owner/name --to=DIR
 
-With --config, a recipe of segmentation, depth or detection (FILE or FILE:variant), a backbone with
-its decoder or detector is read. Strict: every tensor of the file and every variable of the network
-is used exactly once, or the difference is an error. What was loaded, what begins anew and why, and
-what was not used is printed.
+FILE may lie in a repository of the Hugging Face hub, hf:owner/name[@revision][/FILE]; an export of
+this package that was pushed there is copied. With --config, a recipe of segmentation, depth or
+detection (FILE or FILE:variant), a backbone with its decoder or detector is read. Strict: every
+tensor of the file and every variable of the network is used exactly once, or the difference is an
+error. What was loaded, what begins anew and why, and what was not used is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from hybrid_vit import checkpoints, dense_imports
+from hybrid_vit import checkpoints, dense_imports, hub
+from hybrid_vit.models.registry import as_preprocessing
 from hybrid_vit.paths import as_path
-from hybrid_vit.weights import architectures, dense_checkpoints, families, readers
+from hybrid_vit.weights import architectures, dense_checkpoints, families, importing, readers
+from hybrid_vit.weights.stated_preprocessing import described_difference
 
 
 def import_weights(
-  source: str | Path,
+  source: str | Path | hub.Fetched,
   directory: str | Path,
   architecture: str | None = None,
   *,
@@ -52,28 +55,23 @@ def import_weights(
   Raises:
     ValueError: the file cannot be read, is of another network, or of several where `architecture`
       is None; or `directory` holds something else.
-    ModuleNotFoundError: the library that reads such files is not installed.
+    ModuleNotFoundError: a library that is needed to read it is not installed.
   """
   target = _free(directory)
-  file = readers.read_checkpoint(source, average=average)
-  architecture = architecture or _only_architecture(file.weights, source)
-  imported = families.import_checkpoint(
-    file.weights, architecture, num_classes=num_classes, layout=layout, arguments=arguments
+  imported, metadata = importing.import_network(
+    source,
+    architecture,
+    num_classes=num_classes,
+    layout=layout,
+    average=average,
+    arguments=arguments,
   )
-  metadata = {
-    **architectures.stored_description(architecture, imported.num_classes, imported.arguments),
-    "num_classes": imported.num_classes,
-    "preprocessing": dataclasses.asdict(architectures.preprocessing_of(architecture)),
-    # Files of weights do not say by which loss they came about.
-    "task_settings": {},
-    **_origin(file, imported),
-  }
   checkpoints.export(target, imported.variables, metadata)
   return imported
 
 
 def import_dense_weights(
-  source: str | Path,
+  source: str | Path | hub.Fetched,
   directory: str | Path,
   recipe: ConfigDict,
   *,
@@ -100,8 +98,36 @@ def import_dense_weights(
   imported, metadata = dense_imports.import_dense_task(
     file, recipe, num_classes=num_classes, layout=layout
   )
-  checkpoints.export(target, imported.variables, {**metadata, **_origin(file, imported)})
+  checkpoints.export(target, imported.variables, {**metadata, **importing.origin(file, imported)})
   return imported
+
+
+def copy_export(
+  fetched: hub.Fetched, directory: str | Path, architecture: str | None = None
+) -> dict[str, Any]:
+  """Writes an export that the hub gave to `directory`, whole or not at all.
+
+  Args:
+    fetched: what `hub.fetch` gave, a directory.
+    directory: where to; one that holds weights already is replaced.
+    architecture: name in the registry, or of a CLIP, that it has to be of; None for any.
+
+  Returns:
+    Its metadata, with where it comes from.
+
+  Raises:
+    ValueError: it is of another network, or `directory` holds something else.
+    CheckpointError: it is damaged.
+  """
+  target = _free(directory)
+  weights, metadata = checkpoints.load_weights(fetched)
+  names = [metadata[key] for key in ("name", "system") if metadata.get(key)]
+  if architecture is not None and architecture not in names:
+    raise ValueError(
+      f"{fetched.repository} holds weights of {' or '.join(names)}, not of {architecture}"
+    )
+  checkpoints.export(target, weights, metadata)
+  return metadata
 
 
 def _free(directory: str | Path) -> epath.Path:
@@ -114,39 +140,6 @@ def _free(directory: str | Path) -> epath.Path:
   if target.exists() and not (target / "metadata.json").is_file() and _any_in(target):
     raise ValueError(f"{target} holds something that is no weights; give another --to")
   return target
-
-
-def _origin(
-  file: readers.CheckpointFile, imported: families.Imported | dense_checkpoints.ImportedDense
-) -> dict[str, Any]:
-  """What metadata says of where weights are from."""
-  return {
-    # Not in such files; those of maps are "map_class_names".
-    "class_names": [],
-    "step": None,
-    "results": {},
-    "weights": "imported",
-    "source": {
-      "files": file.sha256,
-      "kind": file.kind,
-      "branch": file.branch,
-      "layout": imported.layout,
-    },
-    "initialised_anew": imported.report.initialised,
-  }
-
-
-def _only_architecture(weights: Mapping[str, Any], source: str | Path) -> str:
-  found, family = families.identify(weights)
-  if len(found) == 1:
-    return found[0]
-  if found:
-    raise ValueError(
-      f"{source} fits several networks, which prepare pictures differently: say --arch="
-      f"{' or --arch='.join(found)}"
-    )
-  near = f"; its names are of {family}, in no registered size" if family else ""
-  raise ValueError(f"{source} is of no registered architecture{near}")
 
 
 def _any_in(directory: epath.Path) -> bool:
@@ -182,6 +175,32 @@ def _recipe(args: argparse.Namespace) -> ConfigDict:
   return recipe
 
 
+def _copy(fetched: hub.Fetched, args: argparse.Namespace) -> int:
+  """The command for an export of this package, which says itself what it is.
+
+  Raises:
+    ValueError: an option that would make something else of it.
+  """
+  options = ("config", "num_classes", "layout", "average", "argument")
+  if given := [f"--{name}" for name in options if getattr(args, name) not in (None, [])]:
+    raise ValueError(
+      f"{', '.join(given)}: {args.source} is an export of this package and copied as it is; a "
+      "training that begins with `init_from` changes it"
+    )
+  metadata = copy_export(fetched, args.to, args.arch)
+  print(f"{metadata.get('system') or metadata['name']}, {metadata['task']}, as it was exported")
+  print(f"written to {args.to}")
+  return 0
+
+
+def _preparation(metadata: dict[str, Any]) -> str:
+  """How pictures are prepared where a file beside the weights says it."""
+  usual = architectures.preprocessing_of(metadata.get("system") or metadata["name"])
+  differs = described_difference(usual, as_preprocessing(metadata["preprocessing"]))
+  said_by = metadata["source"]["preprocessing"]
+  return f"pictures prepared as {said_by} beside them says: {differs or 'as usually'}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; 0, or 1 after an error."""
   parser = argparse.ArgumentParser(prog="import_weights", description=__doc__.splitlines()[0])
@@ -211,19 +230,22 @@ def main(argv: Sequence[str] | None = None) -> int:
   shared = {"num_classes": args.num_classes, "layout": args.layout, "average": args.average}
   imported: families.Imported | dense_checkpoints.ImportedDense
   try:
+    source = hub.fetch(args.source) if hub.is_address(args.source) else args.source
+    if isinstance(source, hub.Fetched) and source.path.is_dir():
+      return _copy(source, args)
     if args.config is not None:
       recipe = _recipe(args)
-      imported = import_dense_weights(args.source, args.to, recipe, **shared)
+      imported = import_dense_weights(source, args.to, recipe, **shared)
     else:
       own = dict(args.argument)
-      imported = import_weights(args.source, args.to, args.arch, arguments=own, **shared)
+      imported = import_weights(source, args.to, args.arch, arguments=own, **shared)
     _, metadata = checkpoints.load_weights(args.to)
   except (ValueError, OSError, ModuleNotFoundError, checkpoints.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   print(imported.report)
-  source = metadata["source"]
-  branch = f", branch {source['branch']}" if source["branch"] else ""
+  about = metadata["source"]
+  branch = f", branch {about['branch']}" if about["branch"] else ""
   if "system" in metadata:
     network = (
       f"{metadata['system']} ({metadata['name']} and the text tower {metadata['text_tower']})"
@@ -237,7 +259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     classes = metadata.get("num_classes")
     width = metadata["task"] if classes is None else f"{classes} classes"
   print(f"{network}, {width}, layout {imported.layout}{branch}")
-  for name, digest in source["files"].items():
+  if about.get("preprocessing"):
+    print(_preparation(metadata))
+  for name, digest in about["files"].items():
     print(f"from {name}, SHA-256 {digest}")
   print(f"written to {args.to}")
   return 0

@@ -9,55 +9,15 @@ Nothing is downloaded: get a file, then give it to `hybrid_vit.tools.import_weig
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
-import fnmatch
-import importlib.resources
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-OBTAINABLE = ("linked", "doubtful", "withdrawn")
+from hybrid_vit.weights.official_files import OfficialFile, official_files
+
 _BEGIN = "<!-- begin: written by python -m hybrid_vit.tools.list_weights --docs=docs/weights.md -->"
 _END = "<!-- end -->"
-
-
-@dataclasses.dataclass(frozen=True)
-class OfficialFile:
-  """A file of weights that the authors published.
-
-  Attributes:
-    family: file in `hybrid_vit/models/` of its network.
-    architecture: name in the registry.
-    file: its name; where the authors do not name it, what it is.
-    address: of the file, or of the folder or page that gives it.
-    sha256: its beginning, where the authors' name or tables give it; "" else.
-    licence: of the weights.
-    obtainable: "linked" (the authors' page links to it), "doubtful" (reports differ), "withdrawn".
-    source: who says so.
-    mirror: another place of the same numbers, perhaps under other names; "" for none known.
-    notes: what one should know before using it.
-  """
-
-  family: str
-  architecture: str
-  file: str
-  address: str
-  sha256: str
-  licence: str
-  obtainable: str
-  source: str
-  mirror: str
-  notes: str
-
-
-def official_files(pattern: str = "*") -> list[OfficialFile]:
-  """The files of all architectures that match a shell pattern."""
-  table = importlib.resources.files("hybrid_vit.weights") / "official_files.csv"
-  rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
-  files = [OfficialFile(**row) for row in rows]
-  return [file for file in files if fnmatch.fnmatchcase(file.architecture, pattern)]
 
 
 def markdown(files: Sequence[OfficialFile]) -> str:

@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -126,7 +126,8 @@ def import_checkpoint(
     head = set(shapes) - set(_shapes(architecture, 0, _frozen(arguments)))
     key_map = chosen.key_map(model)
     head -= {path for path in head if _shape_in(found, key_map(path)) == shapes[path].shape}
-    template = _with_new_head(template, architecture, model, head)
+    size = architectures.preprocessing_of(architecture).image_size
+    template = with_new_leaves(template, model, head, size)
   elif anew:
     # The head's names stay in the report as unused.
     whole = architectures.build(architecture, num_classes=in_file, **arguments)
@@ -174,6 +175,30 @@ def with_counters(weights: Weights) -> dict[str, np.ndarray]:
   means = [name for name in weights if name.endswith(".running_mean")]
   counters = [name.removesuffix("running_mean") + "num_batches_tracked" for name in means]
   return {**weights, **{name: np.zeros((), np.int64) for name in counters}}
+
+
+def with_new_leaves(
+  variables: Mapping[str, Any], model: nn.Module, paths: Collection[str], image_size: int
+) -> dict[str, Any]:
+  """Variables of an image network with newly drawn numbers for some leaves, such as its head.
+
+  Args:
+    variables: {"params", "batch_stats"} of `model`, whatever stands in these places.
+    model: whose `init` draws them, from key 0.
+    paths: of the leaves, "params/head/kernel".
+    image_size: of the pictures that `init` is traced with.
+  """
+
+  @jax.jit
+  def draw(key: jax.Array) -> dict[str, jax.Array]:
+    # Whatever these leaves do not need is not computed.
+    images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
+    flat = traverse_util.flatten_dict(dict(model.init(key, images, train=False)), sep="/")
+    return {path: flat[path] for path in paths}
+
+  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  drawn = jax.device_get(draw(jax.random.key(0)))
+  return traverse_util.unflatten_dict({**flat, **drawn}, sep="/")
 
 
 def identify(weights: Weights) -> tuple[list[str], str]:
@@ -324,24 +349,6 @@ def _by_size(names: list[str], weights: Weights) -> list[str]:
   """Architectures, the one whose published parameters are nearest to the checkpoint's first."""
   total = sum(value.size for value in weights.values())
   return sorted(names, key=lambda name: abs((architectures.parameters_of(name) or 0) - total))
-
-
-def _with_new_head(
-  template: dict[str, Any], architecture: str, model: nn.Module, head: set[str]
-) -> dict[str, Any]:
-  """The template with newly drawn numbers for the paths of the head."""
-  size = architectures.preprocessing_of(architecture).image_size
-
-  @jax.jit
-  def draw(key: jax.Array) -> dict[str, jax.Array]:
-    # Whatever the head does not need is not computed.
-    drawn = model.init(key, jnp.zeros((1, size, size, 3), jnp.float32), train=False)
-    flat = traverse_util.flatten_dict(dict(drawn), sep="/")
-    return {path: flat[path] for path in head}
-
-  flat = traverse_util.flatten_dict(template, sep="/")
-  drawn = jax.device_get(draw(jax.random.key(0)))
-  return traverse_util.unflatten_dict({**flat, **drawn}, sep="/")
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 # In the directories of transformers, timm and OpenCLIP; the first of them that is there is read.
@@ -110,6 +111,13 @@ def _description(path: Path, head: bytes) -> str:
   return "no checkpoint that is known here (.pth, .pt, .bin, .safetensors, .npz, TensorFlow)"
 
 
+def weights_among(names: Iterable[str]) -> list[str]:
+  """Of the files of one directory the one that a library reads, else all that hold weights."""
+  there = sorted(names)
+  whole = next((name for name in _IN_DIRECTORIES if name in there), None)
+  return [whole] if whole else [name for name in there if name.endswith(_ENDINGS)]
+
+
 def file_in(directory: Path) -> Path:
   """The file of weights in a directory of transformers, timm or OpenCLIP, or its only one.
 
@@ -117,13 +125,12 @@ def file_in(directory: Path) -> Path:
     CheckpointFileError: it is of another library, or has several; the message says what to do.
   """
   names = sorted(entry.name for entry in directory.iterdir())
-  for name in _IN_DIRECTORIES:
-    if name in names:
-      return directory / name
+  files = weights_among(name for name in names if (directory / name).is_file())
+  if files and files[0] in _IN_DIRECTORIES:
+    return directory / files[0]
   other = _library(directory, set(names))
   if other:
     raise CheckpointFileError(f"{directory} is {other}")
-  files = [name for name in names if name.endswith(_ENDINGS) and (directory / name).is_file()]
   if len(files) == 1:
     return directory / files[0]
   if files:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_vit.hub import Fetched, fetch, is_address
 from hybrid_vit.paths import is_remote
 from hybrid_vit.weights import branches, kinds, torch_file
 from hybrid_vit.weights.kinds import CheckpointFileError
@@ -37,6 +38,7 @@ class CheckpointFile:
     branch: where in the file the weights lay, such as "model_ema"; "" at its top.
     sha256: of each file that was read, by its name.
     meta: what a PyTorch file holds under "meta" beside the weights: mmsegmentation's classes.
+    origin: of a file of the hub, its repository, commit and licence.
   """
 
   weights: dict[str, np.ndarray]
@@ -44,22 +46,30 @@ class CheckpointFile:
   branch: str
   sha256: dict[str, str]
   meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_checkpoint(path: str | Path, *, average: bool | None = None) -> CheckpointFile:
+def read_checkpoint(path: str | Path | Fetched, *, average: bool | None = None) -> CheckpointFile:
   """Reads a checkpoint of any of the known kinds.
 
   Args:
     path: a `.pth`/`.pt`/`.bin`, `.safetensors` or `.npz` file, the index of a file in several parts
       (`.index.json`), a directory with one of these, or the prefix of a TensorFlow checkpoint
-      (needs TensorFlow): the part before ".index", or its directory.
+      (needs TensorFlow): the part before ".index", or its directory; or an address of the hub,
+      "hf:owner/name", or what `hub.fetch` gave of it.
     average: whether to take the running average of the weights; None: the file's only branch.
 
   Raises:
     CheckpointFileError: the file is missing, of another kind, broken, holds no weights, or holds
       both weights and their average while `average` is None.
+    HubError: the hub does not give it.
     ModuleNotFoundError: the library that reads this kind is not installed.
   """
+  if not isinstance(path, Fetched) and is_address(path):
+    path = fetch(path)
+  if isinstance(path, Fetched):
+    file = read_checkpoint(path.path, average=average)
+    return dataclasses.replace(file, origin=path.origin)
   if is_remote(path):
     raise CheckpointFileError(f"{path} lies in an object store: copy it to a local disk first")
   path = Path(path).expanduser()

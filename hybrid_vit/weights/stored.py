@@ -1,4 +1,4 @@
-"""A directory of weights → the network they are of, its variables, and what they expect.
+"""A place of weights → the network they are of, its variables, and what they expect.
 
 Weights of two towers give the image tower here; both are `hybrid_vit.weights.stored_clip`.
 """
@@ -11,16 +11,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import numpy as np
 
-from hybrid_vit import checkpoints
+from hybrid_vit import checkpoints, hub
 from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.fingerprints import first_nonfinite
-from hybrid_vit.models.registry import Preprocessing, as_preprocessing, create_model, model_entry
+from hybrid_vit.models.registry import (
+  Preprocessing,
+  as_preprocessing,
+  create_model,
+  list_models,
+  model_entry,
+)
+from hybrid_vit.paths import as_path
 from hybrid_vit.table_resizing import resize_tables
-from hybrid_vit.weights.transfer import is_dense, without_text
+from hybrid_vit.weights.families import with_new_leaves
+from hybrid_vit.weights.importing import import_network
+from hybrid_vit.weights.official_files import hub_copies
+from hybrid_vit.weights.transfer import is_dense, transfer, without_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +63,76 @@ class StoredNetwork:
 
 
 def load_network(
-  directory: str | Path, name: str | None = None, *, raw: bool = False
+  place: str | Path,
+  name: str | None = None,
+  *,
+  num_classes: int | None = None,
+  raw: bool = False,
 ) -> StoredNetwork:
-  """Loads an export, an import, a checkpoint or a work directory; of a CLIP the image tower alone.
+  """Loads weights with their network; of a CLIP the image tower alone.
+
+  network = load_network("runs/flowers")
+  logits, endpoints = network.model.apply(network.variables, images, train=False)
 
   Args:
-    directory: see `checkpoints.load_weights`.
-    name: of the network; None for what the metadata says.
+    place: a directory (see `checkpoints.load_weights`), an authors' file (see
+      `readers.read_checkpoint`), either of them in a repository of the hub ("hf:owner/name", see
+      `hub.fetch`), or a name in the registry, of which the copy on the hub is taken that
+      `weights/official_files.csv` names.
+    name: of the network; None for what the weights say.
+    num_classes: width of the head; another than the weights' begins it anew, 0 leaves it out.
     raw: see `checkpoints.load_weights`.
 
   Raises:
-    ValueError: the metadata names no network, or another one than `name`.
-    CheckpointError: no weights in `directory`.
+    ValueError: the weights are of no network, or of another one than `name`; a file that cannot be
+      read; a repository that cannot be fetched; or a name of which no single copy is known.
+    CheckpointError: no weights in `place`.
+    ModuleNotFoundError: huggingface_hub, or a library that reads such files, is not installed.
   """
-  weights, metadata = checkpoints.load_weights(directory, raw=raw)
-  return network_of(directory, without_text(weights), metadata, name)
+  if not hub.is_address(place) and str(place) in list_models() and not Path(place).exists():
+    name, place = name or str(place), _copy_of(str(place))
+  source = hub.fetch(place) if hub.is_address(place) else place
+  path = source.path if isinstance(source, hub.Fetched) else as_path(source)
+  if path.is_file():
+    imported, metadata = import_network(source, name, num_classes=num_classes)
+    return network_of(place, without_text(imported.variables), metadata)
+  weights, metadata = checkpoints.load_weights(source, raw=raw)
+  network = network_of(place, without_text(weights), metadata, name)
+  return (
+    network if num_classes in (None, network.num_classes) else _other_head(network, num_classes)
+  )
+
+
+def _copy_of(name: str) -> str:
+  """The one address of a network's copy on the hub."""
+  copies = hub_copies(name)
+  if len(copies) == 1:
+    return copies[0]
+  if copies:
+    raise ValueError(
+      f"there are several copies of {name} on the hub, name one: {', '.join(copies)}"
+    )
+  raise ValueError(
+    f"no copy of {name} on the hub is known: `python -m hybrid_vit.tools.list_weights {name}` says "
+    "where its files are; a file, a directory or hf:owner/name was expected"
+  )
+
+
+def _other_head(network: StoredNetwork, num_classes: int) -> StoredNetwork:
+  """The network with a head of another width, begun anew."""
+  model, size = network.model.clone(num_classes=num_classes), network.preprocessing.image_size
+  images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+  shapes = {"batch_stats": {}, **jax.eval_shape(model.init, jax.random.key(0), images)}
+  variables, _ = transfer(network.variables, shapes, reinitialize_head=True)
+  flat = flax.traverse_util.flatten_dict(variables, sep="/")
+  begun = {path for path, leaf in flat.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
+  return dataclasses.replace(
+    network,
+    model=model,
+    variables={"batch_stats": {}, **with_new_leaves(variables, model, begun, size)},
+    num_classes=num_classes,
+    class_names=(),
+  )
 
 
 def network_of(

@@ -4,6 +4,7 @@ import pytest
 
 from hybrid_vit.models.registry import list_models, model_entry
 from hybrid_vit.tools import list_weights
+from hybrid_vit.weights.official_files import OBTAINABLE, official_files
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "weights.md"
 
@@ -11,20 +12,20 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "weights.md"
 def test_every_file_is_of_a_registered_architecture():
   registered = {name: model_entry(name).module_class.__module__ for name in list_models()}
   there = {module.rsplit(".", 1)[1] for module in registered.values()}
-  for file in list_weights.official_files():
+  for file in official_files():
     # A family that is not built yet cannot have its names.
     if file.family in there:
       assert registered.get(file.architecture) == f"hybrid_vit.models.{file.family}", file
 
 
 def test_the_rows_are_whole_and_different():
-  files = list_weights.official_files()
+  files = official_files()
   assert len({(f.architecture, f.file) for f in files}) == len(files) > 100
   for file in files:
     assert file.address.startswith("https://") and " " not in file.address, file
-    assert file.obtainable in list_weights.OBTAINABLE, file
+    assert file.obtainable in OBTAINABLE, file
     assert file.licence and file.source and "|" not in "".join(vars(file).values()), file
-  assert len(list_weights.official_files("tiny_moat_0*")) == 2
+  assert len(official_files("tiny_moat_0*")) == 2
 
 
 def test_the_page_has_the_table_of_today():
