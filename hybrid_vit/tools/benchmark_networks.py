@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   rows = [] if options.out is None else earlier_rows(options.out)
   head = head_of("benchmark networks", given, options.topology, options.rounds)
   # Rows of other days and machines stand beside these.
-  made = {name: head[name] for name in ("date", "device") if name in head}
+  made: dict[str, Any] = {name: head[name] for name in ("date", "device") if name in head}
   try:
     for setting in settings_of(options):
       if options.topology:
