@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if system not in RECIPES:
       parser.error(f"no system is named {system!r}; there are {', '.join(RECIPES)}")
   rows = earlier_rows(options.out)
-  head = head_of("pods", [], " and ".join(options.topologies), 0)
+  head = head_of("pods", ["--scan"] * options.scan, " and ".join(options.topologies), 0)
   for system in options.systems or RECIPES:
     for topology in options.topologies:
       print(f"{system} on {topology}", flush=True)
