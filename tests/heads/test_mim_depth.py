@@ -37,7 +37,11 @@ def test_as_the_authors():
   variables = with_golden_weights(head, key_map, weights, maps)
   depth, noted = jax.jit(lambda v, x: head.apply(v, x, mutable=["intermediates"]))(variables, maps)
   golden.assert_matches(
-    expected, {"decoder": captured(noted)["decoded"], "depth": depth[:, ::2, ::2]}
+    expected,
+    {"decoder": captured(noted)["decoded"], "depth": depth[:, ::2, ::2]},
+    # Depths lie 54 deviations from zero: float32's last place is 4.7e-6 of one, and how a processor
+    # orders its sums moves a result by three of them.
+    tolerance=2e-5,
   )
   assert_round_trip(variables, key_map, weights)
   assert_round_trip(variables, part_key_map(head, "official"), weights)
