@@ -12,6 +12,7 @@ from etils import epath
 
 from hybrid_vit import hub
 from hybrid_vit.fingerprints import fingerprints, first_difference
+from hybrid_vit.hub import METADATA_FILE, WEIGHTS_FOLDER
 from hybrid_vit.paths import as_path, is_remote
 from hybrid_vit.stored_trees import (
   CheckpointError,
@@ -26,9 +27,6 @@ from hybrid_vit.stored_trees import (
   steps_in,
   unsliced,
 )
-
-_METADATA = "metadata.json"
-_WEIGHTS = "weights"
 
 
 def export(directory: Any, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -55,10 +53,10 @@ def export(directory: Any, variables: Mapping[str, Any], metadata: Mapping[str, 
 
   def begin() -> None:
     if remote:
-      if _METADATA in names_in(directory):
-        (directory / _METADATA).unlink()
-      if _WEIGHTS in names_in(directory):
-        (directory / _WEIGHTS).rmtree()
+      if METADATA_FILE in names_in(directory):
+        (directory / METADATA_FILE).unlink()
+      if WEIGHTS_FOLDER in names_in(directory):
+        (directory / WEIGHTS_FOLDER).rmtree()
       return
     _heal(directory)
     if partial.exists():
@@ -68,16 +66,16 @@ def export(directory: Any, variables: Mapping[str, Any], metadata: Mapping[str, 
   weights = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
   try:
     with ocp.StandardCheckpointer() as writer:
-      writer.save(partial / _WEIGHTS, unsliced(weights))
+      writer.save(partial / WEIGHTS_FOLDER, unsliced(weights))
   except Exception as error:
     raise CheckpointError(f"{directory} cannot be written: {reason(error)}") from error
   text = metadata_text({**metadata, "fingerprints": fingerprints(weights)})
 
   def end() -> None:
     if remote:
-      (partial / _METADATA).write_text(text)
+      (partial / METADATA_FILE).write_text(text)
       return
-    with open(partial / _METADATA, "w") as file:
+    with open(partial / METADATA_FILE, "w") as file:
       file.write(text)
       file.flush()
       # A rename can reach the disk before the content of what is renamed.
@@ -136,7 +134,7 @@ def load_weights(directory: Any, *, raw: bool = False) -> tuple[dict[str, Any], 
     old = _beside(directory, "old")
     logging.warning("%s was being replaced when the run ended: reading %s", directory, old)
     return load_weights(old, raw=raw)
-  if _METADATA in names and _WEIGHTS in names and not raw:
+  if METADATA_FILE in names and WEIGHTS_FOLDER in names and not raw:
     return patiently(lambda: _read_export(directory), str(directory))
   if "state" in names:
     return patiently(lambda: _read_state(directory, raw), str(directory))
@@ -195,8 +193,8 @@ def _steps(directory: epath.Path) -> list[int]:
 
 
 def _read_export(directory: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  metadata = read_metadata(directory / _METADATA)
-  weights = read_arrays(directory / _WEIGHTS)
+  metadata = read_metadata(directory / METADATA_FILE)
+  weights = read_arrays(directory / WEIGHTS_FOLDER)
   weights.setdefault("batch_stats", {})
   _verify(weights, metadata.pop("fingerprints"), directory)
   return weights, metadata

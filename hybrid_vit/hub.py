@@ -22,6 +22,7 @@ from hybrid_vit.weights import kinds, stated_preprocessing
 
 # As `sha256sum` writes it; over every file of an export that was pushed.
 SUMS_FILE = "SHA256SUMS"
+# What an export holds, see `exports`.
 METADATA_FILE = "metadata.json"
 WEIGHTS_FOLDER = "weights"
 CARD_FILE = "README.md"
@@ -34,7 +35,6 @@ _ADDRESS = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256, _GIT = "SHA-256", "git's SHA-1"
-_CHUNK = 1 << 20
 
 
 class HubError(ValueError):
@@ -374,9 +374,7 @@ def _digest(path: Path, kind: str) -> str:
   if kind == _GIT:
     sums.update(f"blob {path.stat().st_size}\0".encode())
   with path.open("rb") as file:
-    while part := file.read(_CHUNK):
-      sums.update(part)
-  return sums.hexdigest()
+    return hashlib.file_digest(file, lambda: sums).hexdigest()
 
 
 def _line(error: BaseException) -> str:

@@ -99,7 +99,8 @@ class DropPath(nn.Module):
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-# Convolutions but depthwise and 1x1 ones: flax's own, see `ops/convolution.py`.
+# Flax's own with the operation of `ops/convolution.py`. Depthwise ones and networks' 1x1 ones have
+# layers of their own below.
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 

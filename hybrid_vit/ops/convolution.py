@@ -10,7 +10,7 @@ Differentiated in reverse only where it is written here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,9 +94,8 @@ def _products(x, kernel, strides: Pair, pads: Pads, dilation: Pair):
   if not _apart(kernel, strides, pads, dilation):
     return _library(x, kernel, strides, pads, dilation)
   patches = _patches(x, kernel.shape[:2], strides)
-  rows, columns = patches.shape[1:3]
-  out = patches.reshape(-1, patches[0, 0, 0].size) @ kernel.reshape(-1, kernel.shape[-1])
-  return out.reshape(x.shape[0], rows, columns, -1)
+  flat = kernel.reshape(-1, kernel.shape[-1])
+  return (patches.reshape(-1, flat.shape[0]) @ flat).reshape(*patches.shape[:3], -1)
 
 
 def _products_forward(x, kernel, strides, pads, dilation):
@@ -111,14 +110,11 @@ def _products_backward(strides, pads, dilation, kept, g):
     )
     of_kernel = _kernel_gradient(x, g, kernel.shape[:2], strides, pads, dilation)
     return of_input(g)[0], of_kernel.astype(kernel.dtype)
-  flat = g.reshape(-1, g.shape[-1])
-  dx = (flat @ kernel.reshape(-1, kernel.shape[-1]).T).reshape(*g.shape[:3], *kernel.shape[:3])
-  spread = jax.linear_transpose(
-    lambda x: _patches(x, kernel.shape[:2], strides), jax.ShapeDtypeStruct(x.shape, x.dtype)
-  )
-  patches = _patches(x, kernel.shape[:2], strides)
+  patches, put_back = jax.vjp(lambda x: _patches(x, kernel.shape[:2], strides), x)
+  flat = kernel.reshape(-1, kernel.shape[-1])
+  of_patches = (g.reshape(-1, g.shape[-1]) @ flat.T).reshape(patches.shape)
   of_kernel = _sum_of_products(patches.reshape(*g.shape[:3], -1), g)
-  return spread(dx)[0], of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+  return put_back(of_patches)[0], of_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
 _products.defvjp(_products_forward, _products_backward)
@@ -152,7 +148,11 @@ def _kernel_gradient(x, g, size, strides, pads, dilation) -> jax.Array:
   channels, width = x.shape[3], g.shape[3]
   padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)))
   of_rows = []
-  for views in _shifted_views(padded, g.shape[1:3], size, strides, dilation):
+  for i in range(size[0]):
+    views = [
+      shifted_view(padded, (i * dilation[0], j * dilation[1]), g.shape[1:3], strides)
+      for j in range(size[1])
+    ]
     if channels < _NARROW:
       views = [jnp.concatenate(views, axis=-1)]
     of_row = jnp.concatenate([_sum_of_products(view, g) for view in views])
@@ -160,16 +160,11 @@ def _kernel_gradient(x, g, size, strides, pads, dilation) -> jax.Array:
   return jnp.stack(of_rows)
 
 
-def _shifted_views(padded, out, size, strides, dilation) -> Iterator[list[jax.Array]]:
-  """For each row of the kernel what its positions meet, each `[B, H', W', C]`."""
-  for i in range(size[0]):
-    views = []
-    for j in range(size[1]):
-      start = (0, i * dilation[0], j * dilation[1], 0)
-      steps = (padded.shape[0], *(s * (n - 1) + 1 for s, n in zip(strides, out)), padded.shape[3])
-      limit = [a + b for a, b in zip(start, steps)]
-      views.append(lax.slice(padded, start, limit, (1, *strides, 1)))
-    yield views
+def shifted_view(padded: jax.Array, offset: Pair, size: Sequence[int], strides: Pair) -> jax.Array:
+  """The cells of `[B, H, W, C]` that one kernel position meets: `[B, H', W', C]`, of that size."""
+  first = (0, *offset, 0)
+  ends = (o + s * (n - 1) + 1 for o, s, n in zip(offset, strides, size))
+  return lax.slice(padded, first, (padded.shape[0], *ends, padded.shape[3]), (1, *strides, 1))
 
 
 def _sum_of_products(x: jax.Array, g: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_vit.ops.convolution import shifted_view
 from hybrid_vit.ops.platforms import on_cpu, target_platform
 
 FORMS = ("reference", "shift_add")
@@ -159,15 +160,12 @@ def depthwise_conv_shift_add(x, kernel, strides, pads):
 
 def _sum_of_shifts(padded, kernel, strides):
   kh, kw = kernel.shape[:2]
-  batch, height, width, channels = padded.shape
-  rows, columns = (height - kh) // strides[0] + 1, (width - kw) // strides[1] + 1
+  size = [(n - k) // s + 1 for n, k, s in zip(padded.shape[1:3], (kh, kw), strides)]
   kernel = kernel.astype(jnp.float32)
   total = jnp.zeros((), jnp.float32)
   for i in range(kh):
     for j in range(kw):
-      last_row, last_column = i + strides[0] * (rows - 1), j + strides[1] * (columns - 1)
-      limit = (batch, last_row + 1, last_column + 1, channels)
-      shifted = lax.slice(padded, (0, i, j, 0), limit, (1, *strides, 1))
+      shifted = shifted_view(padded, (i, j), size, strides)
       total = total + shifted.astype(jnp.float32) * kernel[i, j, 0]
   return total
 

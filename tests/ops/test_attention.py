@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_vit.ops.attention import add_bias, dot_product_attention, softmax, split_heads
+from tests.ops.forms import traced_for
 
 
 def plain(query, key, value, scale, bias=None):
@@ -20,12 +21,6 @@ def inputs(dtype=jnp.float32, lead=(2, 3)):
   return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes)]
 
 
-def on(platform):
-  device = jax.sharding.AbstractDevice("any", 1, platform=platform)
-  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-  return jax.sharding.use_abstract_mesh(mesh)
-
-
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("lead", [(2,), (2, 3)])
@@ -36,7 +31,7 @@ def test_outputs_and_gradients(platform, with_bias, lead):
   def attend(query, key, value, bias=None):
     return dot_product_attention(query, key, value, scale=0.3, bias=bias)
 
-  with on(platform):
+  with traced_for(platform):
     traced = jax.make_jaxpr(lambda *a: jax.vjp(attend, *a)[1](jnp.ones((*lead, 7, 2, 6))))(
       *arguments
     )
@@ -78,7 +73,7 @@ def test_a_bias_of_any_shape(platform, shape):
   logits = jax.random.normal(jax.random.key(0), (7, 3, 5, 4))
   bias = jax.random.normal(jax.random.key(1), shape)
   g = jax.random.normal(jax.random.key(2), logits.shape)
-  with on(platform):
+  with traced_for(platform):
     out, back = jax.vjp(add_bias, logits, bias)
   np.testing.assert_allclose(out, logits + bias, rtol=1e-6)
   of_logits, of_bias = back(g)

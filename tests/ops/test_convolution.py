@@ -10,6 +10,7 @@ import pytest
 
 from hybrid_vit.models import layers
 from hybrid_vit.ops.convolution import conv_general_dilated
+from tests.ops.forms import outputs_and_gradients, traced_for
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # kernel, strides, padding, dilation: overlapping ones, patches, 1x1 ones, and a stride that leaves
@@ -32,22 +33,12 @@ CASES = [
 
 
 def both_forms(x, kernel, strides, padding, dilation):
-  """(output, input gradient, kernel gradient) of each form, for one gradient of the output."""
-  answers = []
-  for form in ("reference", "products"):
-    convolve = functools.partial(
-      conv_general_dilated, window_strides=strides, padding=padding, rhs_dilation=dilation,
-      dimension_numbers=NHWC, form=form,
-    )  # fmt: skip
-
-    @jax.jit
-    def run(x, kernel, convolve=convolve):
-      out, pull = jax.vjp(convolve, x, kernel)
-      weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-      return out, *pull(weights.astype(out.dtype))
-
-    answers.append(jax.device_get(run(x, kernel)))
-  return answers
+  fixed = functools.partial(
+    conv_general_dilated, window_strides=strides, padding=padding, rhs_dilation=dilation,
+    dimension_numbers=NHWC,
+  )  # fmt: skip
+  forms = [functools.partial(fixed, form=form) for form in ("reference", "products")]
+  return outputs_and_gradients(forms, x, kernel)
 
 
 def inputs(kernel_size, channels=5, dtype=jnp.float32):
@@ -78,19 +69,13 @@ def test_products_in_bfloat16(case):
     assert difference < 2**-7 * np.abs(expected).max()
 
 
-def on(platform):
-  device = jax.sharding.AbstractDevice("any", 1, platform=platform)
-  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-  return jax.sharding.use_abstract_mesh(mesh)
-
-
 @pytest.mark.parametrize(("platform", "products"), [("cpu", True), ("tpu", False), ("gpu", False)])
 def test_products_are_for_cpus(platform, products):
   x, kernel = inputs((3, 3))
   convolve = functools.partial(
     conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
   )
-  with on(platform):
+  with traced_for(platform):
     traced = str(jax.make_jaxpr(convolve)(x, kernel))
   assert ("custom_vjp" in traced) == products
 

@@ -6,22 +6,14 @@ import numpy as np
 import pytest
 
 from hybrid_vit.ops.depthwise_conv import default_form, depthwise_conv
+from tests.ops.forms import outputs_and_gradients, traced_for
 
 
 def both_forms(x, kernel, **settings):
-  """(output, input gradient, kernel gradient) of each form, for one gradient of the output."""
-  answers = []
-  for form in ("reference", "shift_add"):
-    f = functools.partial(depthwise_conv, form=form, **settings)
-
-    @jax.jit
-    def run(x, kernel, f=f):
-      out, pull = jax.vjp(f, x, kernel)
-      weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-      return out, *pull(weights.astype(out.dtype))
-
-    answers.append(jax.device_get(run(x, kernel)))
-  return answers
+  forms = [
+    functools.partial(depthwise_conv, form=form, **settings) for form in ("reference", "shift_add")
+  ]
+  return outputs_and_gradients(forms, x, kernel)
 
 
 def inputs(size, kernel_size, dtype=jnp.float32):
@@ -71,9 +63,7 @@ def test_a_broken_kernel_breaks_its_own_channel_alone():
 
 @pytest.mark.parametrize(("platform", "form"), [("tpu", "reference"), ("cpu", "shift_add")])
 def test_the_form_is_that_of_the_devices_traced_for(platform, form):
-  device = jax.sharding.AbstractDevice("any", 1, platform=platform)
-  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
+  with traced_for(platform):
     assert default_form() == form
     traced = str(jax.make_jaxpr(depthwise_conv)(*inputs((9, 12), 3)))
   assert ("depthwise_conv_shift_add" in traced) == (form == "shift_add")
