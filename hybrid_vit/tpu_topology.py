@@ -36,12 +36,26 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
+_FUSED = re.compile(r"\bcalls=%?([\w.\-]+)")
+_GROUPS = re.compile(r"(?:feature|batch)_group_count=\d")
 _CALLED = re.compile(
   r"\b(?:condition|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Kinds of work, see `Cycles.by_kind`.
+KINDS = (
+  "depthwise",
+  "convolutions",
+  "products",
+  "norms",
+  "attention",
+  "copies",
+  "update",
+  "others",
+)
+_COPIES = ("copy", "transpose", "slice", "pad", "reshape", "concatenate")
 # The compiler's two ways to refuse a program.
 _TOO_LARGE = (
   re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm"),
@@ -98,12 +112,17 @@ class Cycles:
     unknown: how many instructions of each kind had no estimate, loops by their rounds; where they
       are many, the total says little.
     open_loops: loops whose rounds depend on the data; each counts as one round.
+    by_kind: cycles by what is done, of `KINDS`. What is fused with a convolution or a product
+      counts as that one. Of what is left "norms" and "attention" (softmax, biases) are fusions that
+      end in a module of such a name, "copies" change places alone, "update" is outside of the
+      network and its loss; "others" are activations, residuals and sums above all.
   """
 
   total: int
   by_name: Mapping[str, int]
   unknown: Mapping[str, int]
   open_loops: int
+  by_kind: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +264,8 @@ def examine(compile_program: Callable[[], Any]) -> Compilation:
 class _Computation:
   """One computation of a program: what its instructions say."""
 
-  cycles: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+  cycles: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
+  contraction: str = ""
   silent: list[str] = dataclasses.field(default_factory=list)
   loops: list[tuple[str, str, int | None]] = dataclasses.field(default_factory=list)
   branches: list[list[str]] = dataclasses.field(default_factory=list)
@@ -261,6 +281,7 @@ def estimated_cycles(text: str) -> Cycles:
   """
   computations, entry = _parse(text)
   total: collections.Counter[str] = collections.Counter()
+  kinds: collections.Counter[str] = collections.Counter()
   unknown: collections.Counter[str] = collections.Counter()
   open_loops = 0
 
@@ -269,13 +290,14 @@ def estimated_cycles(text: str) -> Cycles:
     inner = [weight(body) * (rounds or 1) for _, body, rounds in _loops(own, computations)]
     inner += [max(map(weight, names)) for names in own.branches]
     inner += [weight(called) for called in own.calls]
-    return sum(cycles for _, cycles in own.cycles) + sum(inner)
+    return sum(cycles for _, _, cycles in own.cycles) + sum(inner)
 
   def add(name: str, times: int) -> None:
     nonlocal open_loops
     own = computations[name]
-    for label, cycles in own.cycles:
+    for label, kind, cycles in own.cycles:
       total[label] += times * cycles
+      kinds[kind] += times * cycles
     for kind in own.silent:
       unknown[kind] += times
     for _, body, rounds in _loops(own, computations):
@@ -288,7 +310,7 @@ def estimated_cycles(text: str) -> Cycles:
 
   if entry is not None:
     add(entry, 1)
-  return Cycles(sum(total.values()), dict(total), dict(unknown), open_loops)
+  return Cycles(sum(total.values()), dict(total), dict(unknown), open_loops, dict(kinds))
 
 
 def loop_rounds(text: str) -> dict[str, int | None]:
@@ -319,6 +341,8 @@ def loop_rounds(text: str) -> dict[str, int | None]:
 def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
   computations: dict[str, _Computation] = {}
   current, entry = _Computation(), None
+  # Without a gradient nothing is outside of the network.
+  trains = "jvp(" in text
   for line in text.splitlines():
     header = _COMPUTATION.match(line)
     if header and not line.startswith("HloModule"):
@@ -345,12 +369,44 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
       current.branches.append(names or _CALLED.findall(line))
     elif kind == "call":
       current.calls += _CALLED.findall(line)
+    label = named[1] if named else kind
+    contraction = _contraction(kind, label, line)
+    if fused := _FUSED.search(line):
+      contraction = computations[fused[1]].contraction if fused[1] in computations else ""
+    current.contraction = _dearer(current.contraction, contraction)
     cycles = _CYCLES.search(line)
     if cycles:
-      current.cycles.append((named[1] if named else kind, int(cycles[1])))
+      own = contraction or _kind_of(kind, label, trains)
+      current.cycles.append((label, own, int(cycles[1])))
     elif kind in _SILENT:
       current.silent.append(kind)
   return computations, entry
+
+
+def _contraction(instruction: str, label: str, line: str) -> str:
+  """Which of the first `KINDS` an instruction is, products being convolutions to this compiler."""
+  if instruction not in ("convolution", "dot"):
+    return ""
+  if _GROUPS.search(line):
+    return "depthwise"
+  # Attention's products of a batch of heads have windows, too; their names tell them apart.
+  return "convolutions" if "conv_general_dilated" in label else "products"
+
+
+def _dearer(one: str, other: str) -> str:
+  return min((one, other), key=lambda kind: KINDS.index(kind) if kind else len(KINDS))
+
+
+def _kind_of(instruction: str, label: str, trains: bool) -> str:
+  """Which of the last `KINDS` an instruction without a contraction is."""
+  modules, _, operation = label.rpartition("/")
+  if instruction in _COPIES or operation in _COPIES or label == instruction:
+    return "copies"
+  if trains and "jvp(" not in label:
+    return "update"
+  if "norm" in modules:
+    return "norms"
+  return "attention" if "attention" in modules or "attn" in modules else "others"
 
 
 def _loops(

@@ -46,6 +46,44 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
+# A fusion for each kind: what its computation has, or its name, tells it.
+_KINDS = """HloModule jit_step
+
+%depthwise (p: f32[8]) -> f32[8] {
+  %c.1 = f32[8]{0} convolution(%p, %k), feature_group_count=8, metadata={op_name="jit(step)/jvp(Net)/conv_general_dilated"}
+  ROOT %d.1 = f32[8]{0} convolution(%c.1, %k), metadata={op_name="jit(step)/jvp(Net)/dot_general"}
+}
+
+%around (p: f32[8]) -> f32[8] {
+  ROOT %f.0 = f32[8]{0} fusion(%p), kind=kOutput, calls=%depthwise
+}
+
+%dense (p: f32[8]) -> f32[8] {
+  ROOT %c.2 = f32[8]{0} convolution(%p, %k), window={size=3x3}, metadata={op_name="jit(step)/jvp(Net)/conv_general_dilated"}
+}
+
+%product (p: f32[8]) -> f32[8] {
+  ROOT %c.3 = f32[8]{0} convolution(%p, %k), window={size=1x12}, metadata={op_name="jit(step)/jvp(Net)/attention/key/dot_general"}
+}
+
+%plain (p: f32[8]) -> f32[8] {
+  ROOT %n.0 = f32[8]{0} negate(%p)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %f.1 = f32[8]{0} fusion(%p), kind=kOutput, calls=%around, metadata={op_name="jit(step)/jvp(Net)/norm/mul"}, backend_config={"estimated_cycles":"1"}
+  %f.2 = f32[8]{0} fusion(%p), kind=kOutput, calls=%dense, metadata={op_name="jit(step)/jvp(Net)/stem/add"}, backend_config={"estimated_cycles":"2"}
+  %f.3 = f32[8]{0} fusion(%p), kind=kOutput, calls=%product, metadata={op_name="jit(step)/jvp(Net)/attention/key/dot_general"}, backend_config={"estimated_cycles":"4"}
+  %f.4 = f32[8]{0} fusion(%p), kind=kLoop, calls=%plain, metadata={op_name="jit(step)/transpose(jvp(Net))/block/norm/mul"}, backend_config={"estimated_cycles":"8"}
+  %f.5 = f32[8]{0} fusion(%p), kind=kLoop, calls=%plain, metadata={op_name="jit(step)/jvp(Net)/block/attention/exp"}, backend_config={"estimated_cycles":"16"}
+  %f.6 = f32[8]{0} fusion(%p), kind=kLoop, calls=%plain, metadata={op_name="jit(step)/jvp(Net)/block/mlp/transpose"}, backend_config={"estimated_cycles":"32"}
+  %f.7 = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"64"}
+  %f.8 = f32[8]{0} fusion(%p), kind=kLoop, calls=%plain, metadata={op_name="jit(step)/mul"}, backend_config={"estimated_cycles":"128"}
+  ROOT %f.9 = f32[8]{0} fusion(%p), kind=kLoop, calls=%plain, metadata={op_name="jit(step)/jvp(Net)/block/mlp/erf"}, backend_config={"estimated_cycles":"256"}
+}
+"""  # noqa: E501
+
+
 def _needs_libtpu():
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed: pip install 'jax[tpu]'")
@@ -61,6 +99,20 @@ def test_cycles_by_rounds_and_branches():
   assert found.unknown == {"sort": 6} and found.open_loops == 1
   assert tpu_topology.cycles_by_module(found, 1) == {"head": 100, "net": 67}
   assert tpu_topology.cycles_by_module(found, 2)["net/block"] == 60
+
+
+def test_cycles_by_kind():
+  kinds = tpu_topology.estimated_cycles(_KINDS).by_kind
+  assert kinds == {
+    "depthwise": 1, "convolutions": 2, "products": 4, "norms": 8, "attention": 16,
+    "copies": 32 + 64, "update": 128, "others": 256,
+  }  # fmt: skip
+  assert set(kinds) == set(tpu_topology.KINDS)
+  # Where nothing is differentiated there is no update.
+  predicts = tpu_topology.estimated_cycles(
+    _KINDS.replace("transpose(jvp(Net))", "Net").replace("jvp(Net)", "Net")
+  )
+  assert predicts.by_kind == {**{k: v for k, v in kinds.items() if k != "update"}, "others": 384}
 
 
 def test_a_program_that_does_not_fit():

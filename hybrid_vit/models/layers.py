@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hybrid_vit.ops import depthwise_conv as depthwise_conv_op
-
 # These are layers, too, to those who read a network.
 from hybrid_vit.ops.activations import gelu as gelu
 from hybrid_vit.ops.activations import quick_gelu as quick_gelu
@@ -19,6 +17,7 @@ from hybrid_vit.ops.attention import dot_product_attention as dot_product_attent
 from hybrid_vit.ops.attention import split_heads as split_heads
 from hybrid_vit.ops.batch_norm import batch_norm as batch_norm_op
 from hybrid_vit.ops.convolution import conv_general_dilated
+from hybrid_vit.ops.depth_multiplier import multiplied_depthwise_conv
 from hybrid_vit.ops.layer_norm import layer_norm as layer_norm_op
 from hybrid_vit.ops.platforms import target_platform
 
@@ -105,7 +104,11 @@ Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class DepthwiseConv(nn.Module):
-  """A depthwise convolution: parameters `kernel` `[kh, kw, 1, C]` and, if asked, `bias` `[C]`."""
+  """A depthwise convolution: parameters `kernel` `[kh, kw, 1, C]` and, if asked, `bias` `[C]`.
+
+  With a `multiplier` m each channel has m kernels, one after the other: `C m` for `C` in these
+  shapes and in the result.
+  """
 
   kernel_size: tuple[int, int]
   stride: int
@@ -114,12 +117,13 @@ class DepthwiseConv(nn.Module):
   kernel_init: Initializer
   dtype: Any = jnp.float32
   bias_init: Initializer = nn.initializers.zeros
+  multiplier: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape = (*self.kernel_size, 1, x.shape[-1])
+    shape = (*self.kernel_size, 1, x.shape[-1] * self.multiplier)
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-    x = depthwise_conv_op.depthwise_conv(
+    x = multiplied_depthwise_conv(
       x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding
     )
     if self.use_bias:

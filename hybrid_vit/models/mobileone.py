@@ -94,8 +94,8 @@ class Convolution(nn.Module):
     pads = [(k // 2, k // 2) for k in self.kernel_size]
     conv: nn.Module
     if self.groups == channels:
-      x = x.repeat(self.features // channels, axis=-1)
-      conv = layers.DepthwiseConv(self.kernel_size, stride, pads, **common)
+      times = self.features // channels
+      conv = layers.DepthwiseConv(self.kernel_size, stride, pads, multiplier=times, **common)
     elif self.kernel_size == (1, 1):
       x = x[:, ::stride, ::stride]
       conv = layers.PointwiseConv(self.features, **common)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from hybrid_vit.models import layers
 from hybrid_vit.models.blocks import apply_blocks
 from hybrid_vit.models.registry import FeatureSpec, Preprocessing, Published, register
+from hybrid_vit.ops.mixed_convolution import grouped_product, mixed_depthwise_conv
 
 # The authors cut their normal at the absolute values 2 and -2: it is a plain one.
 _INIT = nn.initializers.normal(0.02)
@@ -298,12 +299,14 @@ class ScaleAwareModulation(nn.Module):
     width, heads = x.shape[-1], self.num_heads
     value = _dense(self, width, "value", self.use_bias)(x)
     scales = _dense(self, width, "scales", self.use_bias)(x)
-    mixed = [
-      _depthwise(self, 3 + 2 * i, f"scale_conv_{i}")(part)
-      for i, part in enumerate(jnp.split(scales, heads, axis=-1))
-    ]
-    y = jnp.stack(mixed, axis=-1)  # [B, H, W, C / heads, heads]: channel by channel all the heads.
-    y = GroupedPointwiseConv(heads * self.expand_ratio, self.dtype, name="expand")(y)
+    kernels, biases = zip(
+      *(_HeadKernel(3 + 2 * i, width // heads, name=f"scale_conv_{i}")() for i in range(heads))
+    )
+    mixed = mixed_depthwise_conv(scales, kernels) + jnp.concatenate(biases).astype(self.dtype)
+    expand = GroupedPointwiseConv(
+      width // heads, heads * self.expand_ratio, self.dtype, name="expand"
+    )
+    y = expand(mixed)
     y = layers.gelu(_batch_norm(self, "batch_norm")(y, train))
     modulator = layers.PointwiseConv(
       width, kernel_init=_conv_init(width), dtype=self.dtype, name="shrink"
@@ -311,24 +314,37 @@ class ScaleAwareModulation(nn.Module):
     return _dense(self, width, "out")(modulator * value)
 
 
-class GroupedPointwiseConv(nn.Module):
-  """A 1x1 convolution of each group of channels by itself: `[B, H, W, G, n]` to `[..., G m]`.
+class _HeadKernel(nn.Module):
+  """Parameters of one head's convolution: kernel `[size, size, 1, width]` and bias `[width]`."""
 
-  Its parameters are a kernel `[n, G m]` and a bias `[G m]`, as those of a grouped convolution.
+  size: int
+  width: int
+
+  @nn.compact
+  def __call__(self) -> tuple[jax.Array, jax.Array]:
+    shape = (self.size, self.size, 1, self.width)
+    kernel = self.param("kernel", _conv_init(self.size**2), shape, jnp.float32)
+    return kernel, self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+
+
+class GroupedPointwiseConv(nn.Module):
+  """A 1x1 convolution of each group of channels by itself: `[..., n G]` to `[..., G m]`.
+
+  Group g has channel g of each of the n heads. Its parameters are a kernel `[n, G m]` and a bias
+  `[G m]`, as those of a grouped convolution.
   """
 
+  groups: int
   features_per_group: int
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    *cells, groups, inputs = x.shape
-    outputs = groups * self.features_per_group
+    inputs, outputs = x.shape[-1] // self.groups, self.groups * self.features_per_group
     init = _conv_init(self.features_per_group)
-    kernel = self.param("kernel", init, (inputs, outputs), jnp.float32).astype(self.dtype)
-    bias = self.param("bias", nn.initializers.zeros, (outputs,), jnp.float32).astype(self.dtype)
-    y = jnp.einsum("...gn,ngm->...gm", x, kernel.reshape(inputs, groups, self.features_per_group))
-    return y.reshape(*cells, outputs) + bias
+    kernel = self.param("kernel", init, (inputs, outputs), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (outputs,), jnp.float32)
+    return grouped_product(x, kernel, self.groups) + bias.astype(self.dtype)
 
 
 class Attention(nn.Module):

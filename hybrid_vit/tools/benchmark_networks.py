@@ -231,6 +231,8 @@ def _estimated(
       "traffic_mb_per_image": round(said.accessed_bytes / 1e6 / setting.batch, 1),
       "mcycles": round(said.cycles.total / 1e6, 2),
     }  # fmt: skip
+    shares = {kind: said.cycles.by_kind.get(kind, 0) for kind in tpu_topology.KINDS}
+    row |= {f"{kind}_%": round(100 * part / said.cycles.total, 1) for kind, part in shares.items()}
   return row
 
 

@@ -212,6 +212,14 @@ _NOT_COUNTED = ("resized_bilinear", "averaged_bins")
 
 _FAST_FORMS: dict[str, Callable[[Any], int]] = {
   "depthwise_conv_shift_add": _depthwise_conv,
+  "mixed_depthwise_conv_merged": lambda eqn: (
+    math.prod(eqn.outvars[0].aval.shape)
+    * sum(math.prod(kernel.aval.shape[:2]) for kernel in eqn.invars[1:])
+    // len(eqn.invars[1:])
+  ),
+  "grouped_product_dense": lambda eqn: (
+    math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[0]
+  ),
   "depthwise_conv_kernel_gradient": lambda eqn: (
     math.prod(eqn.invars[1].aval.shape) * math.prod(eqn.outvars[0].aval.shape[:2])
   ),

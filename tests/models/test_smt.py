@@ -133,9 +133,9 @@ def test_stages_modulate_attend_or_do_both_in_turn():
 
 def test_a_group_holds_one_channel_of_every_head():
   """Channel g of each head goes to group g, and groups are expanded by themselves."""
-  layer = smt.GroupedPointwiseConv(3, jnp.float32)
+  layer = smt.GroupedPointwiseConv(4, 3, jnp.float32)
   heads = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)  # head, group, cell
-  x = jnp.asarray(heads.transpose(2, 1, 0)[None, None])  # [1, 1, cells, groups, heads]
+  x = jnp.asarray(heads.transpose(2, 0, 1).reshape(1, 1, 5, 8))  # head by head all the groups
   params = layer.init(jax.random.key(0), x)["params"]
   params = {"kernel": params["kernel"], "bias": jnp.arange(12.0)}
   kernel = np.asarray(params["kernel"])

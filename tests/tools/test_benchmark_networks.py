@@ -101,7 +101,9 @@ def test_a_training_step_is_the_loops_own_and_goes_on(tiny):
 
 @pytest.mark.parametrize("mode", benchmark_networks.MODES)
 def test_estimates_are_of_one_chip(tiny, monkeypatch, mode):
-  said = Compilation(9.0, True, 2**30, 0, 0, 1e12, 4e9, Cycles(3_000_000, {}, {}, 0), "")
+  said = Compilation(
+    9.0, True, 2**30, 0, 0, 1e12, 4e9, Cycles(3_000_000, {}, {}, 0, {"norms": 750_000}), ""
+  )
   topology = benchmark_networks.tpu_topology
   monkeypatch.setattr(topology, "topology_devices", lambda name: jax.devices())
   monkeypatch.setattr(topology, "compile_for", lambda *arguments, device: said)
@@ -109,6 +111,7 @@ def test_estimates_are_of_one_chip(tiny, monkeypatch, mode):
   setting = Setting("tiny_moat_0", mode, 32, 2, "bfloat16")
   (row,) = benchmark_networks.estimate(setting, "v5e:2x2")
   assert row["ms"] == 2.0 and row["images_per_second"] == 1000.0 and row["memory_mib"] == 1024
+  assert row["norms_%"] == 25 and row["copies_%"] == 0
   assert row["traffic_mb_per_image"] == 2000 and row["form"] == "hybrid_vit, v5e estimated"
   both = benchmark_networks.estimate(setting, "v5e:2x2", scan=True)
   assert both == [row, {**row, "form": "hybrid_vit, blocks scanned, v5e estimated"}]
