@@ -1,8 +1,9 @@
 """Depthwise convolution that makes several channels of each: one signature, two forms.
 
-By the TPU compiler's own cycles (v5e, 64 maps of 56 x 56 x 64 to 28 x 28 x 128, 7x7, bfloat16), with
-the gradients: 6.9 M where channels are repeated beforehand, 3.0 M in the form for TPUs. Repeating
-lanes costs as much as the convolution, and of the grouped one only the forward pass is fast.
+By the TPU compiler's own cycles (v5e, 64 maps of 56 x 56 x 64 to 28 x 28 x 128, 7x7, bfloat16),
+with the gradients: 6.9 M where channels are repeated beforehand, 3.0 M in the form for TPUs.
+Repeating lanes costs as much as the convolution, and of the grouped one only the forward pass is
+fast.
 """
 
 import functools
