@@ -28,6 +28,9 @@ def compile_quickly() -> None:
   if flags and not _are_known(flags):
     flags = [flag for flag in flags if _are_known([flag])]
   os.environ["XLA_FLAGS"] = " ".join([*flags, given]).strip()
+  # Nobody reads where in the source an operation of a compiled program was written; what writes it
+  # down is a tenth of compiling. JAX has read the variable by now: it is for commands.
+  os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 
 def _are_known(flags: list[str]) -> bool:

@@ -10,6 +10,7 @@ from tests import command, compiling
 compiling.compile_quickly()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 # Files of few tests that take long; what is begun last leaves the other worker idle.
