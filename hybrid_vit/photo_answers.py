@@ -247,7 +247,10 @@ def _regions(stored: StoredTask, prediction: Any, step: int) -> list[Region]:
     classes = [c for c in np.unique(shown) if c < len(names)]
     parts = [(shown == c, names[c], palette[c]) for c in classes]
   parts.sort(key=lambda part: -int(part[0].sum()))
-  return [Region(place, name, _colour(colour)) for place, name, colour in parts]
+  return [
+    Region(place, unique, _colour(colour))
+    for unique, (place, _, colour) in zip(_numbered([name for _, name, _ in parts]), parts)
+  ]
 
 
 def _objects(stored: StoredTask, prediction: PredictedObjects, step: int) -> list[Region]:
@@ -261,6 +264,16 @@ def _objects(stored: StoredTask, prediction: PredictedObjects, step: int) -> lis
     name = f"{names[label]} {found.scores[i]:.0%}"
     regions.append(Region(place, name, _colour(palette[label])))
   return regions
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+  """ "person", "person 2" and so on: colours are told apart by names."""
+  seen: dict[str, int] = {}
+  unique = []
+  for name in names:
+    seen[name] = seen.get(name, 0) + 1
+    unique.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+  return unique
 
 
 def _colour(values: Any) -> tuple[int, int, int]:

@@ -120,14 +120,6 @@ def make_page(models: Sequence[PhotoModel]) -> Any:
   by_name = {model.name: model for model in models}
   first = models[0]
 
-  class Photo(gradio.Image):
-    """A photo whose file is taken as it was dropped: what is no picture is said by `look`."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-      return None if payload is None else payload.path
-
   with gradio.Blocks(title="hybrid_vit", analytics_enabled=False) as page:
     gradio.Markdown(f"# hybrid_vit\n{first.name if len(models) == 1 else ''}")
     with gradio.Row():
@@ -136,9 +128,12 @@ def make_page(models: Sequence[PhotoModel]) -> Any:
           list(by_name), value=first.name, label="Weights", visible=len(models) > 1,
           elem_id="weights",
         )  # fmt: skip
-        photo = Photo(
+        photo = gradio.Image(
           type="filepath", sources=["upload", "clipboard"], label="Photo", elem_id="photo"
         )
+        # The file as it was dropped: what is no picture is said by `look`, where the component
+        # would raise.
+        photo.preprocess = lambda dropped: None if dropped is None else dropped.path
         button = gradio.Button("Look", variant="primary", elem_id="look")
         wishes = _wishes(gradio, first)
       with gradio.Column(min_width=300):

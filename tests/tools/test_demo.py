@@ -9,9 +9,10 @@ import pytest
 from hybrid_vit.photo_answers import PhotoModel, depth_colours
 from hybrid_vit.stored_tasks import load_task
 from hybrid_vit.tools import demo
-from tests import dense
+from tests import dense, masks
 from tests.clips import write_small_clip
 from tests.test_stored_tasks import written
+from tests.tools import test_predict_segments as segments
 from tests.tools.test_predict import NAMES, photo, trained  # noqa: F401
 from tests.tools.test_predict_objects import weights as detector  # noqa: F401
 
@@ -73,7 +74,7 @@ def test_texts(tmp_path):
 
 def test_a_map_of_classes(tmp_path):
   model = PhotoModel.load(str(written(tmp_path / "w", "segmentation")))
-  pixels, _ = dense.example(1)
+  pixels = dense.example(1)[0]
   path = tmp_path / "a.png"
   path.write_bytes(dense.png(pixels))
   wrong, found, heats = asked(model, path, methods=model.methods)
@@ -92,7 +93,7 @@ def test_a_map_of_classes(tmp_path):
 def test_a_large_photo_is_shown_smaller(tmp_path, monkeypatch):
   monkeypatch.setattr("hybrid_vit.photo_answers._LARGEST", 12)
   model = PhotoModel.load(str(written(tmp_path / "w", "segmentation")))
-  pixels, _ = dense.example(1)
+  pixels = dense.example(1)[0]
   (tmp_path / "a.png").write_bytes(dense.png(pixels))
   found = model.answer(tmp_path / "a.png")
   step = -(-max(pixels.shape) // 12)
@@ -102,7 +103,7 @@ def test_a_large_photo_is_shown_smaller(tmp_path, monkeypatch):
 
 def test_depth(tmp_path):
   model = PhotoModel.load(str(written(tmp_path / "w", "depth")))
-  pixels, _ = dense.example(1)
+  pixels = dense.example(1)[0]
   (tmp_path / "a.png").write_bytes(dense.png(pixels))
   wrong, found, _ = asked(model, tmp_path / "a.png")
   assert not wrong and found.lines[0].endswith(" m") and not found.regions
@@ -113,7 +114,7 @@ def test_depth(tmp_path):
 
 def test_objects(detector, tmp_path):  # noqa: F811
   model = PhotoModel.load(str(detector))
-  pixels, _ = dense.example(1)
+  pixels = dense.example(1)[0]
   (tmp_path / "a.png").write_bytes(dense.png(pixels))
   assert model.has_scores
   wrong, found, _ = asked(model, tmp_path / "a.png", min_score=0.0)
@@ -123,6 +124,21 @@ def test_objects(detector, tmp_path):  # noqa: F811
     assert region.name == f"{('person', 'dog', 'toothbrush')[label]} {score:.0%}"
     assert region.place.shape == pixels.shape[:2] and region.place.dtype == bool
   assert not asked(model, tmp_path / "a.png", min_score=1.0)[1].regions
+
+
+def test_segments(tmp_path):
+  task = masks.make_task(num_classes=9, info={})
+  variables = dense.drawn(task, masks.make_batch(task), seed=5)
+  where = tmp_path / "w"
+  loose = {"object_threshold": 0.0, "overlap_threshold": 0.0}
+  segments.written(where, variables, "panoptic_segmentation", **segments.CANVAS, **loose)
+  model, pixels = PhotoModel.load(str(where)), dense.example(1)[0]
+  (tmp_path / "a.png").write_bytes(dense.png(pixels))
+  found = model.answer(tmp_path / "a.png")
+  picture = model.stored.panoptic(pixels)
+  assert len(found.regions) == len(picture.segments) > 0
+  assert len({region.name for region in found.regions}) == len(found.regions)
+  assert sum(region.place.sum() for region in found.regions) == (picture.map > 0).sum()
 
 
 def test_without_gradio_its_extra_is_named(trained, monkeypatch, capsys):  # noqa: F811
