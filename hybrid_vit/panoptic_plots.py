@@ -92,11 +92,11 @@ def overlay_segments(photo: np.ndarray, picture: DrawnPicture, palette: np.ndarr
   """
   masks = np.array([picture.map == s.id for s in picture.segments], np.uint8)
   masks = masks.reshape(-1, *photo.shape[:2])
-  colors = _shades(picture.segments, palette)
+  colors = segment_shades(picture.segments, palette)
   return overlay_masks(photo, masks, np.arange(len(masks)), colors)
 
 
-def _shades(segments: Collection[Any], palette: np.ndarray) -> np.ndarray:
+def segment_shades(segments: Collection[Any], palette: np.ndarray) -> np.ndarray:
   """A colour of each segment: its class's, of further things lighter or darker ones."""
   colors, seen = [], dict[int, int]()
   for segment in segments:

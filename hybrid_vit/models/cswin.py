@@ -229,10 +229,9 @@ class StripeAttention(nn.Module):
     )
     windows, tokens = value.shape[1:3]
     heads = (self.num_heads, channels // self.num_heads)
-    out = layers.dot_product_attention(
-      *(x.reshape(batch, windows, tokens, *heads) for x in (query, key, value)),
-      scale=heads[1] ** -0.5,
-    )
+    query, key, by_head = (x.reshape(batch, windows, tokens, *heads) for x in (query, key, value))
+    layers.sow_attention(self, query, key, scale=heads[1] ** -0.5)
+    out = layers.dot_product_attention(query, key, by_head, scale=heads[1] ** -0.5)
     position = layers.DepthwiseConv(
       (3, 3),
       stride=1,

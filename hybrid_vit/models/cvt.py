@@ -331,12 +331,13 @@ class Attention(nn.Module):
     query = image
     if self.projection == "dw_bn":
       query = self._convolve("query", image, 1, self.kernel_size // 2, train)
-    out = layers.dot_product_attention(
+    query, key, value = (
       heads("query", query),
       heads("key", key_or_value("key")),
       heads("value", key_or_value("value")),
-      scale=channels**-0.5,
     )
+    layers.sow_attention(self, query, key, scale=channels**-0.5)
+    out = layers.dot_product_attention(query, key, value, scale=channels**-0.5)
     return _dense(channels, True, self.dtype, "out")(out.reshape(batch, count, channels))
 
   def _convolve(

@@ -13,6 +13,7 @@ from jax import lax
 # These are layers, too, to those who read a network.
 from hybrid_vit.ops.activations import gelu as gelu
 from hybrid_vit.ops.activations import quick_gelu as quick_gelu
+from hybrid_vit.ops.attention import attention_weights
 from hybrid_vit.ops.attention import dot_product_attention as dot_product_attention
 from hybrid_vit.ops.attention import split_heads as split_heads
 from hybrid_vit.ops.batch_norm import batch_norm as batch_norm_op
@@ -352,6 +353,29 @@ def resize_relative_table(table: jax.Array, size: tuple[int, int]) -> jax.Array:
     return table
   shape = (table.shape[0], *size)
   return jax.image.resize(table, shape, method="bilinear", antialias=False)
+
+
+def sow_attention(
+  module: nn.Module, query: jax.Array, key: jax.Array, *, scale: float, bias: Any = None
+) -> None:
+  """Sows the weights of softmax attention over a whole map, float32 `[B, H, Q, K]`.
+
+  As "attention_weights" among "intermediates", where the caller of `apply` made these mutable; else
+  nothing is computed. Attention within several windows is not sown.
+
+  Args:
+    module: whose attention it is.
+    query: `[B, Q, H, D]`, or `[B, windows, Q, H, D]`.
+    key: `[B, K, H, D]`, or `[B, windows, K, H, D]`.
+    scale: see `dot_product_attention`.
+    bias: see there.
+  """
+  if not module.is_mutable_collection("intermediates"):
+    return
+  if query.ndim == 5 and query.shape[1] > 1:
+    return
+  weights = attention_weights(query, key, scale=scale, bias=bias)
+  module.sow("intermediates", "attention_weights", weights.reshape(len(query), *weights.shape[-3:]))
 
 
 def relative_position_bias(table: jax.Array, window: tuple[int, int]) -> jax.Array:

@@ -282,6 +282,7 @@ class Attention(nn.Module):
     )
     qkv = qkv.reshape(batch, height * width, 3 * channels)
     query, key, value = layers.split_heads(qkv, 3, channels // _HEAD_SIZE)
+    layers.sow_attention(self, query, key, scale=_HEAD_SIZE**-0.5)
     y = layers.dot_product_attention(query, key, value, scale=_HEAD_SIZE**-0.5)
     y = y.reshape(x.shape)
     return layers.PointwiseConv(

@@ -338,6 +338,7 @@ class Attention(nn.Module):
     if mask is not None:
       shown = 0.0 if bias is None else bias
       bias = jnp.where(mask[:, None, None, :], shown, jnp.finfo(jnp.float32).min)
+    layers.sow_attention(self, query, key, scale=self.head_size**-0.5, bias=bias)
     out = layers.dot_product_attention(query, key, value, scale=self.head_size**-0.5, bias=bias)
     out = nn.DenseGeneral(channels, axis=(-2, -1), kernel_init=_INIT, dtype=self.dtype, name="out")(
       out

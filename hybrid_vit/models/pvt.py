@@ -238,6 +238,7 @@ class SpatialReductionAttention(nn.Module):
     key_value = _dense(2 * channels, self.qkv_bias, self.dtype, "key_value")(source)
     key, value = layers.split_heads(key_value, 2, heads[0])
     query = query.reshape(batch, tokens, *heads)
+    layers.sow_attention(self, query, key, scale=heads[1] ** -0.5)
     out = layers.dot_product_attention(query, key, value, scale=heads[1] ** -0.5)
     return _dense(channels, True, self.dtype, "out")(out.reshape(batch, tokens, channels))
 

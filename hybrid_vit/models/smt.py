@@ -373,6 +373,7 @@ class Attention(nn.Module):
       return t.reshape(batch, -1, self.num_heads, width // self.num_heads)
 
     scale = (width // self.num_heads) ** -0.5 if self.scale is None else self.scale
+    layers.sow_attention(self, by_head(query), by_head(key), scale=scale)
     out = layers.dot_product_attention(by_head(query), by_head(key), by_head(value), scale=scale)
     out = out.reshape(x.shape) + _depthwise(self, 3, "value_conv")(value)
     return _dense(self, width, "out")(out)

@@ -268,6 +268,7 @@ class WindowAttention(nn.Module):
     qkv = _dense(3 * channels, self.qkv_bias, self.dtype, "qkv")(tokens)
     query, key, value = layers.split_heads(qkv, 3, self.num_heads)
     scale = (channels // self.num_heads) ** -0.5
+    layers.sow_attention(self, query, key, scale=scale, bias=bias)
     out = layers.dot_product_attention(query, key, value, scale=scale, bias=bias)
     out = _dense(channels, True, self.dtype, "out")(out.reshape(tokens.shape))
     x = windows_op.merge_windows(out, (side, side), padded)

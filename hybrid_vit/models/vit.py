@@ -378,6 +378,8 @@ class EncoderBlock(nn.Module):
       zeros = nn.initializers.zeros
       rows, columns = (self.param(name, zeros, shape, jnp.float32) for name in RELATIVE_TABLES)
       bias = relative_bias(query, rows, columns, self.reach.size)
+    if self.reach is None:
+      layers.sow_attention(self, query, key, scale=head_size**-0.5, bias=bias)
     y = layers.dot_product_attention(query, key, value, scale=head_size**-0.5, bias=bias)
     y = self._dense(channels, "proj")(y.reshape(x.shape))
     return self.reach.join(y) if self.reach else y

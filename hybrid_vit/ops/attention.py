@@ -28,6 +28,16 @@ def dot_product_attention(
   return on_cpu(_attend_on_cpu, _attend)(query * scale, key, value, bias)
 
 
+def attention_weights(
+  query: jax.Array, key: jax.Array, *, scale: float, bias: Any = None
+) -> jax.Array:
+  """What `dot_product_attention` weighs the values by, float32 `[..., H, Q, K]`, to look at."""
+  logits = jnp.einsum(
+    "...qhd,...khd->...hqk", query * scale, key, preferred_element_type=jnp.float32
+  )
+  return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+
+
 def split_heads(x: jax.Array, parts: int, num_heads: int) -> tuple[jax.Array, ...]:
   """One projection `[..., parts * C]` to so many of `[..., num_heads, C / num_heads]`.
 

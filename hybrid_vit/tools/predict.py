@@ -20,29 +20,30 @@ numbers and a panoptic.json. --task is what the weights say where it is left out
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from hybrid_vit import checkpoints, recipes
+from hybrid_vit.class_prediction import (
+  Prediction,
+  check_classifier,
+  class_probabilities,
+  likeliest,
+)
 from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.object_prediction import MIN_SCORE
 from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import one_line, plain_text, printable, save_figure
 from hybrid_vit.stored_predictions import ASKED, OUTPUTS
 from hybrid_vit.stored_tasks import StoredTask, stored_task
-from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import (
   StoredNetwork,
-  check_finite,
   class_names,
   network_of,
   task_of,
@@ -53,29 +54,7 @@ from hybrid_vit.weights.transfer import without_text
 TASKS = ("classification", *ASKED)
 _BATCH_SIZE = 8
 _MAX_IN_A_PICTURE = 24
-# By the loss of the training: what makes probabilities of the logits.
-_ACTIVATIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 _BAR, _TEXT = "#9ecae1", "#222222"
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-  """The likeliest classes of one photo.
-
-  Attributes:
-    photo: its path.
-    image: as the network saw it, uint8 `[S, S, 3]`.
-    classes: indices, the likeliest first.
-    names: of those classes.
-    probabilities: of those classes; after training with a sigmoid, of each by itself, so that they
-      need not add up to 1.
-  """
-
-  photo: Path
-  image: np.ndarray
-  classes: tuple[int, ...]
-  names: tuple[str, ...]
-  probabilities: tuple[float, ...]
 
 
 def predict(
@@ -89,21 +68,13 @@ def predict(
   Raises:
     ValueError: the weights have no classifier, are of another task, or hold what is no number.
   """
-  if not network.num_classes:
-    raise ValueError(f"these weights of {network.name} have no classifier")
-  if network.loss not in _ACTIVATIONS:
-    task = network.metadata.get("task")
-    raise ValueError(
-      f"these weights of {network.name} were trained for the task {task!r} with the loss "
-      f"{network.loss!r}; {' or '.join(_ACTIVATIONS)} was expected: their outputs are no classes"
-    )
-  check_finite(network)
+  check_classifier(network)
   names = class_names(network)
   images, skipped = read_photos(photos, network.preprocessing)
   predictions = []
   for batch, probabilities in _probabilities(network, images):
     predictions += [
-      _prediction(photo, images[photo], row, names, top) for photo, row in zip(batch, probabilities)
+      likeliest(photo, images[photo], row, names, top) for photo, row in zip(batch, probabilities)
     ]
   return predictions, skipped
 
@@ -126,19 +97,8 @@ def predict_zero_shot(
   images, skipped = read_photos(photos, model.preprocessing)
   found = model.encode_image(list(images.values()))
   rows = model.probabilities(found, model.encode_text(texts))
-  made = [_prediction(p, images[p], row, texts, top) for p, row in zip(images, rows)]
+  made = [likeliest(p, images[p], row, texts, top) for p, row in zip(images, rows)]
   return made, skipped
-
-
-def _prediction(
-  photo: Path, image: np.ndarray, row: np.ndarray, names: Sequence[str], top: int
-) -> Prediction:
-  """The likeliest of a row of probabilities `[K]`."""
-  best = np.argsort(-row, kind="stable")[: min(top, len(row))]
-  probabilities = tuple(float(row[i]) for i in best)
-  return Prediction(
-    photo, image, tuple(map(int, best)), tuple(names[i] for i in best), probabilities
-  )
 
 
 def draw(predictions: Sequence[Prediction], png: str | Path) -> None:
@@ -174,16 +134,9 @@ def _probabilities(
   network: StoredNetwork, images: dict[Path, np.ndarray]
 ) -> Iterator[tuple[list[Path], np.ndarray]]:
   """Photos and their probabilities `[N, K]`, batch by batch."""
-  expected, photos = network.preprocessing, list(images)
-  activation = _ACTIVATIONS[network.loss]
+  photos, run = list(images), class_probabilities(network)
   # One compiled shape for all batches.
   size = min(_BATCH_SIZE, len(photos))
-
-  @jax.jit
-  def run(variables, batch):
-    pictures = normalized(batch, expected.mean, expected.std)
-    logits, _ = network.model.apply(variables, pictures, train=False)
-    return activation(logits.astype(jnp.float32))
 
   for start in range(0, len(photos), size or 1):
     part = photos[start : start + size]
