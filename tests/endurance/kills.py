@@ -1,11 +1,11 @@
 """kill -9 at random moments of a training, after each of which it goes on to the same bytes.
 
-    python -m tests.endurance.kills --kills=50 --place=/path/of/the/runs --out=docs/results/reliability/kills
+    python -m tests.endurance.kills --kills=50 --place=DIR --out=docs/results/reliability/kills
 
 Each number of a kill draws, from the seed and that number, a kind of moment and a delay; the moment
 itself is what the run is at by then, which another machine or another hour moves by milliseconds.
-With one chance in four the run that goes on is killed, too, before it may end. A row a kill is written
-as soon as it is judged, so that `--first` can go on with a later number.
+With one chance in four the run that goes on is killed, too. A row a kill is written as soon as it is
+judged, so that `--first` can go on with a later number.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import logging
 import re
 import shutil
 import signal
@@ -100,16 +101,22 @@ def begun(moment: Moment, workdir: Path) -> Callable[[], bool]:
   }[moment.kind]
 
 
-def kill(process: subprocess.Popen, has_begun: Callable[[], bool], delay: float) -> bool:
-  """Kills a process so many seconds after something has begun; False where it ended before."""
+def kill(
+  process: subprocess.Popen, has_begun: Callable[[], bool], delay: float
+) -> tuple[bool, str]:
+  """Kills a process so many seconds after something has begun.
+
+  Returns:
+    Whether it was killed, and did not end before; what it had printed.
+  """
   while process.poll() is None and not has_begun():
     time.sleep(0.001)
   try:
     process.wait(delay)
   except subprocess.TimeoutExpired:
     process.send_signal(signal.SIGKILL)
-  process.communicate()
-  return process.returncode == -signal.SIGKILL
+  output, _ = process.communicate()
+  return process.returncode == -signal.SIGKILL, output
 
 
 def found_after(workdir: Path) -> dict[str, Any]:
@@ -130,31 +137,30 @@ def one(
   number: int, moment: Moment, config: Path, cache: Path, workdir: Path, whole: Path
 ) -> list[dict[str, Any]]:
   """Rows of a kill, and of a second one where there is one; none where the run ended first."""
-  rows: list[dict[str, Any]] = []
-  begin = time.monotonic()
-  process = command.start(cache, *runs.arguments(config, workdir))
-  if not kill(process, begun(moment, workdir), moment.delay):
+  begin, given = time.monotonic(), runs.arguments(config, workdir)
+  killed, _ = kill(command.start(cache, *given), begun(moment, workdir), moment.delay)
+  if not killed:
     return []
   shown = {"kill": number, "moment": moment.kind, "step": moment.step or ""}
-  rows.append({**shown, "delay_ms": round(1000 * moment.delay), **found_after(workdir)})
+  rows = [{**shown, "delay_ms": round(1000 * moment.delay), **found_after(workdir)}]
+  outputs = []
   if moment.again is not None:
-    process = command.start(cache, *runs.arguments(config, workdir))
-    if kill(process, lambda: True, moment.again):
-      rows.append(
-        {**shown, "moment": "going on", "delay_ms": round(1000 * moment.again)}
-        | {"step": "", **found_after(workdir)}
-      )
-  output = command.run(cache, *runs.arguments(config, workdir))
-  restored = re.search(r"restored step (\d+) ", output)
-  resumed = int(restored[1]) if restored else 0
+    killed, output = kill(command.start(cache, *given), lambda: True, moment.again)
+    outputs.append(output)
+    if killed:
+      shown = {"kill": number, "moment": "going on", "step": ""}
+      rows.append({**shown, "delay_ms": round(1000 * moment.again), **found_after(workdir)})
+  outputs.append(command.run(cache, *given))
   unlike = runs.differences(workdir, whole)
   for line in unlike:
     print(f"  DIFFERENT: {line}", flush=True)
-  for row in rows:
-    # A run that is killed again before it has saved resumes from the same state.
-    row["resumed"] = resumed if row is rows[-1] else row["saved"]
-    row["lost_states"] = int(row["resumed"] < row["saved"])
-    row["steps_again"] = max(0, row["logged"] - row["resumed"])
+  for place, row in enumerate(rows):
+    # One that was killed before it could say so says nothing; then the next one's word counts.
+    said = (re.search(r"restored step (\d+) ", output) for output in outputs[place:])
+    resumed = int(next((match[1] for match in said if match), 0))
+    row["resumed"] = resumed
+    row["lost_states"] = int(resumed < row["saved"])
+    row["steps_again"] = max(0, row["logged"] - resumed)
     row["different"] = len(unlike)
     row["seconds"] = round(time.monotonic() - begin, 1)
   return rows
@@ -192,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", type=Path, required=True, help="of .csv and .md, without ending")
   options = parser.parse_args(arguments)
   options.place.mkdir(parents=True, exist_ok=True)
+  # Orbax misses a file that is not written here.
+  logging.getLogger("absl").setLevel(logging.ERROR)
   config, whole, seconds = unbroken(options.place)
   print(f"an unbroken run takes {seconds:.1f} s", flush=True)
   table = options.out.with_name(options.out.name + ".csv")

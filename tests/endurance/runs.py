@@ -61,8 +61,8 @@ def arguments(config: Path, workdir: Path) -> tuple[str, str]:
 def differences(workdir: Path, whole: Path) -> list[str]:
   """What is not bit for bit as in an unbroken run's directory; each a line.
 
-  Compared are metrics.jsonl and metrics.csv (without its times) byte by byte, which states there are, every array of
-  every state, of the best one and of the export, and what is written beside them.
+  Compared are metrics.jsonl and metrics.csv (without its times) byte by byte, which states there
+  are, every array of every state, of the best one and of the export, and what lies beside them.
   """
   found = []
   for name in ("metrics.jsonl", "metrics.csv", "config.json"):
