@@ -47,6 +47,7 @@ from hybrid_vit.data.palettes import (
 )
 from hybrid_vit.data.source_options import BOOLEAN, Option, between, read_options
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
+from hybrid_vit.data.texts import as_text
 
 MAP_SOURCES = (
   "maps", "ade20k", "cityscapes", "coco_panoptic", "depth", "nyu_depth", "kitti_depth",
@@ -278,7 +279,7 @@ def _listed(reader: Reader, names: set[str], path: Path) -> list[tuple[str, str]
   if not path.is_file():
     raise MissingDataError(f"a list of pairs was looked for at {path} and is not there")
   pairs = []
-  for number, line in enumerate(path.read_text().splitlines(), 1):
+  for number, line in enumerate(as_text(path.read_bytes(), str(path)).splitlines(), 1):
     words = [word.lstrip("/") for word in line.split()]
     if not words:
       continue
@@ -319,7 +320,8 @@ def _classes(
   found = sorted((n for n in names if n.rsplit("/", 1)[-1] == wanted), key=lambda n: n.count("/"))
   lines: list[str] = []
   if found:
-    lines = [s.strip() for s in reader.read(found[0]).decode("utf-8-sig").splitlines() if s.strip()]
+    text = as_text(reader.read(found[0]), reader.full_name(found[0]))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if kind == "ade20k":  # a head, and names in the last column
       lines = [line.split("\t")[-1].strip() for line in lines[1:]]
     if count is not None and len(lines) != count:

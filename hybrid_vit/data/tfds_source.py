@@ -38,17 +38,24 @@ class TfdsSource:
 
   Raises:
     MissingDataError: not prepared, or prepared in a format that has no access by index.
-    ValueError: a split it does not have; or it lies in a store from which it cannot be read.
+    ValueError: a split it does not have; or it lies in a store from which it cannot be read, or
+      what it says of itself is damaged.
   """
 
   def __init__(self, name: str, split: str, data_dir: str | None):
     import tensorflow_datasets as tfds
 
     self._name, self._split = name, split
+    directory = _directory(name, data_dir)
     try:
-      builder = tfds.builder_from_directory(str(_directory(name, data_dir)))
+      builder = tfds.builder_from_directory(str(directory))
     except ImportError as error:
       raise ValueError(f"tfds:{name} lies in an object store: {error}") from error
+    except Exception as error:  # JSON's, protobuf's or TFDS's, as the damage has it
+      raise ValueError(
+        f"what describes the TFDS data set in {directory} (dataset_info.json, features.json and "
+        f"beside them) cannot be read: {type(error).__name__}: {error}. Get these files anew"
+      ) from error
     base = re.split(r"[\[+]", split)[0]
     if base not in builder.info.splits and base != "all":
       raise ValueError(

@@ -33,6 +33,7 @@ from hybrid_vit.data.listing import EXTENSIONS
 from hybrid_vit.data.map_reading import picture_size
 from hybrid_vit.data.source_options import Option, read_options
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
+from hybrid_vit.data.texts import as_text
 
 _LAYOUT = (
   "images/**/x.jpg with labels/**/x.txt (class cx cy w h in fractions on each line) and the names "
@@ -223,10 +224,7 @@ def _classes(reader: Reader, names: Sequence[str]) -> tuple[dict[int, str], bool
         return found, keypoints
   for name in by_depth:
     if name.rsplit("/", 1)[-1] in ("classes.txt", "obj.names"):
-      try:
-        lines = reader.read(name).decode("utf-8-sig").splitlines()
-      except UnicodeDecodeError as error:
-        raise ValueError(f"{reader.full_name(name)} is no text in UTF-8: {error}") from error
+      lines = as_text(reader.read(name), reader.full_name(name)).splitlines()
       found = {i: line.strip() for i, line in enumerate(line for line in lines if line.strip())}
       if found:
         return found, False

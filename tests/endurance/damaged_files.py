@@ -82,11 +82,11 @@ def _batches(source: Any, host: Sequence[str], decode: str = "decode|") -> Any:
   return plain([dict(source.info), list(eval_batches(source, reading, num_threads=1))])
 
 
-def _pictures(kind: str, ending: str, place: Path) -> None:
+def _pictures(formats: Sequence[str], place: Path) -> None:
   for i in range(3):
-    path = place / "train" / f"class_{i % 2}" / f"{i}.{ending}"
+    path = place / "train" / f"class_{i % 2}" / f"{i}.{formats[i].lower()}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(photo(i), kind))
+    path.write_bytes(encoded(photo(i), formats[i]))
 
 
 def _folder(place: Path) -> Any:
@@ -130,7 +130,7 @@ def _yolo(place: Path) -> None:
   for i in range(2):
     for path, content in (
       (place / "images" / f"{i}.jpg", encoded(photo(i))),
-      (place / "labels" / f"{i}.txt", f"0 0.5 0.5 0.{i + 2} 0.25\n1 0.25 0.25 0.125 0.125\n".encode()),
+      (place / "labels" / f"{i}.txt", f"0 0.5 0.5 0.{i + 2} 0.25\n1 0.2 0.2 0.1 0.1\n".encode()),
       (place / "data.yaml", b"names:\n  0: cat\n  1: dog\n"),
     ):  # fmt: skip
       path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def _real(place: Path) -> None:
 
 
 def _read_real(place: Path) -> Any:
-  source = open_variant("imagenet_real", f"{place}?labels={place / 'real.json'}", "")
+  source = open_variant("imagenet_real", f"{place}?labels={place / 'real.json'}", ":")
   return _batches(source, ("labels",))
 
 
@@ -206,18 +206,17 @@ def _export(place: Path) -> None:
   exports.export(place / "export", saved_states.weights(0), {"name": "conv", "class_names": ["é"]})
 
 
-def _arrays(place: Path, ending: str) -> dict[str, np.ndarray]:
-  del place, ending
+def _arrays() -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
   return {f"layer{i}.weight": rng.normal(size=(4, 5)).astype(np.float32) for i in range(3)}
 
 
 def _safetensors(place: Path) -> None:
-  readers.write_safetensors(place / "model.safetensors", _arrays(place, ""), {"by": "us"})
+  readers.write_safetensors(place / "model.safetensors", _arrays(), {"by": "us"})
 
 
 def _parts(place: Path) -> None:
-  weights = _arrays(place, "")
+  weights = _arrays()
   for i, (name, value) in enumerate(weights.items()):
     readers.write_safetensors(place / f"part-{i}.safetensors", {name: value}, {})
   index = {"weight_map": {name: f"part-{i}.safetensors" for i, name in enumerate(weights)}}
@@ -281,7 +280,7 @@ def _read_embeddings(place: Path) -> Any:
 
 
 def _npz(place: Path) -> None:
-  np.savez(place / "weights.npz", **_arrays(place, ""))
+  np.savez(place / "weights.npz", **_arrays())
 
 
 def _names(place: Path) -> None:
@@ -289,15 +288,10 @@ def _names(place: Path) -> None:
 
 
 KINDS: Mapping[str, Kind] = {
-  "folder of JPEG": Kind(functools.partial(_pictures, "JPEG", "jpg"), _folder),
-  "folder of PNG": Kind(functools.partial(_pictures, "PNG", "png"), _folder),
-  "folder of WebP": Kind(functools.partial(_pictures, "WebP", "webp"), _folder),
-  "folder of TIFF, GIF, BMP": Kind(
-    lambda place: [
-      _pictures(kind, kind.lower(), place / kind) for kind in ("TIFF", "GIF", "BMP")
-    ] and [shutil.move(place / kind / "train", place / "train" / kind) for kind in ("TIFF", "GIF", "BMP")],
-    _folder,
-  ),
+  "folder of JPEG": Kind(functools.partial(_pictures, ("JPEG",) * 3), _folder),
+  "folder of PNG": Kind(functools.partial(_pictures, ("PNG",) * 3), _folder),
+  "folder of WebP": Kind(functools.partial(_pictures, ("WebP",) * 3), _folder),
+  "folder of TIFF, GIF, BMP": Kind(functools.partial(_pictures, ("TIFF", "GIF", "BMP")), _folder),
   "zip, stored": Kind(
     functools.partial(_zip, zipfile.ZIP_STORED),
     lambda place: examples(f"zip:{place / 'pictures.zip'}", "all"),
@@ -323,7 +317,9 @@ KINDS: Mapping[str, Kind] = {
   ),
   "Fashion-MNIST": Kind(
     lambda place: test_sources.write_fashion_mnist(place / "f"),
-    lambda place: [examples(f"fashion_mnist:{place / 'f'}", s, decode="") for s in ("train", "test")],
+    lambda place: [
+      examples(f"fashion_mnist:{place / 'f'}", split, decode="") for split in ("train", "test")
+    ],
   ),
   "COCO objects": Kind(
     _coco, lambda place: examples(f"coco:{place}", "all", host=_OBJECTS), damaged="**/*.json"
@@ -339,14 +335,16 @@ KINDS: Mapping[str, Kind] = {
   "YOLO's names": Kind(
     _yolo, lambda place: examples(f"yolo:{place}", "all", host=_OBJECTS), damaged="*.yaml"
   ),
-  "maps and classes.txt": Kind(_maps, lambda place: examples(f"maps:{place}", "all", host=("map",))),
-  "depth as PNG, npy, list": Kind(
+  "maps as PNG": Kind(
+    _maps, lambda place: examples(f"maps:{place}", "all", host=("map",)), damaged="annotations/*"
+  ),
+  "classes.txt of maps": Kind(
+    _maps, lambda place: examples(f"maps:{place}", "all", host=("map",)), damaged="classes.txt"
+  ),
+  "depth as PNG and npy": Kind(
     _depth,
-    lambda place: [
-      examples(f"depth:{place}{more}", "all", host=("depth",))
-      for more in ("", f"?list={place / 'list.txt'}")
-    ],
-    damaged="[dl]*/**/*",
+    lambda place: examples(f"depth:{place}", "all", host=("depth",)),
+    damaged="depth/*",
   ),
   "list of depth pairs": Kind(
     _depth,

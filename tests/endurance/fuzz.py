@@ -8,11 +8,11 @@ it. What comes of it is one of
     same        what the whole file gives
     told        something else, with a warning that names the file or the member
     refused     an error of those that the commands print as one line, which names it
-    unnoticed   something else without a word, in a format without sums: a changed pixel, digit, letter
+    unnoticed   something else without a word, in a format without sums: a changed pixel or digit
 
-and, as faults, "nameless" (an error or a warning that does not say where), "traceback" (an exception
-that no command catches), "silent" (as unnoticed, where the format has sums) and "lost" (a file is
-gone or other than it was).
+and, as faults, "nameless" (an error or a warning that does not say where), "traceback" (an
+exception that no command catches), "silent" (as unnoticed, where the format has sums) and "lost" (a
+file is gone or other than it was).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def outcome(kind: Kind, place: Path, path: Path, whole: Any) -> tuple[str, str]:
     except _user_errors() as error:
       text = explain(error) or str(error)
       result = "refused" if _names(text, path, place) else "nameless"
-    except Exception as error:
+    except Exception:
       text = traceback.format_exc().splitlines()[-1]
       result = "traceback"
     else:

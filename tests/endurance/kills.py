@@ -4,8 +4,8 @@
 
 Each number of a kill draws, from the seed and that number, a kind of moment and a delay; the moment
 itself is what the run is at by then, which another machine or another hour moves by milliseconds.
-With one chance in four the run that goes on is killed, too. A row a kill is written as soon as it is
-judged, so that `--first` can go on with a later number.
+With one chance in four the run that goes on is killed, too. A row a kill is written as soon as it
+is judged, so that `--first` can go on with a later number.
 """
 
 from __future__ import annotations
