@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
       raise app.UsageError("--config is needed, e.g. --config=configs/quickstart.py")
     path, config = _read_config(_CONFIG.value)
     return _run(Config(config), path.stem)
-  except _user_errors() as error:
+  except user_errors() as error:
     if os.environ.get(_TRACEBACK):
       raise
     # The cause is the last line of all.
@@ -170,7 +170,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     sys.exit(_tell(str(error)))
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
+def user_errors() -> tuple[type[BaseException], ...]:
+  """What is told in one paragraph: errors that a user can mend."""
   from hybrid_vit.checkpoints import CheckpointError
   from hybrid_vit.tpu_topology import TopologyError
 

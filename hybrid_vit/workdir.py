@@ -26,6 +26,10 @@ _LOCK = "lock"
 _CAUSES = {
   errno.ENOSPC: ("the disk is full", "free some space, or put it on another disk"),
   errno.EDQUOT: ("your quota of that disk is used up", "free some space, or put it elsewhere"),
+  errno.EFBIG: (
+    "a file grows beyond what the file system or a limit of the system allows",
+    "raise the limit (ulimit -f), or put it on another disk",
+  ),
   errno.EROFS: ("that file system can only be read", "choose a place that can be written"),
   errno.EACCES: ("you have no right to it", "change its permissions, or choose another place"),
   errno.EPERM: ("you have no right to it", "change its permissions, or choose another place"),

@@ -59,13 +59,13 @@ def environment(cache, devices=1, **more):
   }
 
 
-def start(cache, *arguments, devices=1, **more):
-  """The command, begun; its output is in one stream."""
+def start(cache, *arguments, devices=1, stdout=subprocess.PIPE, **more):
+  """The command, begun; its output is in one stream, a file's where one is given."""
   return subprocess.Popen(
     [sys.executable, "-m", "hybrid_vit.main", *map(str, arguments)],
     cwd=ROOT,
     env=environment(cache, devices, **more),
-    stdout=subprocess.PIPE,
+    stdout=stdout,
     stderr=subprocess.STDOUT,
     text=True,
   )

@@ -4,7 +4,7 @@
     python -m tests.endurance.disks slow --place=DIR --out=docs/results/reliability/slow_disk
 
 Both need root and Linux. "full" mounts a small file system in memory (tmpfs) and fills it with a
-file until so many bytes are left: the run must end with the cause in its last line and no traceback,
+file until so many bytes are left: the run must end with its cause as the last line, no traceback,
 every state that was whole before must still be, and with the file gone the same command goes on.
 "slow" limits what a process may write in a second to the disk that holds DIR (blkio of control
 groups, version 1), which writes wait for that are made to be safe, as those of states are.

@@ -34,7 +34,7 @@ import numpy as np
 from hybrid_vit import stored_trees
 from hybrid_vit.data import examples as example_reading
 from hybrid_vit.data import folders
-from hybrid_vit.main import _user_errors
+from hybrid_vit.main import user_errors
 from hybrid_vit.tables import write_table
 from hybrid_vit.workdir import explain
 from tests.endurance.damaged_files import KINDS, Kind
@@ -101,7 +101,7 @@ def outcome(kind: Kind, place: Path, path: Path, whole: Any) -> tuple[str, str]:
   with _hearing() as heard, impatiently():
     try:
       found = kind.read(place)
-    except _user_errors() as error:
+    except user_errors() as error:
       text = explain(error) or str(error)
       result = "refused" if _names(text, path, place) else "nameless"
     except Exception:

@@ -65,13 +65,7 @@ def start(
     logs.append(workdir.parent / f"{workdir.name}.{process}.txt")
     with logs[-1].open("w") as file:
       processes.append(
-        subprocess.Popen(
-          [sys.executable, "-m", "hybrid_vit.main", *["--distributed"] * (count > 1), *given],
-          cwd=command.ROOT,
-          env=command.environment(cache, 1, **together),
-          stdout=file,
-          stderr=subprocess.STDOUT,
-        )
+        command.start(cache, *["--distributed"] * (count > 1), *given, stdout=file, **together)
       )
   return processes, logs
 
