@@ -188,7 +188,7 @@ def open_maps(kind: str, path: str, split: str) -> PairSource | PanopticSource:
       return read_depth(encoded, name, 1.0 if path.lower().endswith(".npy") else scale, cap)
 
     return PairSource(reader, pairs, "depth", read_metres, {})
-  classes, palette = _classes(kind, reader, names, options.get("classes"))
+  classes, palette, told_by = _classes(kind, reader, names, options.get("classes"))
 
   def read_map(encoded: bytes, path: str, name: str) -> np.ndarray:
     labels = read_labels(encoded, name)
@@ -196,7 +196,7 @@ def open_maps(kind: str, path: str, split: str) -> PairSource | PanopticSource:
       return _from_cityscapes_ids(labels, name)
     ignore = options.get("ignore", IGNORE)
     reduced = kind == "ade20k" or options.get("reduce_zero_label", False)
-    check_labels(labels, len(classes) - (not reduced), ignore, name)
+    check_labels(labels, len(classes) - (not reduced), ignore, name, told_by)
     none = labels == ignore
     return (
       np.where(none | (labels == 0), IGNORE, labels - 1)
@@ -310,10 +310,10 @@ def _parts(pairs: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]
 
 def _classes(
   kind: str, reader: Reader, names: Sequence[str], count: int | None
-) -> tuple[tuple[str, ...], np.ndarray]:
-  """Names and colours of the classes."""
+) -> tuple[tuple[str, ...], np.ndarray, str]:
+  """Names and colours of the classes, and the full name of the file that has them, "" for none."""
   if kind == "cityscapes":
-    return CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+    return CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, ""
   count = 150 if kind == "ade20k" else count
   wanted = _CLASS_FILES[kind]
   # The nearest to the top, where there are several.
@@ -324,6 +324,10 @@ def _classes(
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if kind == "ade20k":  # a head, and names in the last column
       lines = [line.split("\t")[-1].strip() for line in lines[1:]]
+    if not lines:
+      raise ValueError(
+        f"{reader.full_name(found[0])} names no class; a name in each line was expected"
+      )
     if count is not None and len(lines) != count:
       raise ValueError(
         f"{reader.full_name(found[0])} names {len(lines)} classes where {count} were expected"
@@ -341,4 +345,4 @@ def _classes(
   # Numbers of the file where there are no names.
   first = int(kind == "ade20k")
   classes = tuple(lines) or tuple(str(first + i) for i in range(count or 0))
-  return classes, spread_palette(len(classes))
+  return classes, spread_palette(len(classes)), reader.full_name(found[0]) if found else ""

@@ -14,7 +14,7 @@ from etils import epath
 from hybrid_vit.data.caption_fields import CAPTION, without_empty
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.palettes import spread_palette
-from hybrid_vit.data.tfrecord import TfRecordShards
+from hybrid_vit.data.tfrecord import TfRecordError, TfRecordShards
 from hybrid_vit.paths import as_path, is_remote
 
 # The numbers of COCO's 80 classes in its files.
@@ -79,13 +79,15 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    record = self._records[index]
     try:
+      record = self._records[index]
       example = self._features.deserialize_example_np(record, decoders=self._decoders)
-    except OSError:
+    except (OSError, TfRecordError):
       raise
-    except Exception as error:  # protobuf's, NumPy's or TFDS's, as the damage has it
-      raise CorruptExampleError(f"{self.describe(index)} cannot be decoded: {error}") from error
+    except Exception as error:  # the format's, protobuf's, NumPy's or TFDS's, as the damage has it
+      raise CorruptExampleError(
+        f"{self.describe(index)} cannot be decoded: {type(error).__name__}: {error}"
+      ) from error
     for key in self._texts:
       if isinstance(example[key], bytes):
         example[key] = example[key].decode(errors="replace")

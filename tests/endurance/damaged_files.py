@@ -42,13 +42,16 @@ class Kind:
     read: what the package makes of them, comparable by ==; raises what the package raises.
     damaged: which of the files are damaged, as a pattern.
     checked: whether the format has sums by which every change of what is read is noticed.
-    prefix: bytes at the beginning of a file that stay, so that damage comes behind them.
+    lines: whether a last line that does not end may go, as a kill leaves one.
+    named: by what a message may name a file; YOLO's texts by their photos.
   """
 
   make: Callable[[Path], Any]
   read: Callable[[Path], Any]
   damaged: str = "**/*"
   checked: bool = False
+  lines: bool = False
+  named: Callable[[Path], str] = lambda path: path.name
 
 
 def plain(value: Any) -> Any:
@@ -330,7 +333,8 @@ KINDS: Mapping[str, Kind] = {
     damaged="annotations/**/*",
   ),
   "YOLO": Kind(
-    _yolo, lambda place: examples(f"yolo:{place}", "all", host=_OBJECTS), damaged="[ld]*/**/*.txt"
+    _yolo, lambda place: examples(f"yolo:{place}", "all", host=_OBJECTS), damaged="labels/*",
+    named=lambda path: f"images/{path.stem}.jpg",
   ),
   "YOLO's names": Kind(
     _yolo, lambda place: examples(f"yolo:{place}", "all", host=_OBJECTS), damaged="*.yaml"
@@ -378,7 +382,7 @@ KINDS: Mapping[str, Kind] = {
   "configuration": Kind(
     lambda place: (place / "recipe.py").write_text(_CONFIG), _read_config, damaged="recipe.py"
   ),
-  "metrics": Kind(_metrics, _read_metrics, damaged="metrics.*"),
+  "metrics": Kind(_metrics, _read_metrics, damaged="metrics.*", lines=True),
   "embeddings": Kind(_embeddings, _read_embeddings),
   "names of classes": Kind(_names, lambda place: read_names(str(place / "classes.txt"))),
 }  # fmt: skip

@@ -97,13 +97,13 @@ def _hearing() -> Iterator[list[str]]:
 
 def outcome(kind: Kind, place: Path, path: Path, whole: Any) -> tuple[str, str]:
   """(what comes of reading, in which words) where a file below a directory is damaged."""
-  before = _contents(place)
+  before = _contents(place, kind.lines)
   with _hearing() as heard, impatiently():
     try:
       found = kind.read(place)
     except user_errors() as error:
       text = explain(error) or str(error)
-      result = "refused" if _names(text, path, place) else "nameless"
+      result = "refused" if _names(text, path, place, kind) else "nameless"
     except Exception:
       text = traceback.format_exc().splitlines()[-1]
       result = "traceback"
@@ -112,25 +112,27 @@ def outcome(kind: Kind, place: Path, path: Path, whole: Any) -> tuple[str, str]:
       if found == whole:
         result = "same"
       elif heard:
-        result = "told" if _names(text, path, place) else "nameless"
+        result = "told" if _names(text, path, place, kind) else "nameless"
       else:
         result = "silent" if kind.checked else "unnoticed"
   # Files may be renamed and new ones may come; what was there is there.
-  gone = Counter(before) - Counter(_contents(place))
+  gone = Counter(before) - Counter(_contents(place, kind.lines))
   if gone:
     result, text = "lost", f"{len(gone)} file(s) gone or changed; {result}: {text}"
   return result, " ".join(text.split())
 
 
-def _names(text: str, path: Path, place: Path) -> bool:
+def _names(text: str, path: Path, place: Path, kind: Kind) -> bool:
   """Whether a text names the file, or a directory in its path below the place."""
   parts = path.relative_to(place).parts
   paths = [str(place.joinpath(*parts[:n])) for n in range(1, len(parts) + 1)]
-  return path.name in text or any(name in text for name in paths)
+  return any(name in text for name in (path.name, kind.named(path), *paths))
 
 
-def _contents(place: Path) -> list[bytes]:
-  return [path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()]
+def _contents(place: Path, lines: bool) -> list[bytes]:
+  """Of every file, without an unfinished line where these may go."""
+  found = [path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()]
+  return [data[: data.rfind(b"\n") + 1] for data in found] if lines else found
 
 
 class Fuzzer:

@@ -73,12 +73,13 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
   "kills": of_kills,
   "processes": columns({
     "processes": "processes", "signal": "signal", "to": "to process", "after_step": "after step",
-    "codes": "exit statuses", "ended_in_s": "all ended in, s", "saved": "saved", "resumed": "resumed",
-    "different": "other bytes at the end",
+    "codes": "exit statuses", "ended_in_s": "all ended in, s", "saved": "saved",
+    "resumed": "resumed", "different": "other bytes at the end",
   }),
   "full_disk": columns({
     "bytes_left": "bytes left", "code": "exit status", "saved": "newest whole state",
-    "resumed": "resumed", "changed_states": "earlier states changed", "different": "other bytes at the end",
+    "resumed": "resumed", "changed_states": "earlier states changed",
+    "different": "other bytes at the end",
   }),
   "slow_disk": columns({
     "bytes_a_second": "bytes a second", "run": "run", "seconds": "seconds", "code": "exit status",
