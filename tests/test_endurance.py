@@ -1,54 +1,14 @@
-"""A little of each of `tests/endurance`: kills, a disk without space, damaged files, its page."""
+"""A little of `tests/endurance`: damaged files, files that cannot grow; its kills: `test_main`."""
 
 import contextlib
 import resource
-import shutil
 
 import numpy as np
 import pytest
 
 from hybrid_vit.checkpoints import Checkpointer, CheckpointError
-from tests import command, saved_states
-from tests.endurance import damaged_files, fuzz, kills, page, runs
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, compilation_cache):
-  """(configuration, work directory) of a run that nothing disturbed."""
-  place = tmp_path_factory.mktemp("endurance")
-  config = runs.write_config(place)
-  command.run(compilation_cache, *runs.arguments(config, place / "whole"))
-  return config, place / "whole"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["saving", "phase border"])
-def test_a_killed_run_goes_on_to_the_same_bytes(kind, undisturbed, compilation_cache, tmp_path):
-  config, whole = undisturbed
-  moment = kills.Moment(kind, {"saving": 9, "phase border": runs.BORDER}[kind], 0.005, None)
-  rows = kills.one(0, moment, config, compilation_cache, tmp_path / "run", whole)
-  (row,) = rows
-  assert row["different"] == row["lost_states"] == 0
-  assert row["resumed"] == row["saved"] and 3 <= row["resumed"] < runs.STEPS
-
-
-@pytest.mark.slow
-def test_every_difference_is_seen(undisturbed, tmp_path):
-  """What the comparison of a killed run looks at: one thing changed at a time."""
-  _, whole = undisturbed
-  copy = tmp_path / "copy"
-  shutil.copytree(whole, copy)
-  assert runs.differences(copy, whole) == []
-  (copy / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()
-  (copy / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b"{}\n")
-  shutil.rmtree(copy / "checkpoints" / "30" / "state")
-  shutil.copytree(whole / "checkpoints" / "27" / "state", copy / "checkpoints" / "30" / "state")
-  found = runs.differences(copy, whole)
-  assert any("metrics.jsonl differs" in line for line in found)
-  assert any("checkpoints holds" in line for line in found)
-  assert any("orbax-checkpoint-tmp was left" in line for line in found)
-  (copy / "checkpoints" / "99.orbax-checkpoint-tmp").rmdir()
-  assert any("params/head/kernel differs" in line for line in runs.differences(copy, whole))
+from tests import saved_states
+from tests.endurance import damaged_files, fuzz, page
 
 
 @pytest.fixture(scope="module")

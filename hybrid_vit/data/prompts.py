@@ -45,9 +45,12 @@ def read_names(path: str) -> tuple[str, ...]:
 
   Raises:
     OSError: it cannot be read.
-    ValueError: it is no text.
+    ValueError: it is no text, or names nothing.
   """
-  return tuple(_lines(path, ""))
+  names = tuple(_lines(path, ""))
+  if not names:
+    raise ValueError(f"{path} names no class; a name in each line was expected")
+  return names
 
 
 def _lines(given: str, embedded: str) -> list[str]:

@@ -66,7 +66,7 @@ def differences(workdir: Path, whole: Path) -> list[str]:
   """
   found = []
   for name in ("metrics.jsonl", "metrics.csv", "config.json"):
-    if _figures(workdir / name) != _figures(whole / name):
+    if (whole / name).exists() and _figures(workdir / name) != _figures(whole / name):
       found.append(f"{name} differs")
   for place in ("checkpoints", "best"):
     names = [sorted(p.name for p in (w / place).iterdir()) for w in (workdir, whole)]
