@@ -39,8 +39,8 @@ _CAUSES = {
   errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
   errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
 }
-# How TensorStore writes an error of the system.
-_OS_ERROR = re.compile(r"OS error (\d+)")
+# How TensorStore writes an error of the system, in its older and newer versions.
+_OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
 _QUOTED_PATH = re.compile(r"\"(/[^\"]*)\"|'(/[^']*)'")
 
 

@@ -71,10 +71,10 @@ def start(cache, *arguments, devices=1, stdout=subprocess.PIPE, **more):
   )
 
 
-def finish(process, code=0):
-  """What it printed; it must end with `code` within three minutes."""
+def finish(process, code=0, seconds=180):
+  """What it printed; it must end with `code` within so many seconds."""
   try:
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=seconds)
   except subprocess.TimeoutExpired:
     process.kill()
     raise AssertionError(f"not done in time; it printed\n{process.communicate()[0]}") from None

@@ -74,11 +74,11 @@ def full(left: int, cache: Path, config: Path, place: Path, unbroken: Path) -> d
     workdir = disk / "run"
     fill(disk / "ballast", left)
     process = command.start(cache, *runs.arguments(config, workdir))
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=runs.PATIENCE)
     saved = runs.saved_steps(workdir) if workdir.exists() else []
     before = whole_steps(workdir) if saved else {}
     (disk / "ballast").unlink()
-    again = command.run(cache, *runs.arguments(config, workdir))
+    again = runs.finish(cache, config, workdir)
     restored = re.search(r"restored step (\d+) ", again)
     resumed = int(restored[1]) if restored else 0
     kept = whole_steps(workdir)
@@ -126,15 +126,13 @@ def slow(
       while process.poll() is None and not has_begun():
         time.sleep(0.001)
       process.send_signal(signal.SIGTERM if how == "told" else signal.SIGKILL)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=runs.PATIENCE)
     seconds = time.monotonic() - begin
   code, saved = process.returncode, runs.saved_steps(workdir)
   said = re.search(r"told to stop: step (\d+) is saved", output)
   restored = None
   if code:
-    restored = re.search(
-      r"restored step (\d+) ", command.run(cache, *runs.arguments(config, workdir))
-    )
+    restored = re.search(r"restored step (\d+) ", runs.finish(cache, config, workdir))
   unlike = runs.differences(workdir, unbroken)
   for line in unlike:
     print(f"  DIFFERENT: {line}", flush=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import shutil
 import sys
@@ -98,9 +99,11 @@ def _hearing() -> Iterator[list[str]]:
 def outcome(kind: Kind, place: Path, path: Path, whole: Any) -> tuple[str, str]:
   """(what comes of reading, in which words) where a file below a directory is damaged."""
   before = _contents(place, kind.lines)
+  printed = io.StringIO()
   with _hearing() as heard, impatiently():
     try:
-      found = kind.read(place)
+      with contextlib.redirect_stderr(printed):
+        found = kind.read(place)
     except user_errors() as error:
       text = explain(error) or str(error)
       result = "refused" if _names(text, path, place, kind) else "nameless"
@@ -115,8 +118,11 @@ def outcome(kind: Kind, place: Path, path: Path, whole: Any) -> tuple[str, str]:
         result = "told" if _names(text, path, place, kind) else "nameless"
       else:
         result = "silent" if kind.checked else "unnoticed"
+  # Threads of libraries print what nobody can catch.
+  if "Traceback (most recent" in printed.getvalue():
+    result, text = "traceback", f"{printed.getvalue()[-2000:]}; {result}: {text}"
   # Files may be renamed and new ones may come; what was there is there.
-  gone = Counter(before) - Counter(_contents(place, kind.lines))
+  gone = Counter(filter(None, before)) - Counter(_contents(place, kind.lines))
   if gone:
     result, text = "lost", f"{len(gone)} file(s) gone or changed; {result}: {text}"
   return result, " ".join(text.split())

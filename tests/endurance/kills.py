@@ -150,7 +150,7 @@ def one(
     if killed:
       shown = {"kill": number, "moment": "going on", "step": ""}
       rows.append({**shown, "delay_ms": round(1000 * moment.again), **found_after(workdir)})
-  outputs.append(command.run(cache, *given))
+  outputs.append(runs.finish(cache, config, workdir))
   unlike = runs.differences(workdir, whole)
   for line in unlike:
     print(f"  DIFFERENT: {line}", flush=True)
@@ -172,9 +172,9 @@ def unbroken(place: Path) -> tuple[Path, Path, float]:
   if not clock.exists():
     shutil.rmtree(workdir, ignore_errors=True)
     # Compiles; the one that counts finds its programs.
-    command.run(place / "xla", *runs.arguments(config, place / "first"))
+    runs.finish(place / "xla", config, place / "first")
     begin = time.monotonic()
-    command.run(place / "xla", *runs.arguments(config, workdir))
+    runs.finish(place / "xla", config, workdir)
     clock.write_text(f"{time.monotonic() - begin:.1f}")
     assert runs.differences(workdir, place / "first") == []
   return config, workdir, float(clock.read_text())

@@ -42,6 +42,8 @@ def get_config():
   return config
 """
 STEPS, BORDER = 30, 12
+# Seconds for what must end: a busy machine is no fault.
+PATIENCE = 900.0
 # Of a killed run nothing of these may stay, and of an unbroken one nothing is there.
 _LEFT_OVERS = ("*orbax-checkpoint-tmp*", "*.partial", "*.old", "*.new", "*.broken*")
 
@@ -56,6 +58,12 @@ def write_config(directory: Path) -> Path:
 def arguments(config: Path, workdir: Path) -> tuple[str, str]:
   """Of the command."""
   return f"--config={config}", f"--workdir={workdir}"
+
+
+def finish(cache: Path, config: Path, workdir: Path) -> str:
+  """Runs the command to its end; what it printed."""
+  process = command.start(cache, *arguments(config, workdir))
+  return command.finish(process, seconds=PATIENCE)
 
 
 def differences(workdir: Path, whole: Path) -> list[str]:
