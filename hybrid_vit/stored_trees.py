@@ -36,6 +36,8 @@ _LARGE_LEAF = 2**22
 # Pauses before reading again what could not be read.
 RETRY_SECONDS: tuple[float, ...] = (1.0, 4.0, 16.0)
 
+# What the threads say that read further arrays when one could not be read.
+_FOLLOWING = ("Event loop is closed", "Encountered error while reading array")
 _CHECKSUM = "checksum"
 # TensorStore's words for data that is not what it should be. Its other words (UNAVAILABLE,
 # PERMISSION_DENIED, RESOURCE_EXHAUSTED …) and any error of the system say nothing of the data.
@@ -181,13 +183,13 @@ def _say_the_first_error_alone() -> None:
   The first array that cannot be read ends the loop that waits for all of them; the others' threads
   find it closed, at some later time, and no caller can catch what they print.
   """
-  before = sys.excepthook
+  before = sys.unraisablehook
 
-  def hook(kind: Any, error: Any, trace: Any) -> None:
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-      before(kind, error, trace)
+  def hook(unraisable: Any) -> None:
+    if not str(unraisable.exc_value).startswith(_FOLLOWING):
+      before(unraisable)
 
-  sys.excepthook = hook
+  sys.unraisablehook = hook
 
 
 def _judged(error: Exception, directory: epath.Path, names: Sequence[str] | None) -> Exception:

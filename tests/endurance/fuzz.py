@@ -120,7 +120,7 @@ def outcome(kind: Kind, place: Path, path: Path, whole: Any) -> tuple[str, str]:
         result = "silent" if kind.checked else "unnoticed"
   # Threads of libraries print what nobody can catch.
   if "Traceback (most recent" in printed.getvalue():
-    result, text = "traceback", f"{printed.getvalue()[-2000:]}; {result}: {text}"
+    result, text = "traceback", f"{printed.getvalue()[:600]}; {result}: {text}"
   # Files may be renamed and new ones may come; what was there is there.
   gone = Counter(filter(None, before)) - Counter(_contents(place, kind.lines))
   if gone:
