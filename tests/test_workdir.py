@@ -142,6 +142,10 @@ def wrapped(inner, *outer):
       "elsewhere",
     ),
     (
+      ValueError("OUT_OF_RANGE: Failed to write 9 bytes: No space left [os_error_code='28']"),
+      "the disk is full (ENOSPC): free some space, or put it on another disk",
+    ),
+    (
       RuntimeError("Could not determine home directory."),
       "the home directory is not known: set HOME, or give paths without ~",
     ),

@@ -75,6 +75,7 @@ def full(left: int, cache: Path, config: Path, place: Path, unbroken: Path) -> d
     fill(disk / "ballast", left)
     process = command.start(cache, *runs.arguments(config, workdir))
     output, _ = process.communicate(timeout=runs.PATIENCE)
+    (place / f"full_{left}.txt").write_text(output)
     saved = runs.saved_steps(workdir) if workdir.exists() else []
     before = whole_steps(workdir) if saved else {}
     (disk / "ballast").unlink()
