@@ -130,6 +130,11 @@ def main(arguments: list[str]) -> int:
     # The cause is the last line of all.
     print(f"\n(with {_TRACEBACK}=1 the place in the code is shown)", end="", file=sys.stderr)
     return _tell(explain(error) or str(error))
+  except jax.errors.JaxRuntimeError as error:
+    said = explain(error)
+    if said is None or os.environ.get(_TRACEBACK):
+      raise
+    return _tell(said)
 
 
 def _read_config(text: str) -> tuple[Path, ConfigDict]:

@@ -41,6 +41,11 @@ _CAUSES = {
 }
 # How TensorStore writes an error of the system, in its older and newer versions.
 _OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
+# How JAX's coordination service, and Gloo between CPUs, say that a process does not answer.
+_GONE = re.compile(
+  r"(?i)heartbeat timeout|CoordinationService|tasks are unhealthy|"
+  r"gloo.*(?:connection (?:closed|reset)|timed out|socket)"
+)
 _QUOTED_PATH = re.compile(r"\"(/[^\"]*)\"|'(/[^']*)'")
 
 
@@ -152,7 +157,7 @@ def _holder(file: int) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-  """An error of disk, file system or home directory as one sentence; None for any other error.
+  """An error of disk, file system, home directory or another process as one sentence, else None.
 
   It names the path where the error knows it, and what to do. The causes of the error are looked at
   too, as are errors of the system that another library wrote into its text.
@@ -164,6 +169,11 @@ def explain(error: BaseException) -> str | None:
       "determine home directory" in text or text == "'HOME'"
     ):
       return "the home directory is not known: set HOME, or give paths without ~"
+    if _GONE.search(text):
+      return (
+        "another process of this run is gone, or does not answer; its output says why. The same "
+        "command in all of them goes on from the last checkpoint"
+      )
     number, path = None, None
     if isinstance(seen, OSError):
       number, path = seen.errno, seen.filename

@@ -146,6 +146,14 @@ def wrapped(inner, *outer):
       "the disk is full (ENOSPC): free some space, or put it on another disk",
     ),
     (
+      wrapped(
+        RuntimeError("INTERNAL: Barrier failed because: Task 1 heartbeat timeout. This indicates"),
+        TimeoutError("Timed out while waiting for async_write_complete barrier."),
+      ),
+      "another process of this run is gone, or does not answer; its output says why. The same "
+      "command in all of them goes on from the last checkpoint",
+    ),
+    (
       RuntimeError("Could not determine home directory."),
       "the home directory is not known: set HOME, or give paths without ~",
     ),

@@ -73,7 +73,7 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
   "kills": of_kills,
   "processes": columns({
     "processes": "processes", "signal": "signal", "to": "to process", "after_step": "after step",
-    "codes": "exit statuses", "ended_in_s": "all ended in, s", "saved": "saved",
+    "codes": "exit statuses", "ended_in_s": "all ended in, s", "saved": "newest whole state",
     "resumed": "resumed", "different": "other bytes at the end",
   }),
   "full_disk": columns({
