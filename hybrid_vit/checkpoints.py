@@ -6,6 +6,7 @@ A work directory holds
     best/<step>/          the evaluation variables (no optimizer) that measured best, kept apart so
                           that they cannot push the newest out
     export/               the last evaluation variables, see `exports`
+    saved_once            a file that says that a state has been whole here
 
 Each state carries a fingerprint of every leaf (`fingerprints`): orbax notices a truncated file but
 not a flipped byte. It is set aside (its name ends in ".broken…", nothing is deleted) only on the
@@ -62,6 +63,11 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
   )
 
 
+# With it a directory of metrics and no state has lost its states; without it, the run ended before
+# its first one was whole, and begins anew unasked.
+_SAVED_ONCE = "saved_once"
+
+
 class Restored(NamedTuple):
   """A state, and what was saved beside it.
 
@@ -116,6 +122,7 @@ class Checkpointer:
     self._last_time = time.monotonic()
     # Two managers: one that keeps the best would delete the newest when it is not among the best.
     self._latest = _manager(self._workdir / "checkpoints", keep)
+    self._saved_once = self._failed = False
     self._best: ocp.CheckpointManager | None = None
     self._best_value: tuple[float, bool] | None = None
     # The directories are listed here; from then on what is in them is known.
@@ -125,6 +132,7 @@ class Checkpointer:
       self._best = _manager(self._workdir / "best", 1)
       self._best_steps = set(_listed(self._workdir / "best"))
       self._best_value = self._read_best_value()
+    self._note_saved(self._steps)
 
   def should_save(self, step: int, *, ask_clock: bool) -> bool:
     """Whether it is time; the same on every process.
@@ -166,6 +174,8 @@ class Checkpointer:
       return False
     self._last_time = time.monotonic()
     self._write(self._latest, step, state, {"sums": dict(sums or {})})
+    # The one before is on disk when the next is begun.
+    self._note_saved(self._steps)
     self._steps = set(sorted({*self._steps, step})[-self._keep :])
     return True
 
@@ -210,7 +220,8 @@ class Checkpointer:
     Raises:
       CheckpointError: a state cannot be read (nothing is set aside then); or none is whole; or the
         newest belongs to another network; or an earlier run has left metrics, a best state or set
-        aside states, and going on would begin anew.
+        aside states, and going on would begin anew. Metrics alone, of a run that ended before its
+        first state was whole, are no reason (`reporting` keeps a copy of them).
     """
     directory = self._workdir / "checkpoints"
     found, failures = _newest_whole(directory, target, self._set_aside)
@@ -236,7 +247,9 @@ class Checkpointer:
       for manager in (self._latest, self._best):
         if manager is not None:
           manager.wait_until_finished()
+      self._note_saved(self._steps)
     except Exception as error:
+      self._failed = True
       raise CheckpointError(
         f"a state cannot be saved in {self._workdir}: {reason(error)}"
       ) from error
@@ -265,9 +278,19 @@ class Checkpointer:
     try:
       manager.save(step, args=items, force=True)
     except Exception as error:
+      self._failed = True
       raise CheckpointError(
         f"step {step} cannot be saved in {manager.directory}: {reason(error)}"
       ) from error
+
+  def _note_saved(self, steps: set[int]) -> None:
+    """Remembers that a state has been whole here, once."""
+    if not steps or self._failed or self._saved_once or jax.process_index():
+      return
+    path = self._workdir / _SAVED_ONCE
+    if not path.exists():
+      path.write_text("A state of this run has been whole in checkpoints/.\n")
+    self._saved_once = True
 
   def _set_best_aside(self, steps: list[int]) -> None:
     if self._best is None or not steps:
@@ -291,8 +314,8 @@ class Checkpointer:
     if failures or aside:
       why = f" ({'; '.join(failures)})" if failures else ""
       left.append(f"checkpoints that were set aside{why}")
-    metrics = self._workdir / "metrics.jsonl"
-    if metrics.name in names_in(self._workdir) and metrics.stat().length:
+    metrics, names = self._workdir / "metrics.jsonl", names_in(self._workdir)
+    if {metrics.name, _SAVED_ONCE} <= set(names) and metrics.stat().length:
       left.append("the metrics of an earlier run (metrics.jsonl)")
     if self._best_steps:
       left.append(f"its best state (step {max(self._best_steps)})")

@@ -9,14 +9,16 @@ forgotten field is an error that names its neighbour instead of a silent default
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import inspect
 import json
+import traceback
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -416,9 +418,13 @@ def parse_argument(
 
 
 def load_config(path: str | Path, argument: str | None = None) -> ml_collections.ConfigDict:
-  """Runs `get_config` of a file in `configs/`: for notebooks and tests; `main` takes flags."""
-  module = _load_file(path)
-  return module.get_config(argument) if argument is not None else module.get_config()
+  """Runs `get_config` of a file in `configs/`: for notebooks and tests; `main` takes flags.
+
+  Raises:
+    ConfigError: no such file, or its code fails; the message says in which line.
+  """
+  path, module = _load_file(path)
+  return _called(path, module, "get_config", argument)
 
 
 def load_sweep(
@@ -430,16 +436,18 @@ def load_sweep(
     For each the fields that it sets ({} for a whole ConfigDict), and the configuration.
 
   Raises:
-    ConfigError: no `sweep()`, an entry that is no dict, or a field of another kind than the file's.
+    ConfigError: no `sweep()`, an entry that is no dict, or a field of another kind than the file's;
+      see `load_config`.
   """
-  module = _load_file(path)
+  path, module = _load_file(path)
   if not hasattr(module, "sweep"):
     raise ConfigError(
       f"{path} has no `sweep()`: a function beside `get_config` that returns a list of dicts was "
       "expected, e.g. [{'optimizer.learning_rate': 1e-3}, {'optimizer.learning_rate': 1e-4}]"
     )
-  takes = inspect.signature(module.sweep).parameters
-  entries = module.sweep(argument) if takes else module.sweep()
+  with _errors_of(path):
+    takes = inspect.signature(module.sweep).parameters
+    entries = list(module.sweep(argument) if takes else module.sweep())
   found: list[tuple[dict[str, Any], ml_collections.ConfigDict]] = []
   for number, entry in enumerate(entries):
     if isinstance(entry, ml_collections.ConfigDict):
@@ -450,13 +458,29 @@ def load_sweep(
         f"`sweep()` of {path}: entry {number} is {entry!r}; a dict of fields was expected, or a "
         "ConfigDict"
       )
-    config = module.get_config(argument) if argument is not None else module.get_config()
+    config = _called(path, module, "get_config", argument)
     set_fields(config, entry)
     found.append((dict(entry), config))
   return found
 
 
-def _load_file(path: str | Path) -> Any:
+def _called(
+  path: Path, module: types.ModuleType, name: str, argument: str | None
+) -> ml_collections.ConfigDict:
+  """A configuration from a function of a file."""
+  function = getattr(module, name, None)
+  if not callable(function):
+    raise ConfigError(f"{path} has no `{name}()`, which returns the configuration")
+  with _errors_of(path):
+    found = function(argument) if argument is not None else function()
+  if not isinstance(found, ml_collections.ConfigDict):
+    raise ConfigError(
+      f"`{name}()` of {path} returns {type(found).__name__}; a ConfigDict was expected"
+    )
+  return found
+
+
+def _load_file(path: str | Path) -> tuple[Path, types.ModuleType]:
   # Looked for where `main` looks, so that one file can load another from anywhere.
   from hybrid_vit.config_files import find_config
 
@@ -464,5 +488,31 @@ def _load_file(path: str | Path) -> Any:
   spec = importlib.util.spec_from_file_location(f"hybrid_vit_config_{path.stem}", path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  with _errors_of(path):
+    spec.loader.exec_module(module)
+  return path, module
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+  """Errors of a file's own code as one line that says where.
+
+  What is wrong with a field or a file says that itself, and stays.
+  """
+  try:
+    yield
+  except (ConfigError, OSError):
+    raise
+  except SyntaxError as error:
+    place = f", line {error.lineno}" if error.lineno else ""
+    raise ConfigError(f"{error.filename or path}{place}: no Python: {error.msg}") from error
+  except Exception as error:
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(error.__traceback__)
+      if frame.filename == str(path)
+    ]
+    # Without a line of its own it is the file's bytes that Python does not take.
+    place = f"{path}, line {lines[-1]}" if lines else str(path)
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    raise ConfigError(f"{place}: {kind}{error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,12 @@ class Embeddings:
     try:
       with np.load(path, allow_pickle=False) as found:
         held = {f.name: found[f.name] for f in dataclasses.fields(cls)}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except OSError as error:
+      # One of the system has a number; a damaged zip brings up others.
+      if error.errno is not None:
+        raise
+      raise ValueError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # zipfile's, zlib's or NumPy's, as the damage has it
       raise ValueError(
         f"{path} is no file of embeddings (hybrid_vit.tools.embed): {error}"
       ) from error

@@ -124,12 +124,17 @@ def main(arguments: list[str]) -> int:
       raise app.UsageError("--config is needed, e.g. --config=configs/quickstart.py")
     path, config = _read_config(_CONFIG.value)
     return _run(Config(config), path.stem)
-  except _user_errors() as error:
+  except user_errors() as error:
     if os.environ.get(_TRACEBACK):
       raise
     # The cause is the last line of all.
     print(f"\n(with {_TRACEBACK}=1 the place in the code is shown)", end="", file=sys.stderr)
     return _tell(explain(error) or str(error))
+  except jax.errors.JaxRuntimeError as error:
+    said = explain(error)
+    if said is None or os.environ.get(_TRACEBACK):
+      raise
+    return _tell(said)
 
 
 def _read_config(text: str) -> tuple[Path, ConfigDict]:
@@ -170,7 +175,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     sys.exit(_tell(str(error)))
 
 
-def _user_errors() -> tuple[type[BaseException], ...]:
+def user_errors() -> tuple[type[BaseException], ...]:
+  """What is told in one paragraph: errors that a user can mend."""
   from hybrid_vit.checkpoints import CheckpointError
   from hybrid_vit.tpu_topology import TopologyError
 

@@ -187,17 +187,24 @@ def read_metrics(path: Any) -> list[dict[str, Any]]:
   """The lines of a metrics.jsonl (or timings.jsonl); "nan", "inf" and "-inf" become floats.
 
   A last line that a kill left half written is left out.
+
+  Raises:
+    ValueError: another line that is damaged; the message says which.
   """
-  lines = []
-  for raw in whole_lines(as_path(path).read_bytes()):
+  lines = whole_lines(as_path(path).read_bytes())
+  return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parsed(raw: bytes, name: str) -> dict[str, Any]:
+  try:
     line = json.loads(raw)
-    lines.append(
-      {
-        key: float(value) if isinstance(value, str) and key not in RESERVED else value
-        for key, value in line.items()
-      }
-    )
-  return lines
+    int(line["step"])
+    return {
+      key: float(value) if isinstance(value, str) and key not in RESERVED else value
+      for key, value in line.items()
+    }
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f"{name} is damaged: {str(raw[:60])[2:-1]}… ({error})") from error
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float]:

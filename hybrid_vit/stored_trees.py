@@ -11,9 +11,11 @@ Where a check needs all processes, each of them comes to the same verdict.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import re
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,16 +36,27 @@ _LARGE_LEAF = 2**22
 # Pauses before reading again what could not be read.
 RETRY_SECONDS: tuple[float, ...] = (1.0, 4.0, 16.0)
 
+# What the threads say that read further arrays when one could not be read.
+_FOLLOWING = ("Event loop is closed", "Encountered error while reading array")
 _CHECKSUM = "checksum"
 # TensorStore's words for data that is not what it should be. Its other words (UNAVAILABLE,
 # PERMISSION_DENIED, RESOURCE_EXHAUSTED …) and any error of the system say nothing of the data.
 _DAMAGE = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|INVALID_ARGUMENT)\b")
 _SYSTEM = re.compile(
-  r"OS error (?!2:)\d+|\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|"
-  r"DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b"
+  r"OS error (?!2:)\d+|os_error_code='(?!2')\d+|\b(UNAVAILABLE|PERMISSION_DENIED|"
+  r"UNAUTHENTICATED|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b"
 )
 
 T = TypeVar("T")
+
+
+def _is_first(record: logging.LogRecord) -> bool:
+  """False of what asyncio says of the further arrays when the first one's error was raised."""
+  text = record.getMessage()
+  return not (text.startswith("Task exception was never retrieved") and "orbax" in text)
+
+
+logging.getLogger("asyncio").addFilter(_is_first)
 
 
 class CheckpointError(RuntimeError):
@@ -131,6 +144,7 @@ def read_tree(directory: epath.Path, target: Any, names: Sequence[str]) -> Any:
   """
   # A reader of our own (a manager that has saved is bound to its items' handlers), and of this
   # process alone: it may be the only one that fails, and the others would wait for it in a barrier.
+  _say_the_first_error_alone()
   own = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
   try:
@@ -145,6 +159,7 @@ def read_arrays(directory: epath.Path, branches: Sequence[str] | None = None) ->
 
   Raises: as `read_tree`.
   """
+  _say_the_first_error_alone()
   own = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
   try:
@@ -159,6 +174,22 @@ def read_arrays(directory: epath.Path, branches: Sequence[str] | None = None) ->
       return reader.restore(directory, args=wanted)
   except Exception as error:
     raise _judged(error, directory, None) from error
+
+
+@functools.cache
+def _say_the_first_error_alone() -> None:
+  """Keeps threads of TensorStore from printing that nobody waits for the arrays that they read.
+
+  The first array that cannot be read ends the loop that waits for all of them; the others' threads
+  find it closed, at some later time, and no caller can catch what they print.
+  """
+  before = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if not str(unraisable.exc_value).startswith(_FOLLOWING):
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _judged(error: Exception, directory: epath.Path, names: Sequence[str] | None) -> Exception:

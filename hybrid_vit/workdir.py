@@ -26,6 +26,10 @@ _LOCK = "lock"
 _CAUSES = {
   errno.ENOSPC: ("the disk is full", "free some space, or put it on another disk"),
   errno.EDQUOT: ("your quota of that disk is used up", "free some space, or put it elsewhere"),
+  errno.EFBIG: (
+    "a file grows beyond what the file system or a limit of the system allows",
+    "raise the limit (ulimit -f), or put it on another disk",
+  ),
   errno.EROFS: ("that file system can only be read", "choose a place that can be written"),
   errno.EACCES: ("you have no right to it", "change its permissions, or choose another place"),
   errno.EPERM: ("you have no right to it", "change its permissions, or choose another place"),
@@ -35,8 +39,13 @@ _CAUSES = {
   errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n)"),
   errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
 }
-# How TensorStore writes an error of the system.
-_OS_ERROR = re.compile(r"OS error (\d+)")
+# How TensorStore writes an error of the system, in its older and newer versions.
+_OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
+# How JAX's coordination service, and Gloo between CPUs, say that a process does not answer.
+_GONE = re.compile(
+  r"(?i)heartbeat timeout|CoordinationService|tasks are unhealthy|"
+  r"gloo.*(?:connection (?:closed|reset)|timed out|socket)"
+)
 _QUOTED_PATH = re.compile(r"\"(/[^\"]*)\"|'(/[^']*)'")
 
 
@@ -148,7 +157,7 @@ def _holder(file: int) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-  """An error of disk, file system or home directory as one sentence; None for any other error.
+  """An error of disk, file system, home directory or another process as one sentence, else None.
 
   It names the path where the error knows it, and what to do. The causes of the error are looked at
   too, as are errors of the system that another library wrote into its text.
@@ -160,6 +169,11 @@ def explain(error: BaseException) -> str | None:
       "determine home directory" in text or text == "'HOME'"
     ):
       return "the home directory is not known: set HOME, or give paths without ~"
+    if _GONE.search(text):
+      return (
+        "another process of this run is gone, or does not answer; its output says why. The same "
+        "command in all of them goes on from the last checkpoint"
+      )
     number, path = None, None
     if isinstance(seen, OSError):
       number, path = seen.errno, seen.filename

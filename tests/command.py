@@ -59,22 +59,22 @@ def environment(cache, devices=1, **more):
   }
 
 
-def start(cache, *arguments, devices=1, **more):
-  """The command, begun; its output is in one stream."""
+def start(cache, *arguments, devices=1, stdout=subprocess.PIPE, **more):
+  """The command, begun; its output is in one stream, a file's where one is given."""
   return subprocess.Popen(
     [sys.executable, "-m", "hybrid_vit.main", *map(str, arguments)],
     cwd=ROOT,
     env=environment(cache, devices, **more),
-    stdout=subprocess.PIPE,
+    stdout=stdout,
     stderr=subprocess.STDOUT,
     text=True,
   )
 
 
-def finish(process, code=0):
-  """What it printed; it must end with `code` within three minutes."""
+def finish(process, code=0, seconds=180):
+  """What it printed; it must end with `code` within so many seconds."""
   try:
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=seconds)
   except subprocess.TimeoutExpired:
     process.kill()
     raise AssertionError(f"not done in time; it printed\n{process.communicate()[0]}") from None

@@ -95,7 +95,12 @@ def failures():
     'UNAVAILABLE: Error reading local file "/data/run/state/manifest.ocdbt" '
     "[OS error 116: ESTALE Stale file handle]"
   )
+  newer = ValueError(
+    'OUT_OF_RANGE: Error reading "params/0" in OCDBT database at local file "/data/run/state/": '
+    "Input/output error [os_error_code='5']"
+  )
   return {
+    "newer": newer,
     "stale": OSError(errno.ESTALE, "Stale file handle", "/data/run/state/_METADATA"),
     "right": PermissionError(errno.EACCES, "Permission denied", "/data/run/state/_METADATA"),
     "wrapped": wrapped,

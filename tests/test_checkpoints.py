@@ -127,6 +127,7 @@ def test_damage_of_any_file_that_is_read_is_named_and_costs_one_state(copied, na
   ("name", "message"),
   [
     ("stale", "/data/run/state/_METADATA: .*stale handle"),
+    ("newer", "/data/run/state/: .*EIO"),
     ("right", "no right to it"),
     ("wrapped", "/data/run/state/manifest.ocdbt: .*stale handle"),
     ("memory", "MemoryError: no memory"),
@@ -218,6 +219,19 @@ def test_nothing_begins_anew_unasked_where_a_run_has_been(tmp_path):
   with pytest.raises(CheckpointError, match=r"holds the metrics of an earlier run \(metrics.jsonl"):
     restore(tmp_path)
   assert restore(tmp_path, begin_anew=True) is None
+
+
+def test_a_run_that_ended_before_its_first_state_begins_anew_unasked(tmp_path):
+  """As after any preemption: the same command goes on."""
+  checkpointer = Checkpointer(tmp_path, keep_best=False)
+  (tmp_path / "metrics.jsonl").write_text("{}\n")
+  assert checkpointer.restore(target()) is None
+  checkpointer.close()
+  assert restore(tmp_path) is None
+  save(tmp_path, 1)
+  shutil.rmtree(tmp_path / "checkpoints")
+  with pytest.raises(CheckpointError, match=r"holds the metrics of an earlier run \(metrics.jsonl"):
+    restore(tmp_path)
 
 
 def test_another_runs_state_is_taken_and_its_directory_left_alone(copied):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hybrid_vit.checkpoints import load_weights
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.reporting import read_metrics
 from tests import command
+from tests.endurance import kills, runs
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +104,33 @@ def test_stopping_saves_the_very_step(broken):
   _, (stopped, killed, _) = broken
   saved = stopped.split("told to stop: step ")[1].split()[0]
   assert f"restored step {saved} " in killed
+
+
+@pytest.mark.parametrize(("moment", "step"), [("saving", 9), ("keeping the best", 15)])
+def test_a_run_killed_while_it_writes(
+  moment, step, unbroken, tiny_config, compilation_cache, tmp_path
+):
+  when = kills.Moment(moment, step, 0.005, None)
+  (row,) = kills.one(0, when, tiny_config, compilation_cache, tmp_path / "run", unbroken[0])
+  assert row["different"] == row["lost_states"] == 0
+  assert row["resumed"] == row["saved"] and 3 <= row["resumed"] < command.STEPS
+
+
+def test_every_difference_to_an_unbroken_run_is_seen(unbroken, tmp_path):
+  whole, copy = unbroken[0], tmp_path / "copy"
+  shutil.copytree(whole, copy)
+  assert runs.differences(copy, whole) == []
+  torn = copy / "checkpoints" / "99.orbax-checkpoint-tmp"
+  torn.mkdir()
+  (copy / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b"{}\n")
+  found = runs.differences(copy, whole)
+  assert any("metrics.jsonl differs" in line for line in found)
+  assert any("checkpoints holds" in line for line in found)
+  assert any("orbax-checkpoint-tmp was left" in line for line in found)
+  torn.rmdir()
+  shutil.rmtree(copy / "checkpoints" / "30" / "state")
+  shutil.copytree(whole / "checkpoints" / "27" / "state", copy / "checkpoints" / "30" / "state")
+  assert any("params/head/kernel differs" in line for line in runs.differences(copy, whole))
 
 
 def test_a_finished_run_on_another_mesh_ends_at_once(unbroken, tiny_config, compilation_cache):

@@ -142,6 +142,18 @@ def wrapped(inner, *outer):
       "elsewhere",
     ),
     (
+      ValueError("OUT_OF_RANGE: Failed to write 9 bytes: No space left [os_error_code='28']"),
+      "the disk is full (ENOSPC): free some space, or put it on another disk",
+    ),
+    (
+      wrapped(
+        RuntimeError("INTERNAL: Barrier failed because: Task 1 heartbeat timeout. This indicates"),
+        TimeoutError("Timed out while waiting for async_write_complete barrier."),
+      ),
+      "another process of this run is gone, or does not answer; its output says why. The same "
+      "command in all of them goes on from the last checkpoint",
+    ),
+    (
       RuntimeError("Could not determine home directory."),
       "the home directory is not known: set HOME, or give paths without ~",
     ),

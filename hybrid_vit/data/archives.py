@@ -44,10 +44,10 @@ class ZipReader:
     try:
       # Its reads lock among themselves and unpack outside the lock: one handle for all threads.
       self._zip = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (*_damage(), ValueError) as error:
       raise MissingDataError(
-        f"{path} is no zip file, or is cut short ({error}); a zip that holds train/<class>/*.jpg "
-        "was expected"
+        f"{path} is no zip file, or is cut short or damaged ({error}); a zip that holds "
+        "train/<class>/*.jpg was expected"
       ) from error
     self._members = {
       _path_of(member.filename): member
@@ -70,7 +70,7 @@ class ZipReader:
       if error.errno is None:
         raise CorruptExampleError(f"damaged member of {self.root}: {error}") from error
       raise
-    except _damage() as error:
+    except (*_damage(), ValueError) as error:
       raise CorruptExampleError(f"damaged member of {self.root}: {error}") from error
 
   def full_name(self, name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import importlib.resources
 import io
+import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,26 +58,22 @@ def fashion_mnist(folder: Path, split: str) -> ArraySource:
 
   Raises:
     MissingDataError: one of its files is not there.
-    ValueError: another number of pictures than of labels.
+    ValueError: another number of pictures than of labels, or a damaged file.
   """
   stem = "train" if split == "train" else "t10k"
 
-  def read(suffix: str, offset: int) -> np.ndarray:
+  def read(suffix: str, sides: tuple[int, ...]) -> np.ndarray:
     for name in (f"{stem}-{suffix}-ubyte.gz", f"{stem}-{suffix}-ubyte"):
-      path = folder / name
-      if path.is_file():
-        raw = path.read_bytes()
-        return np.frombuffer(gzip.decompress(raw) if name.endswith(".gz") else raw, np.uint8)[
-          offset:
-        ]
+      if (folder / name).is_file():
+        return _read_idx(folder / name, sides)
     raise MissingDataError(
       f"Fashion-MNIST's file {stem}-{suffix}-ubyte[.gz] was looked for in {folder} and is not "
       "there. `apt install dataset-fashion-mnist` puts the four files in "
       "/usr/share/datasets/fashion-mnist; or name the folder that has them: fashion_mnist:/path"
     )
 
-  labels = read("labels-idx1", 8)
-  images = read("images-idx3", 16).reshape(-1, 28, 28)
+  labels = read("labels-idx1", ())
+  images = read("images-idx3", (28, 28))
   if images.shape[0] != labels.shape[0]:
     raise ValueError(
       f"Fashion-MNIST in {folder}: {images.shape[0]} {stem} pictures and {labels.shape[0]} labels; "
@@ -88,3 +86,28 @@ def fashion_mnist(folder: Path, split: str) -> ArraySource:
   return ArraySource(
     f"fashion_mnist {split}", np.repeat(images[..., None], 3, axis=-1), labels, names
   )
+
+
+def _read_idx(path: Path, sides: tuple[int, ...]) -> np.ndarray:
+  """A file of MNIST's format, uint8 `[N, *sides]`.
+
+  Raises:
+    ValueError: it is none, is damaged, or of arrays of another size.
+  """
+  raw = path.read_bytes()
+  if path.name.endswith(".gz"):
+    try:
+      raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f"{path} cannot be unpacked: {error}. Get it anew") from error
+  # Two zeros, 8 for uint8, the number of axes; then the length of each, big-endian.
+  head = 4 * (2 + len(sides))
+  if raw[:4] != bytes((0, 0, 8, 1 + len(sides))) or len(raw) < head:
+    raise ValueError(f"{path} is no file of {1 + len(sides)} axes of bytes in MNIST's format")
+  shape = tuple(int(n) for n in np.frombuffer(raw[4:head], ">u4"))
+  if shape[1:] != sides or len(raw) - head != math.prod(shape):
+    raise ValueError(
+      f"{path} says {' x '.join(map(str, shape))} and holds {len(raw) - head:,} bytes; "
+      f"{' x '.join(map(str, (shape[0], *sides)))} were expected: it may be cut short"
+    )
+  return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import array
 import itertools
-import json
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -33,7 +32,13 @@ import numpy as np
 
 from hybrid_vit.data import instances
 from hybrid_vit.data.archives import ZipReader
-from hybrid_vit.data.coco_panoptic import check_segments, is_crowd, is_thing, panoptic_masks
+from hybrid_vit.data.coco_panoptic import (
+  check_segments,
+  is_crowd,
+  is_thing,
+  panoptic_masks,
+  read_annotations,
+)
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.folders import FolderReader, Reader, choose_part
 from hybrid_vit.data.instances import Collector, InstanceSource, Notes, Picture, Size
@@ -247,23 +252,7 @@ def _read(
 
 def _parsed(reader: Reader, name: str) -> dict[str, Any]:
   full = reader.full_name(name)
-  try:
-    read = json.loads(reader.read(name), object_hook=_lean)
-  except ValueError as error:
-    raise ValueError(f"{full} is no JSON, or is cut short: {error}") from error
-  lacking = [
-    key
-    for key in ("images", "annotations", "categories")
-    if not isinstance(read, dict) or not isinstance(read.get(key), list)
-  ]
-  if lacking:
-    raise ValueError(
-      f"{full} has no {', '.join(lacking)}; lists of images, annotations and categories were "
-      "expected, as COCO's instances_train2017.json has them"
-    )
-  for image in read["images"]:
-    if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
-      raise ValueError(f'{full}: {image} among its images; "id" and "file_name" were expected')
+  read = read_annotations(reader, name, _lean)
   if all(isinstance(item, dict) and "segments_info" in item for item in read["annotations"]):
     for item in read["annotations"]:
       check_segments(item, full)

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,8 @@ from hybrid_vit.data.segments import panoptic_fields
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
 
 _FILE = re.compile(r"(?:(.*)/)?panoptic_([a-z]+)(\d*)\.json")
+# Of the three bytes of a colour.
+_MOST_IDS = 2**24
 # What the source wants, for messages.
 PANOPTIC_LAYOUT = (
   "annotations/panoptic_train2017.json, the PNG in annotations/panoptic_train2017/ and the photos "
@@ -131,19 +133,21 @@ def open_panoptic(reader: Reader, names: Sequence[str], split: str) -> PanopticS
     match = _FILE.fullmatch(name)
     if not match or match[2] not in SPLIT_OF:
       continue
-    read = json.loads(reader.read(name))
+    read = read_annotations(reader, name)
     if categories and read["categories"] != categories:
       raise ValueError(f"{reader.full_name(name)}: its categories are not those of the other files")
     categories = read["categories"]
+    _check_categories(categories, reader.full_name(name))
     photo_of = _photos(names, f"{match[2]}{match[3]}")
     image_of = {image["id"]: image for image in read["images"]}
     for item in read["annotations"]:
       check_segments(item, reader.full_name(name))
       path = f"{name.removesuffix('.json')}/{item['file_name']}"
-      image = image_of.get(item["image_id"], {})
-      photo = photo_of.get(image.get("file_name", ""))
+      identifier = item.get("image_id")
+      image = image_of.get(identifier, {}) if isinstance(identifier, int | str) else {}
+      photo = photo_of.get(str(image.get("file_name", "")))
       if photo is None or path not in there:
-        missing = path if photo else image.get("file_name", f"image {item['image_id']}")
+        missing = path if photo else image.get("file_name", f"image {identifier}")
         raise MissingDataError(
           f"{reader.full_name(name)} names {missing}, which is not there; "
           f"{PANOPTIC_LAYOUT} was expected"
@@ -166,6 +170,40 @@ def open_panoptic(reader: Reader, names: Sequence[str], split: str) -> PanopticS
   return PanopticSource(reader, choose_part(reader.root, parts, split), segments, info)
 
 
+def read_annotations(
+  reader: Reader, name: str, lean: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
+  """A JSON with the lists that all of COCO's have.
+
+  Args:
+    reader: of the folder or zip.
+    name: of the file in it.
+    lean: what is kept of each object of the JSON; None for all.
+
+  Raises:
+    ValueError: it is no JSON, or lacks one of them.
+  """
+  full = reader.full_name(name)
+  try:
+    read = json.loads(reader.read(name), object_hook=lean)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{full} is no JSON, or is cut short: {error}") from error
+  lacking = [
+    key
+    for key in ("images", "annotations", "categories")
+    if not isinstance(read, dict) or not isinstance(read.get(key), list)
+  ]
+  if lacking:
+    raise ValueError(
+      f"{full} has no {', '.join(lacking)}; lists of images, annotations and categories were "
+      "expected, as COCO's instances_train2017.json has them"
+    )
+  for image in read["images"]:
+    if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
+      raise ValueError(f'{full}: {image} among its images; "id" and "file_name" were expected')
+  return read
+
+
 def is_thing(category: Mapping[str, Any]) -> bool:
   """Whether a category's objects can be counted; so can all of a file that does not say."""
   return bool(category.get("isthing", 1))
@@ -178,10 +216,11 @@ def is_crowd(read: Mapping[str, Any]) -> bool:
 
 def check_segments(item: Mapping[str, Any], name: str) -> None:
   """Raises ValueError for a panoptic annotation without what is asked of it."""
-  segments = item["segments_info"]
+  segments = item.get("segments_info") if isinstance(item, Mapping) else None
   good = isinstance(segments, list) and all(
     isinstance(segment, dict)
     and isinstance(segment.get("id"), int)
+    and 0 <= segment["id"] < _MOST_IDS
     and isinstance(segment.get("category_id"), int | str)
     for segment in segments
   )
@@ -275,6 +314,19 @@ def rows_of(ids: np.ndarray, segments: np.ndarray, name: str) -> np.ndarray:
       "belong to different data"
     )
   return table[places]
+
+
+def _check_categories(categories: Sequence[Any], name: str) -> None:
+  """Raises ValueError for categories without what is asked of them."""
+  for category in categories:
+    good = isinstance(category, dict) and isinstance(category.get("id"), int | str)
+    color = category.get("color", [0] * 3) if good else None
+    shades = isinstance(color, list) and len(color) == 3
+    if not good or "name" not in category or not shades or not all(c in range(256) for c in color):
+      raise ValueError(
+        f'{name}: {str(category)[:100]} among its categories; "id" and "name" were expected, and '
+        'three numbers from 0 to 255 where there is a "color"'
+      )
 
 
 def _photos(names: Sequence[str], directory: str) -> dict[str, str]:

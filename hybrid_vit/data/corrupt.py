@@ -60,5 +60,6 @@ class Corrupt:
     if count > self._max_fraction * self._part:
       raise CorruptDataError(
         f"{count} of the {self._part:.0f} examples that this process reads are corrupt, more than "
-        f"max_corrupt_fraction = {self._max_fraction:g} allows; among them: {among}"
+        f"max_corrupt_fraction = {self._max_fraction:g} allows; among them: {among}. The last one: "
+        f"{error}"
       ) from error

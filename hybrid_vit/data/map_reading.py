@@ -120,13 +120,22 @@ def picture_size(encoded: bytes, name: str) -> tuple[int, int]:
   return height, width
 
 
-def check_labels(labels: np.ndarray, most: int, ignore: int, name: str) -> None:
-  """Raises CorruptExampleError for a label that is neither 0 to `most` nor `ignore`."""
+def check_labels(labels: np.ndarray, most: int, ignore: int, name: str, told_by: str = "") -> None:
+  """Raises CorruptExampleError for a label that is neither 0 to `most` nor `ignore`.
+
+  Args:
+    labels: whole numbers.
+    most: the last class.
+    ignore: stands for no class.
+    name: of the file, for the message.
+    told_by: the file that names the classes, where there is one.
+  """
   wrong = labels[((labels < 0) | (labels > most)) & (labels != ignore)]
   if wrong.size:
     found = ", ".join(map(str, np.unique(wrong)[:5]))
     raise CorruptExampleError(
-      f"{name} holds label {found}; 0 to {most}, or {ignore} for no class, were expected: say how "
+      f"{name} holds label {found}; 0 to {most}, or {ignore} for no class, were expected"
+      f"{f', since {told_by} names {most + 1} classes' if told_by else ''}: say how "
       "many classes there are (classes=…), which number stands for none (ignore=…), or that 0 is "
       "none and the classes begin at 1 (reduce_zero_label=true)"
     )

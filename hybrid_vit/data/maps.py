@@ -47,6 +47,7 @@ from hybrid_vit.data.palettes import (
 )
 from hybrid_vit.data.source_options import BOOLEAN, Option, between, read_options
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
+from hybrid_vit.data.texts import as_text
 
 MAP_SOURCES = (
   "maps", "ade20k", "cityscapes", "coco_panoptic", "depth", "nyu_depth", "kitti_depth",
@@ -187,7 +188,7 @@ def open_maps(kind: str, path: str, split: str) -> PairSource | PanopticSource:
       return read_depth(encoded, name, 1.0 if path.lower().endswith(".npy") else scale, cap)
 
     return PairSource(reader, pairs, "depth", read_metres, {})
-  classes, palette = _classes(kind, reader, names, options.get("classes"))
+  classes, palette, told_by = _classes(kind, reader, names, options.get("classes"))
 
   def read_map(encoded: bytes, path: str, name: str) -> np.ndarray:
     labels = read_labels(encoded, name)
@@ -195,7 +196,7 @@ def open_maps(kind: str, path: str, split: str) -> PairSource | PanopticSource:
       return _from_cityscapes_ids(labels, name)
     ignore = options.get("ignore", IGNORE)
     reduced = kind == "ade20k" or options.get("reduce_zero_label", False)
-    check_labels(labels, len(classes) - (not reduced), ignore, name)
+    check_labels(labels, len(classes) - (not reduced), ignore, name, told_by)
     none = labels == ignore
     return (
       np.where(none | (labels == 0), IGNORE, labels - 1)
@@ -278,7 +279,7 @@ def _listed(reader: Reader, names: set[str], path: Path) -> list[tuple[str, str]
   if not path.is_file():
     raise MissingDataError(f"a list of pairs was looked for at {path} and is not there")
   pairs = []
-  for number, line in enumerate(path.read_text().splitlines(), 1):
+  for number, line in enumerate(as_text(path.read_bytes(), str(path)).splitlines(), 1):
     words = [word.lstrip("/") for word in line.split()]
     if not words:
       continue
@@ -309,19 +310,24 @@ def _parts(pairs: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]
 
 def _classes(
   kind: str, reader: Reader, names: Sequence[str], count: int | None
-) -> tuple[tuple[str, ...], np.ndarray]:
-  """Names and colours of the classes."""
+) -> tuple[tuple[str, ...], np.ndarray, str]:
+  """Names and colours of the classes, and the full name of the file that has them, "" for none."""
   if kind == "cityscapes":
-    return CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+    return CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, ""
   count = 150 if kind == "ade20k" else count
   wanted = _CLASS_FILES[kind]
   # The nearest to the top, where there are several.
   found = sorted((n for n in names if n.rsplit("/", 1)[-1] == wanted), key=lambda n: n.count("/"))
   lines: list[str] = []
   if found:
-    lines = [s.strip() for s in reader.read(found[0]).decode("utf-8-sig").splitlines() if s.strip()]
+    text = as_text(reader.read(found[0]), reader.full_name(found[0]))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if kind == "ade20k":  # a head, and names in the last column
       lines = [line.split("\t")[-1].strip() for line in lines[1:]]
+    if not lines:
+      raise ValueError(
+        f"{reader.full_name(found[0])} names no class; a name in each line was expected"
+      )
     if count is not None and len(lines) != count:
       raise ValueError(
         f"{reader.full_name(found[0])} names {len(lines)} classes where {count} were expected"
@@ -339,4 +345,4 @@ def _classes(
   # Numbers of the file where there are no names.
   first = int(kind == "ade20k")
   classes = tuple(lines) or tuple(str(first + i) for i in range(count or 0))
-  return classes, spread_palette(len(classes))
+  return classes, spread_palette(len(classes)), reader.full_name(found[0]) if found else ""

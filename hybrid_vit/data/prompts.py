@@ -6,6 +6,8 @@ import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybrid_vit.data.texts import as_text
+
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 # Instead of a file: OpenAI's 80 templates for ImageNet, in the order of its notebook.
 IMAGENET = "imagenet"
@@ -43,8 +45,12 @@ def read_names(path: str) -> tuple[str, ...]:
 
   Raises:
     OSError: it cannot be read.
+    ValueError: it is no text, or names nothing.
   """
-  return tuple(_lines(path, ""))
+  names = tuple(_lines(path, ""))
+  if not names:
+    raise ValueError(f"{path} names no class; a name in each line was expected")
+  return names
 
 
 def _lines(given: str, embedded: str) -> list[str]:
@@ -52,5 +58,5 @@ def _lines(given: str, embedded: str) -> list[str]:
     file = importlib.resources.files("hybrid_vit.data") / "embedded" / embedded
     text = file.read_text(encoding="utf-8")
   else:
-    text = Path(given).expanduser().read_text(encoding="utf-8")
+    text = as_text(Path(given).expanduser().read_bytes(), given)
   return [line.strip() for line in text.splitlines() if line.strip()]

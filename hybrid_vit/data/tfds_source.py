@@ -14,7 +14,7 @@ from etils import epath
 from hybrid_vit.data.caption_fields import CAPTION, without_empty
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.palettes import spread_palette
-from hybrid_vit.data.tfrecord import TfRecordShards
+from hybrid_vit.data.tfrecord import TfRecordError, TfRecordShards
 from hybrid_vit.paths import as_path, is_remote
 
 # The numbers of COCO's 80 classes in its files.
@@ -38,17 +38,24 @@ class TfdsSource:
 
   Raises:
     MissingDataError: not prepared, or prepared in a format that has no access by index.
-    ValueError: a split it does not have; or it lies in a store from which it cannot be read.
+    ValueError: a split it does not have; or it lies in a store from which it cannot be read, or
+      what it says of itself is damaged.
   """
 
   def __init__(self, name: str, split: str, data_dir: str | None):
     import tensorflow_datasets as tfds
 
     self._name, self._split = name, split
+    directory = _directory(name, data_dir)
     try:
-      builder = tfds.builder_from_directory(str(_directory(name, data_dir)))
+      builder = tfds.builder_from_directory(str(directory))
     except ImportError as error:
       raise ValueError(f"tfds:{name} lies in an object store: {error}") from error
+    except Exception as error:  # JSON's, protobuf's or TFDS's, as the damage has it
+      raise ValueError(
+        f"what describes the TFDS data set in {directory} (dataset_info.json, features.json and "
+        f"beside them) cannot be read: {type(error).__name__}: {error}. Get these files anew"
+      ) from error
     base = re.split(r"[\[+]", split)[0]
     if base not in builder.info.splits and base != "all":
       raise ValueError(
@@ -72,13 +79,15 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    record = self._records[index]
     try:
+      record = self._records[index]
       example = self._features.deserialize_example_np(record, decoders=self._decoders)
-    except OSError:
+    except (OSError, TfRecordError):
       raise
-    except Exception as error:  # protobuf's, NumPy's or TFDS's, as the damage has it
-      raise CorruptExampleError(f"{self.describe(index)} cannot be decoded: {error}") from error
+    except Exception as error:  # the format's, protobuf's, NumPy's or TFDS's, as the damage has it
+      raise CorruptExampleError(
+        f"{self.describe(index)} cannot be decoded: {type(error).__name__}: {error}"
+      ) from error
     for key in self._texts:
       if isinstance(example[key], bytes):
         example[key] = example[key].decode(errors="replace")

@@ -33,6 +33,7 @@ from hybrid_vit.data.listing import EXTENSIONS
 from hybrid_vit.data.map_reading import picture_size
 from hybrid_vit.data.source_options import Option, read_options
 from hybrid_vit.data.splits import PARTS, SPLIT_OF
+from hybrid_vit.data.texts import as_text
 
 _LAYOUT = (
   "images/**/x.jpg with labels/**/x.txt (class cx cy w h in fractions on each line) and the names "
@@ -62,7 +63,7 @@ def open_yolo(path: str, split: str) -> InstanceSource:
   options = read_options("yolo", text, _OPTIONS)
   reader = open_reader(Path(place), "yolo", _LAYOUT)
   names = reader.names()
-  classes, keypoints = _classes(reader, names)
+  classes, keypoints, told_by = _classes(reader, names)
   notes = Notes()
   pairs = _pairs(reader, names, options.get("labels", "labels"), notes)
   parts: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
@@ -71,7 +72,7 @@ def open_yolo(path: str, split: str) -> InstanceSource:
   chosen = choose_part(reader.root, parts, split, "photo")
   with ThreadPoolExecutor(_THREADS) as pool:
     texts = list(pool.map(lambda pair: reader.read(pair[1]) if pair[1] else b"", chosen))
-  return _read(reader, chosen, texts, classes, keypoints, options, notes)
+  return _read(reader, chosen, texts, classes, keypoints, told_by, options, notes)
 
 
 def _read(
@@ -80,6 +81,7 @@ def _read(
   texts: Sequence[bytes],
   classes: Mapping[int, str],
   keypoints: bool,
+  told_by: str,
   options: Mapping[str, Any],
   notes: Notes,
 ) -> InstanceSource:
@@ -110,7 +112,7 @@ def _read(
         continue
       words = words[:5] if keypoints else words
       if words[0] not in labels:
-        notes.add(instances.NO_CATEGORY, f"{words[0]:g} of {name}")
+        notes.add(instances.NO_CATEGORY, f"{words[0]:g} of {name}; {told_by} lists them")
         continue
       polygon = words[1:] if len(words) > 5 else None
       given = _box_around(words[1:]) if polygon else _from_centre(words[1:])
@@ -213,23 +215,20 @@ def _part_of(path: str) -> str:
   return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "train")
 
 
-def _classes(reader: Reader, names: Sequence[str]) -> tuple[dict[int, str], bool]:
-  """Number → name, and whether keypoints follow each box."""
+def _classes(reader: Reader, names: Sequence[str]) -> tuple[dict[int, str], bool, str]:
+  """Number → name, whether keypoints follow each box, and the file that says so."""
   by_depth = sorted(names, key=lambda name: (name.count("/"), name))
   for name in by_depth:
     if name.endswith((".yaml", ".yml")):
       found, keypoints = _of_yaml(reader.read(name), reader.full_name(name))
       if found:
-        return found, keypoints
+        return found, keypoints, name
   for name in by_depth:
     if name.rsplit("/", 1)[-1] in ("classes.txt", "obj.names"):
-      try:
-        lines = reader.read(name).decode("utf-8-sig").splitlines()
-      except UnicodeDecodeError as error:
-        raise ValueError(f"{reader.full_name(name)} is no text in UTF-8: {error}") from error
+      lines = as_text(reader.read(name), reader.full_name(name)).splitlines()
       found = {i: line.strip() for i, line in enumerate(line for line in lines if line.strip())}
       if found:
-        return found, False
+        return found, False, name
   raise MissingDataError(
     f"yolo: nothing tells the classes of {reader.root}: put data.yaml with their `names`, or their "
     "names, one a line, in classes.txt beside images/"

@@ -52,8 +52,12 @@ def _kind_of_zip(path: Path) -> str:
   try:
     with zipfile.ZipFile(path) as archive:
       members = archive.namelist()
-  except zipfile.BadZipFile as error:
-    raise CheckpointFileError(f"{path} is a zip file cut short: get it again") from error
+  except OSError:
+    raise
+  except Exception as error:  # BadZipFile, and what else its damaged headers bring up
+    raise CheckpointFileError(
+      f"{path} is a zip file cut short or damaged ({error}): get it again"
+    ) from error
   names = {name.rpartition("/")[2] for name in members}
   if "constants.pkl" in names:
     raise CheckpointFileError(

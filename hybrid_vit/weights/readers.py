@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +93,10 @@ def read_checkpoint(path: str | Path | Fetched, *, average: bool | None = None) 
     weights, branch = branches.pick(tree, average)
   except branches.BranchError as error:
     raise CheckpointFileError(f"{path} {error}") from error
+  except Exception as error:  # the numbers are read here
+    raise CheckpointFileError(
+      f"{path} is a file of weights that cannot be read: {error or type(error).__name__}"
+    ) from error
   meta = tree.get("meta") if isinstance(tree, Mapping) else None
   meta = meta if isinstance(meta, Mapping) else {}
   return CheckpointFile(weights, kind, branch, _sha256(files), meta)
@@ -128,18 +131,17 @@ def _read_npz(path: Path) -> dict[str, Any]:
   try:
     with np.load(path, allow_pickle=False) as archive:
       return {name: archive[name] for name in archive.files}
-  except (ValueError, OSError, zipfile.BadZipFile) as error:
+  except Exception as error:  # zipfile's, zlib's or NumPy's, as the damage has it
     raise CheckpointFileError(f"{path} is a .npz file that cannot be read: {error}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
   import ml_dtypes  # noqa: F401  registers bfloat16 and the float8 types with NumPy
-  import safetensors
   from safetensors.numpy import load_file
 
   try:
     return dict(load_file(path))
-  except (safetensors.SafetensorError, KeyError, ValueError) as error:
+  except Exception as error:  # its own, or NumPy's, as the damage has it
     raise CheckpointFileError(
       f"{path} is a safetensors file that cannot be read: {error}"
     ) from error

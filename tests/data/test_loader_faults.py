@@ -155,4 +155,5 @@ def test_corrupt_pictures_keep_their_row_in_evaluation(caplog):
 def test_names_in_errors_are_whole():
   with pytest.raises(CorruptDataError) as caught:
     list(eval_batches(Numbers(4, broken=range(4)), Reading(2, same, X), max_corrupt_fraction=0.5))
-  assert re.search(r"among them: number 0, number 1, number 2$", str(caught.value))
+  names = r"among them: number 0, number 1, number 2\. The last one: half of it is missing$"
+  assert re.search(names, str(caught.value))

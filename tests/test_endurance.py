@@ -1,0 +1,74 @@
+"""A little of `tests/endurance`: damaged files, files that cannot grow; its kills: `test_main`."""
+
+import contextlib
+import resource
+
+import numpy as np
+import pytest
+
+from hybrid_vit.checkpoints import Checkpointer, CheckpointError
+from tests import saved_states
+from tests.endurance import damaged_files, fuzz, page
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory):
+  return fuzz.Fuzzer(tmp_path_factory.mktemp("fuzz"), seed=1)
+
+
+@pytest.mark.parametrize("number", range(len(damaged_files.KINDS)))
+def test_a_damaged_file_is_named_or_does_no_harm(number, fuzzer):
+  row = fuzzer.one(number, list(damaged_files.KINDS)[number])
+  assert row["outcome"] not in fuzz.FAULTS, row
+
+
+@pytest.mark.parametrize(
+  ("fails", "result"),
+  [
+    (lambda: {}["a"], "traceback"),
+    (lambda: int("a"), "nameless"),
+    (lambda: 1, "silent"),
+    (lambda: 0, "same"),
+  ],
+)
+def test_faults_are_seen(fails, result, tmp_path):
+  (tmp_path / "a.bin").write_bytes(b"1234")
+  kind = damaged_files.Kind(lambda place: None, lambda place: fails(), checked=True)
+  assert fuzz.outcome(kind, tmp_path, tmp_path / "a.bin", 0)[0] == result
+  gone = damaged_files.Kind(lambda place: None, lambda place: (place / "a.bin").unlink())
+  assert fuzz.outcome(gone, tmp_path, tmp_path / "a.bin", None)[0] == "lost"
+
+
+def test_what_happens_to_a_file():
+  rng, content = np.random.default_rng(0), bytes(range(200))
+  found = {way: fuzz.damaged(content, way, rng) for way in fuzz.WAYS}
+  assert all(data != content for data in found.values())
+  assert len(found["truncate"]) < 200 < len(found["grow"]) and found["empty"] == b""
+  assert sum(a != b for a, b in zip(found["flip"], content)) == 1
+  assert fuzz.damaged(b"", "flip", rng) == b""
+
+
+def test_a_file_that_cannot_grow_is_told_and_costs_no_earlier_state(tmp_path):
+  """A limit of the system on files: what any user can set, as a full disk cannot be."""
+  saved_states.save(tmp_path, 1)
+  before = saved_states.everything_in(tmp_path / "checkpoints" / "1")
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  checkpointer = Checkpointer(tmp_path, keep_best=False)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    with pytest.raises(CheckpointError, match=r"a file grows beyond .*EFBIG"):
+      checkpointer.save(saved_states.at(2), 2)
+      checkpointer.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with contextlib.suppress(CheckpointError):  # the same failure may be told again
+      checkpointer.close()
+  assert saved_states.everything_in(tmp_path / "checkpoints" / "1") == before
+  assert saved_states.restore(tmp_path).step == 1
+  saved_states.save(tmp_path, 2)
+  assert saved_states.restore(tmp_path).step == 2
+
+
+def test_the_page_has_the_figures_of_its_tables():
+  text = page.PAGE.read_text("utf-8")
+  assert page.written(text, page.PAGE.with_suffix("")) == text
