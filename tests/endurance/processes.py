@@ -32,7 +32,7 @@ from tests.endurance import runs
 
 # (processes, signal, the process that gets it), and how often.
 CASES = (
-  (1, "SIGTERM", 0, 4),
+  (1, "SIGTERM", 0, 2),
   (2, "SIGTERM", 0, 2),
   (2, "SIGTERM", 1, 2),
   (2, "SIGKILL", 0, 2),
