@@ -49,6 +49,7 @@ from hybrid_vit.stored_trees import (
   read_metadata,
   read_tree,
   reason,
+  say_the_first_error_alone,
   steps_in,
   unsliced,
 )
@@ -114,6 +115,7 @@ class Checkpointer:
     run_config: Mapping[str, Any] | None = None,
     info: Mapping[str, Any] | None = None,
   ):
+    say_the_first_error_alone()
     self._workdir = as_path(workdir)
     self._keep = keep
     self._every_steps = every_steps

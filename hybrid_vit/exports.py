@@ -24,6 +24,7 @@ from hybrid_vit.stored_trees import (
   read_arrays,
   read_metadata,
   reason,
+  say_the_first_error_alone,
   steps_in,
   unsliced,
 )
@@ -47,6 +48,7 @@ def export(directory: Any, variables: Mapping[str, Any], metadata: Mapping[str, 
   Raises:
     CheckpointError: it cannot be written; the message says why.
   """
+  say_the_first_error_alone()
   directory = as_path(directory)
   remote = is_remote(directory)
   partial = directory if remote else _beside(directory, "partial")

@@ -9,13 +9,16 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from etils import epath
 
 from hybrid_vit.line_files import LineFile
+from hybrid_vit.workdir import explain
 
 SINKS = ("tensorboard", "csv", "wandb", "mlflow")
 
@@ -70,30 +73,65 @@ def stays(step: int, kind: str, start_step: int) -> bool:
 
 
 class TensorBoard:
-  """Event files in `workdir`/tensorboard."""
+  """Event files in `workdir`/tensorboard, written by the thread that trains.
+
+  `tensorboardX.SummaryWriter` has a thread of its own, which ends where the disk is full, and the
+  training then waits for it for ever; so only its format is taken. Where nothing can be written,
+  that is said once, and figures go on in the other files.
+  """
+
+  _FLUSH_SECONDS = 120.0
 
   def __init__(self, workdir: epath.Path, start_step: int, run_config: Mapping[str, Any]):
     del run_config
-    import tensorboardX
+    from tensorboardX import event_file_writer, record_writer, summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    self._writer = tensorboardX.SummaryWriter(
-      os.fspath(workdir / "tensorboard"),
-      # Tells TensorBoard to forget what an earlier run wrote beyond the restored step.
-      purge_step=start_step + 1 if start_step else 0,
-    )
+    self._place, self._summary, self._event = workdir / "tensorboard", summary, Event
+    self._flushed = time.monotonic()
+    record_writer.directory_check(os.fspath(self._place))
+    self._writer: Any = event_file_writer.EventsWriter(os.fspath(self._place / "events"))
+    # Tells TensorBoard to forget what an earlier run wrote beyond the restored step.
+    first = start_step + 1 if start_step else 0
+    self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+    self._flush()
 
   def scalars(self, step: int, values: Mapping[str, float], kind: str) -> None:
     """See `Sink`."""
     for key, value in values.items():
-      self._writer.add_scalar(f"{kind}/{key}", value, step)
+      self._add(self._summary.scalar(f"{kind}/{key}", value), step)
+    if time.monotonic() - self._flushed >= self._FLUSH_SECONDS:
+      self._flush()
 
   def text(self, name: str, text: str, step: int) -> None:
     """See `Sink`."""
-    self._writer.add_text(name, f"```json\n{text}\n```", step)
+    self._add(self._summary.text(name, f"```json\n{text}\n```"), step)
 
   def close(self) -> None:
     """See `Sink`."""
-    self._writer.close()
+    self._guarded(lambda: self._writer.close())
+    self._writer = None
+
+  def _add(self, summary: Any, step: int) -> None:
+    self._write(self._event(wall_time=time.time(), step=step, summary=summary))
+
+  def _write(self, event: Any) -> None:
+    self._guarded(lambda: self._writer.write_event(event))
+
+  def _flush(self) -> None:
+    self._flushed = time.monotonic()
+    self._guarded(lambda: self._writer.flush())
+
+  def _guarded(self, write: Callable[[], Any]) -> None:
+    if self._writer is None:
+      return
+    try:
+      write()
+    except OSError as error:
+      self._writer = None
+      logging.warning(
+        "%s: figures go on in metrics.jsonl alone: %s", self._place, explain(error) or error
+      )
 
 
 class Csv:

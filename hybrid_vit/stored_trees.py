@@ -36,7 +36,7 @@ _LARGE_LEAF = 2**22
 # Pauses before reading again what could not be read.
 RETRY_SECONDS: tuple[float, ...] = (1.0, 4.0, 16.0)
 
-# What the threads say that read further arrays when one could not be read.
+# What the threads of further arrays say when one could not be read or written.
 _FOLLOWING = ("Event loop is closed", "Encountered error while reading array")
 _CHECKSUM = "checksum"
 # TensorStore's words for data that is not what it should be. Its other words (UNAVAILABLE,
@@ -144,7 +144,7 @@ def read_tree(directory: epath.Path, target: Any, names: Sequence[str]) -> Any:
   """
   # A reader of our own (a manager that has saved is bound to its items' handlers), and of this
   # process alone: it may be the only one that fails, and the others would wait for it in a barrier.
-  _say_the_first_error_alone()
+  say_the_first_error_alone()
   own = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
   try:
@@ -159,7 +159,7 @@ def read_arrays(directory: epath.Path, branches: Sequence[str] | None = None) ->
 
   Raises: as `read_tree`.
   """
-  _say_the_first_error_alone()
+  say_the_first_error_alone()
   own = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
   try:
@@ -177,11 +177,11 @@ def read_arrays(directory: epath.Path, branches: Sequence[str] | None = None) ->
 
 
 @functools.cache
-def _say_the_first_error_alone() -> None:
-  """Keeps threads of TensorStore from printing that nobody waits for the arrays that they read.
+def say_the_first_error_alone() -> None:
+  """Keeps threads of TensorStore from printing that nobody waits for their arrays any more.
 
-  The first array that cannot be read ends the loop that waits for all of them; the others' threads
-  find it closed, at some later time, and no caller can catch what they print.
+  The first array that cannot be read or written ends the loop that waits for all of them; the
+  others' threads find it closed, at some later time, and no caller can catch what they print.
   """
   before = sys.unraisablehook
 

@@ -1,3 +1,4 @@
+import gc
 import logging
 import shutil
 
@@ -101,6 +102,15 @@ def test_a_broken_checkpoint_is_passed_over_and_said(copied, how, caplog):
     damage(copied / "checkpoints" / broken, "truncate")
     assert restore(copied).step == found.step
     assert (copied / "checkpoints" / f"{broken}.broken1").is_dir()
+
+
+def test_a_broken_state_prints_no_traces(copied, capfd):
+  """Threads that read its other arrays find that nobody waits any more."""
+  for path in (copied / "checkpoints" / "2" / "state").rglob("d/*"):
+    path.write_bytes(b"")
+  assert restore(copied).step == 1
+  gc.collect()
+  assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["metadata/metadata", "state/_METADATA", "state/manifest.ocdbt"])

@@ -185,3 +185,21 @@ def test_a_local_try_refuses_keys_that_it_would_not_read(argument):
   )
   assert (variant, keys) == ("runlocal", {"size": 224, "epochs": 2})
   assert parse_argument("full,size=8", variants, "full", **fields)[1]["size"] == 8
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(:\n  pass\n", r"bad.py, line 1: no Python: "),
+    ("x = 1\n\0\n", r"bad.py.*null bytes"),
+    ("\n\nimport no_such_module\n", r"bad.py, line 3: ModuleNotFoundError: .*no_such_module"),
+    ("def get_config():\n  return {}['a']\n", r"bad.py, line 2: KeyError: 'a'"),
+    ("def get_config():\n  return int('b')\n", r"bad.py, line 2: invalid literal"),
+    ("def get_confug():\n  pass\n", r"bad.py has no `get_config\(\)`"),
+    ("def get_config():\n  pass\n", r"bad.py returns NoneType; a ConfigDict was expected"),
+  ],
+)
+def test_errors_of_a_files_own_code_say_where(tmp_path, text, message):
+  (tmp_path / "bad.py").write_text(text)
+  with pytest.raises(ConfigError, match=message):
+    load_config(tmp_path / "bad.py")

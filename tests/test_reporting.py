@@ -210,3 +210,11 @@ def test_no_progress_is_shown_when_not_asked_for(tmp_path, capsys):
 def test_durations_are_written_as_a_clock():
   assert reporting._duration(59.6) == "1:00"
   assert reporting._duration(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize("damaged", [b'{"step": 3, "ki', b'{"kind": "train"}', b"[1]", b"\xff"])
+def test_a_damaged_line_that_is_read_is_named(tmp_path, damaged):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1, "loss": "nan"}\n' + damaged + b'\n{"step": 4}\n')
+  with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
+    read_metrics(path)

@@ -1,6 +1,7 @@
 """Where figures go besides metrics.jsonl; the services are stood in for by modules of ours."""
 
 import csv
+import errno
 import sys
 import types
 
@@ -175,3 +176,18 @@ def test_any_sink_of_the_interface_is_served(tmp_path, monkeypatch):
     "closed",
   ]
   assert SINKS == ("tensorboard", "csv", "wandb", "mlflow")
+
+
+def test_a_board_that_cannot_be_written_stops_no_training(tmp_path, monkeypatch, caplog):
+  """A disk that is full for a while: many more figures than a queue would hold."""
+  board = sinks.TensorBoard(tmp_path, 0, {})
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(board._writer, "flush", full)
+  monkeypatch.setattr(board, "_FLUSH_SECONDS", 0.0)
+  for step in range(100):
+    board.scalars(step, {"loss": 1.0}, "train")
+  board.close()
+  assert caplog.text.count("figures go on in metrics.jsonl alone: the disk is full") == 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hybrid_vit.data import archives, folders
-from hybrid_vit.data.errors import CorruptExampleError
+from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.loader import Reading, train_batches
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.data.spec import Field
@@ -175,3 +175,16 @@ def test_what_a_zip_leaves_out_is_told_once(tmp_path, caplog):
   (message,) = [record.getMessage() for record in caplog.records]
   assert "1 files of other kinds (.heic: 1), e.g. train/b/1.heic" in message and "(b)" in message
   assert np.array_equal(create_source(f"zip:{path}", "train").labels, [0])
+
+
+def test_a_damaged_directory_of_a_zip_is_told(tmp_path):
+  """Names that are no UTF-8 where the zip says so, and a version that nobody knows."""
+  folder = write_folder(tmp_path / "f", {"train/a": 1, "train/b": 1})
+  good = write_zip(tmp_path / "x.zip", folder, "é/").read_bytes()
+  start = good.rfind(b"PK\x01\x02")
+  for place, value in ((start + 46, 0xFF), (start + 6, 200)):
+    bad = bytearray(good)
+    bad[place] = value
+    (tmp_path / "x.zip").write_bytes(bad)
+    with pytest.raises(MissingDataError, match=r"x.zip is no zip file, or is cut short or dam"):
+      create_source(f"zip:{tmp_path / 'x.zip'}", "train")

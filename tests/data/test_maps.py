@@ -351,3 +351,47 @@ def test_a_batch_of_photos_of_any_size_with_their_maps(tmp_path):
     2,
     255,
   }
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"\xff\xfe", r"classes.txt is no text in UTF-8"),
+    (b" \n\n", r"classes.txt names no class"),
+    (b"sky\n", r"holds label 1, 2; 0 to 0, .* since .*classes.txt names 1 classes"),
+  ],
+)
+def test_a_list_of_classes_that_is_damaged_is_named(tmp_path, content, message):
+  write_pair(tmp_path, "images/a.jpg", "annotations/a.png", np.resize([0, 1, 2], SIZE))
+  write_pair(tmp_path, "images/b.jpg", "annotations/b.png", np.resize([0, 1, 2], SIZE))
+  put(tmp_path / "classes.txt", content)
+  with pytest.raises(ValueError, match=message):
+    create_source(f"maps:{tmp_path}", "all")[0]
+
+
+def test_a_list_of_pairs_that_is_no_text_is_named(tmp_path):
+  write_pair(tmp_path, "images/a.jpg", "depth/a.png", np.full(SIZE, 900, np.uint16))
+  put(tmp_path / "list.txt", b"images/a.jpg \xff\n")
+  with pytest.raises(ValueError, match=r"list.txt is no text in UTF-8"):
+    create_source(f"depth:{tmp_path}?list={tmp_path / 'list.txt'}", "all")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda text: text[:-20], "is no JSON, or is cut short"),
+    (lambda text: text.replace('"images"', '"imagos"'), "has no images; lists of images,"),
+    (lambda text: text.replace('"id": 90, "name"', '"ie": 90, "name"'), "among its categories"),
+    (lambda text: text.replace("[9, 8, 7]", "[9, 8, 777]"), "among its categories; .*255"),
+    (lambda text: text.replace('"segments_info"', '"segment_info"'), "among its annotations"),
+    (lambda text: text.replace("70000", "70000000000"), "among its annotations"),
+    (lambda text: text.replace('"image_id": 9', '"image_id": [9]'), "names image "),
+  ],
+)
+def test_damaged_annotations_of_panoptic_data_are_named(tmp_path, change, message):
+  path = panoptic(tmp_path) / "annotations" / "panoptic_train2017.json"
+  changed = change(path.read_text())
+  assert changed != path.read_text()
+  path.write_text(changed)
+  with pytest.raises((ValueError, MissingDataError), match=rf"panoptic_train2017.json.*{message}"):
+    create_source(f"coco_panoptic:{tmp_path}", "train")

@@ -108,3 +108,22 @@ def test_slices_of_arrays_are_those_of_tfds(split, chosen):
 def test_errors_name_what_was_looked_for(spec, split, error, message):
   with pytest.raises(error, match=message):
     create_source(spec, split)
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (lambda raw: gzip.compress(raw)[:-20], "train-images-idx3-ubyte.gz cannot be unpacked: .*anew"),
+    (lambda raw: gzip.compress(raw)[:30] + b"x" * 400, "ubyte.gz cannot be unpacked"),
+    (lambda raw: gzip.compress(b"\0\0\x0d" + raw[3:]), "ubyte.gz is no file of 3 axes of bytes"),
+    (lambda raw: gzip.compress(raw[:-9]), r"says 6 x 28 x 28 and holds 4,695 bytes; 6 x 28 x 28"),
+    (lambda raw: gzip.compress(raw[:8] + raw[4:8] + raw[12:]), "says 6 x 6 x 28 and holds"),
+  ],
+)
+def test_damaged_files_of_fashion_mnist_are_named(tmp_path, damage, message):
+  write_fashion_mnist(tmp_path / "fm")
+  path = tmp_path / "fm" / "train-images-idx3-ubyte.gz"
+  path.write_bytes(damage(gzip.decompress(path.read_bytes())))
+  with pytest.raises(ValueError, match=message) as caught:
+    create_source(f"fashion_mnist:{tmp_path / 'fm'}", "train")
+  assert str(path) in str(caught.value)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybrid_vit.data import tfrecord as tfrecord_module
-from hybrid_vit.data.errors import MissingDataError
+from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.data.tfrecord import (
   TfRecordError,
@@ -322,3 +322,22 @@ def test_converting_and_training_import_no_tensorflow(data, tmp_path):
     timeout=300,
   )
   assert result.stdout.strip().endswith("trained without TensorFlow"), result.stderr
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_a_damaged_description_is_named(data, tmp_path, name):
+  shutil.copytree(data / "new" / "pets" / "1.0.0", tmp_path / "1.0.0")
+  path = tmp_path / "1.0.0" / name
+  path.write_bytes(path.read_bytes()[:-40])
+  with pytest.raises(ValueError, match=r"describes the TFDS data set in .*1.0.0 .*Get these files"):
+    create_source(f"tfds:{tmp_path / '1.0.0'}", "train")
+
+
+@pytest.mark.parametrize("length", [0, 100_000])
+def test_records_that_are_cut_short_are_corrupt_examples(data, tmp_path, length):
+  shutil.copytree(data / "new" / "pets" / "1.0.0", tmp_path / "1.0.0")
+  (path,) = (tmp_path / "1.0.0").glob("*train.array_record*")
+  path.write_bytes(path.read_bytes()[:length][:-10])
+  source = create_source(f"tfds:{tmp_path / '1.0.0'}", "train")
+  with pytest.raises(CorruptExampleError, match=r"1.0.0 train #3 cannot be decoded"):
+    source[3]

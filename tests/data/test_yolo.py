@@ -110,7 +110,10 @@ def test_what_is_wrong_is_counted_and_named(tmp_path, caplog):
     instances.NO_AREA: 2,
     instances.CUT: 1,
   }
-  assert "e.g. 1 of labels/a.txt, line 1" in caplog.text and "labels/alone.txt" in caplog.text
+  assert (
+    "e.g. 1 of labels/a.txt, line 1; data.yaml lists them" in caplog.text
+    and "labels/alone.txt" in caplog.text
+  )
   assert "'2 0.5 0.5 0.1' of labels/a.txt, line 3" in caplog.text
   np.testing.assert_allclose(source[0]["boxes"], [[48, 18, 60, 22], [0, 0, 60, 40]], atol=1e-4)
 

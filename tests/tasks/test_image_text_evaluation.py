@@ -14,7 +14,7 @@ from hybrid_vit import build, sharding
 from hybrid_vit.config import Config, ConfigError
 from hybrid_vit.data import evaluation as data_evaluation
 from hybrid_vit.data.pipeline import EvaluationSettings
-from hybrid_vit.data.prompts import prompts, read_templates
+from hybrid_vit.data.prompts import prompts, read_names, read_templates
 from hybrid_vit.data.tokenizer import ClipTokenizer
 from hybrid_vit.models.registry import Preprocessing
 from hybrid_vit.settings import read_settings
@@ -310,3 +310,12 @@ def test_a_set_says_what_is_measured_on_it(variables, monkeypatch):
 def test_settings_of_a_set_are_as_they_were():
   plain = EvaluationSettings("a", "digits", 8, "decode", False)
   assert (plain.kind, plain.options) == ("", {})
+
+
+@pytest.mark.parametrize(
+  ("content", "message"), [(b"\n \n", "names no class"), (b"\xff\n", "is no text in UTF-8")]
+)
+def test_damaged_names_of_classes_are_told(tmp_path, content, message):
+  (tmp_path / "names.txt").write_bytes(content)
+  with pytest.raises(ValueError, match=rf"names.txt {message}"):
+    read_names(str(tmp_path / "names.txt"))

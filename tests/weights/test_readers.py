@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hybrid_vit.weights import branches, readers
+from tests.weights.test_torch_file import FILES
 
 
 def arrays():
@@ -336,3 +337,16 @@ def test_other_zips_are_told(tmp_path):
       archive.writestr("archive/data.pkl", b"x") if "pkl" in member else None
     with pytest.raises(readers.CheckpointFileError, match=message):
       readers.read_checkpoint(path)
+
+
+def test_damage_that_shows_when_the_numbers_are_read_is_told(tmp_path):
+  """The header of a member of a .pth, and of its directory: what `zipfile` finds late."""
+  good = (FILES / "new.pth").read_bytes()
+  member = good.find(b"PK\x03\x04", good.find(b"data/0") - 200)
+  name = good.rfind(b"data/0")
+  for place, value in ((member, 0), (name, 0xFF)):
+    bad = bytearray(good)
+    bad[place] = value
+    (tmp_path / "w.pth").write_bytes(bad)
+    with pytest.raises(readers.CheckpointFileError, match=r"w.pth is a "):
+      readers.read_checkpoint(tmp_path / "w.pth")
