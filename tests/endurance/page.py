@@ -81,10 +81,6 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
     "resumed": "resumed", "changed_states": "earlier states changed",
     "different": "other bytes at the end",
   }),
-  "slow_disk": columns({
-    "bytes_a_second": "bytes a second", "run": "run", "seconds": "seconds", "code": "exit status",
-    "saved": "newest whole state", "resumed": "resumed", "different": "other bytes at the end",
-  }),
   "fuzz": of_fuzz,
 }  # fmt: skip
 
