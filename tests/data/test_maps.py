@@ -362,8 +362,8 @@ def test_a_batch_of_photos_of_any_size_with_their_maps(tmp_path):
   ],
 )
 def test_a_list_of_classes_that_is_damaged_is_named(tmp_path, content, message):
-  write_pair(tmp_path, "images/a.jpg", "annotations/a.png", np.resize([0, 1, 2], SIZE))
-  write_pair(tmp_path, "images/b.jpg", "annotations/b.png", np.resize([0, 1, 2], SIZE))
+  write_pair(tmp_path, "images/a.jpg", "annotations/a.png", np.resize(np.uint8([0, 1, 2]), SIZE))
+  write_pair(tmp_path, "images/b.jpg", "annotations/b.png", np.resize(np.uint8([0, 1, 2]), SIZE))
   put(tmp_path / "classes.txt", content)
   with pytest.raises(ValueError, match=message):
     create_source(f"maps:{tmp_path}", "all")[0]
