@@ -44,7 +44,7 @@ class ZipReader:
     try:
       # Its reads lock among themselves and unpack outside the lock: one handle for all threads.
       self._zip = zipfile.ZipFile(path)
-    except (*_damage(), ValueError) as error:
+    except _damage() as error:
       raise MissingDataError(
         f"{path} is no zip file, or is cut short or damaged ({error}); a zip that holds "
         "train/<class>/*.jpg was expected"
@@ -70,7 +70,7 @@ class ZipReader:
       if error.errno is None:
         raise CorruptExampleError(f"damaged member of {self.root}: {error}") from error
       raise
-    except (*_damage(), ValueError) as error:
+    except _damage() as error:
       raise CorruptExampleError(f"damaged member of {self.root}: {error}") from error
 
   def full_name(self, name: str) -> str:
@@ -104,7 +104,7 @@ class ZipReader:
 
 def _damage() -> tuple[type[Exception], ...]:
   found: list[type[Exception]] = [
-    zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError,
+    zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, ValueError,
   ]  # fmt: skip
   if 14 in _UNPACKED:
     import lzma

@@ -321,8 +321,8 @@ def _check_categories(categories: Sequence[Any], name: str) -> None:
   for category in categories:
     good = isinstance(category, dict) and isinstance(category.get("id"), int | str)
     color = category.get("color", [0] * 3) if good else None
-    shades = isinstance(color, list) and len(color) == 3
-    if not good or "name" not in category or not shades or not all(c in range(256) for c in color):
+    shades = isinstance(color, list) and len(color) == 3 and all(c in range(256) for c in color)
+    if not good or "name" not in category or not shades:
       raise ValueError(
         f'{name}: {str(category)[:100]} among its categories; "id" and "name" were expected, and '
         'three numbers from 0 to 255 where there is a "color"'
