@@ -7,16 +7,19 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
+from hybrid_vit import programs
 from hybrid_vit.build import Run
 from hybrid_vit.checkpoints import export
 from hybrid_vit.plots import plot_curves
-from hybrid_vit.tasks.base import Evaluator
+from hybrid_vit.tasks.base import Evaluator, Variables
 from hybrid_vit.train_state import TrainState
 
 
 def finish(
   run: Run,
+  mesh: Mesh,
   workdir: epath.Path,
   evaluators: list[Evaluator],
   state: TrainState,
@@ -28,6 +31,7 @@ def finish(
 
   Args:
     run: what was trained.
+    mesh: on which.
     workdir: where to.
     evaluators: of its sets.
     state: its evaluation variables are exported.
@@ -43,11 +47,12 @@ def finish(
     or "trained here" + (", averaged over steps" if state.ema is not None else ""),
   }
   export(workdir / "export", state.evaluation_variables, metadata)
+  variables = programs.evaluation_variables(run, mesh, state)
   # Drawing comes last, so that nothing which cannot be drawn costs more than the drawing.
   drawn = [
     f"predictions{'' if number == 0 else '_' + evaluator.name}.png"
     for number, evaluator in enumerate(evaluators)
-    if _drawn(evaluator, number, state, workdir, reporter)
+    if _drawn(evaluator, number, variables, workdir, reporter)
   ]
   if jax.process_index():
     return
@@ -117,12 +122,12 @@ def _fine_tuning(run: Run, workdir: epath.Path) -> str:
 
 
 def _drawn(
-  evaluator: Evaluator, number: int, state: TrainState, workdir: epath.Path, reporter: Any
+  evaluator: Evaluator, number: int, variables: Variables, workdir: epath.Path, reporter: Any
 ) -> bool:
   """Whether a picture of the first sets' predictions was written."""
   name = f"predictions{'' if number == 0 else '_' + evaluator.name}.png"
   try:
-    return evaluator.draw(state.evaluation_variables, workdir / name)
+    return evaluator.draw(variables, workdir / name)
   except (ValueError, OSError) as error:
     reporter.message(f"{name} could not be drawn: {error}")
     return False

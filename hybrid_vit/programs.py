@@ -82,13 +82,19 @@ def enter_phase(run: Run, phase: int, mesh: Mesh, state: TrainState) -> TrainSta
 
 
 def evaluation_variables(run: Run, mesh: Mesh, state: TrainState) -> Any:
-  """The state's, as the network of evaluation (the last phase's) takes them, in any phase."""
-  if _one_network(run):
-    return state.evaluation_variables
-  shapes, layout = abstract_state(run, mesh, len(run.curriculum.phases) - 1)
-  return _resized(
-    state.evaluation_variables, shapes.evaluation_variables, layout.evaluation_variables
-  )
+  """The state's, as the network of evaluation (the last phase's) takes them, in any phase.
+
+  What lies in parts over `fsdp` is whole on each device: gathered once for all batches, not within
+  each of them.
+  """
+  variables = state.evaluation_variables
+  if not _one_network(run):
+    shapes, layout = abstract_state(run, mesh, len(run.curriculum.phases) - 1)
+    variables = _resized(variables, shapes.evaluation_variables, layout.evaluation_variables)
+  if mesh.shape["fsdp"] == 1:
+    return variables
+  whole = jax.tree.map(lambda leaf: sharding.without_fsdp(leaf.sharding), variables)
+  return jax.jit(lambda tree: tree, out_shardings=whole)(variables)
 
 
 def _one_network(run: Run) -> bool:
@@ -128,7 +134,7 @@ def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
 
   Trace it within `jax.set_mesh(mesh)`: what a loss does around the devices it does around these.
   """
-  settings = run.settings
+  settings, in_parts = run.settings, mesh.shape["fsdp"] > 1
   step = make_train_step(
     run.tasks[phase],
     run.optimizer,
@@ -137,10 +143,15 @@ def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
     ema_decay=settings.ema_decay,
     frozen=run.frozen,
     skip_bad_steps=settings.skip_bad_steps,
+    gather=functools.partial(sharding.gathered, layout=layout.params) if in_parts else None,
   )
   constants = constants_layout(run.tasks[phase], mesh)
+
+  def with_whole_constants(state: TrainState, batch: Any, parts: Any) -> Any:
+    return step(state, batch, sharding.gathered(parts, constants))
+
   return jax.jit(
-    step,
+    with_whole_constants if constants and in_parts else step,
     in_shardings=(layout, sharding.batch_sharding(mesh), *((constants,) if constants else ())),
     out_shardings=(layout, sharding.replicated(mesh)),
     donate_argnums=0,

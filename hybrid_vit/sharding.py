@@ -21,12 +21,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 DEFAULT_RULES: tuple[tuple[str, Any], ...] = ((".*", "fsdp"),)
+
+# The name of gathered parameters for `jax.checkpoint`.
+GATHERED = "gathered parameters"
 
 # Arrays below this size are kept whole: gathering them would cost more than they weigh.
 MIN_SHARDED_SIZE = 1024
@@ -127,6 +131,55 @@ def across_slices(shape: tuple[int, int, int], slices: int) -> tuple[int, int, i
 
 def _divisors(number: int) -> list[int]:
   return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def gathered(parameters: Any, layout: Any) -> Any:
+  """Parameters in parts over `fsdp`, whole for their use; their gradients are in parts again.
+
+  Said to the compiler, which by itself is free to gather activations along the batch instead, and
+  does. Other axes stay as they are.
+
+  Args:
+    parameters: tree of arrays.
+    layout: a NamedSharding for each of them.
+  """
+
+  def one(value: jax.Array, parts: NamedSharding) -> jax.Array:
+    whole = without_fsdp(parts)
+    return value if whole == parts else checkpoint_name(_gather(value, parts, whole), GATHERED)
+
+  return jax.tree.map(one, parameters, layout)
+
+
+def without_fsdp(sharding: NamedSharding) -> NamedSharding:
+  """The same with what is split over `fsdp` whole."""
+
+  def rest(axes: Any) -> Any:
+    kept = tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if a != "fsdp")
+    return kept if len(kept) > 1 else kept[0] if kept else None
+
+  axes = [rest(entry) for entry in sharding.spec]
+  while axes and axes[-1] is None:
+    axes.pop()
+  return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(value: jax.Array, parts: NamedSharding, whole: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(value, whole)
+
+
+def _gather_forward(value: jax.Array, parts: NamedSharding, whole: NamedSharding) -> Any:
+  return _gather(value, parts, whole), None
+
+
+def _gather_backward(
+  parts: NamedSharding, whole: NamedSharding, kept: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+  return (jax.lax.with_sharding_constraint(gradient, parts),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hybrid_vit import sharding
 from hybrid_vit.data.spec import REPLACED
 from hybrid_vit.gradient_caching import cached_gradients
 from hybrid_vit.models.freezing import running_statistics
@@ -85,6 +86,7 @@ def loss_and_gradients(
   rng: jax.Array,
   accumulation_steps: int = 1,
   frozen: Any = None,
+  gather: Callable[[Any], Any] | None = None,
 ) -> tuple[jax.Array, dict[str, Any], Any]:
   """Loss, auxiliary results and gradients of one batch, in so many parts.
 
@@ -104,18 +106,27 @@ def loss_and_gradients(
     frozen: a tree like the parameters of booleans, or None for none. Nothing is computed for the
       gradients of frozen parameters, which come as zeros, and batch norms all of whose parameters
       are frozen use and keep their running statistics.
+    gather: makes parameters that devices hold in parts whole for their use; see
+      `sharding.gathered`.
 
   Raises:
     ValueError: the batch is not divisible, or the task's loss cannot be had in parts.
   """
   trained, fixed = _split_parameters(variables["params"], frozen)
 
+  def used(trained: Any) -> dict[str, Any]:
+    params = flax.traverse_util.unflatten_dict({**trained, **fixed})
+    return {**variables, "params": params if gather is None else gather(params)}
+
   def one_part(part: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, Any], Any]:
     def loss_of(trained: Any) -> tuple[jax.Array, dict[str, Any]]:
-      params = flax.traverse_util.unflatten_dict({**trained, **fixed})
       with running_statistics(_frozen_modules(fixed, trained)):
-        return task.loss({**variables, "params": params}, part, key)
+        return task.loss(used(trained), part, key)
 
+    if gather is not None:
+      # Gathered again in the backward pass rather than kept whole for it.
+      policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+      loss_of = jax.checkpoint(loss_of, policy=policy)
     (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
     return loss, aux, gradients
 
@@ -149,13 +160,11 @@ def loss_and_gradients(
   if not task.separable:
 
     def embed_part(trained: Any, part: Batch, key: jax.Array) -> Any:
-      params = flax.traverse_util.unflatten_dict({**trained, **fixed})
       with running_statistics(_frozen_modules(fixed, trained)):
-        return embed({**variables, "params": params}, part, key)  # type: ignore[misc]
+        return embed(used(trained), part, key)  # type: ignore[misc]
 
     def whole_loss(trained: Any, embeddings: Any) -> Any:
-      params = flax.traverse_util.unflatten_dict({**trained, **fixed})
-      return task.embedded_loss({**variables, "params": params}, embeddings, batch)  # type: ignore[attr-defined]
+      return task.embedded_loss(used(trained), embeddings, batch)  # type: ignore[attr-defined]
 
     loss, metrics, stats, gradients = cached_gradients(embed_part, whole_loss, trained, parts)
     return loss, {"metrics": metrics, "batch_stats": mean(stats)}, whole(gradients)
@@ -196,6 +205,7 @@ def make_train_step(
   ema_decay: float | None = None,
   frozen: Any = None,
   skip_bad_steps: int = 0,
+  gather: Callable[[Any], Any] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
   """The pure function `(state, batch, constants=None) → (new state, report)`.
 
@@ -217,7 +227,7 @@ def make_train_step(
     rows = task.augment(batch, augment_rng, state.step)
     variables = with_constants(state.variables, constants)
     loss, aux, gradients = loss_and_gradients(
-      task, variables, rows, loss_rng, accumulation_steps, frozen
+      task, variables, rows, loss_rng, accumulation_steps, frozen, gather
     )
     gradient_norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -148,7 +148,9 @@ class _Loop:
     weights = None
     if self.patience is not None:
       state, results, weights = self._best(state, results)
-    finish(self.run, self.workdir, self.evaluators, state, results, self.reporter, weights)
+    finish(
+      self.run, self.mesh, self.workdir, self.evaluators, state, results, self.reporter, weights
+    )
     return results
 
   def train(self, batches: Any) -> tuple[TrainState, dict[str, float]]:

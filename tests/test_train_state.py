@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit import build
+from hybrid_vit import build, programs, sharding
+from hybrid_vit.collectives import collectives_of
 from hybrid_vit.config import Config, load_config
 from hybrid_vit.data.spec import REPLACED
 from hybrid_vit.nonfinite import NonFiniteError, first_bad_tensor
@@ -238,3 +239,68 @@ def test_recomputation_is_a_line_of_the_configuration(remat):
     e for e in traced.eqns if "remat" in e.primitive.name or "check" in e.primitive.name
   ]
   assert bool(recomputed) == remat
+
+
+@pytest.mark.parametrize(
+  ("axes", "rules", "accumulation"),
+  [
+    ({"data": 2, "fsdp": 4}, sharding.DEFAULT_RULES, 1),
+    ({"data": 2, "fsdp": 4}, sharding.DEFAULT_RULES, 2),
+    (
+      {"data": 2, "fsdp": 2, "tensor": 2},
+      (("head/kernel", (("fsdp", "tensor"), None)), *sharding.DEFAULT_RULES),
+      1,
+    ),
+  ],
+)
+def test_parameters_in_parts_are_gathered_and_activations_stay(axes, rules, accumulation):
+  task, state, step = setup(accumulation=accumulation)
+  mesh = sharding.make_mesh(axes)
+  layout = sharding.state_shardings(state, rules, mesh)
+  make = functools.partial(
+    make_train_step, task, small.adamw(task), small.schedule, accumulation_steps=accumulation
+  )
+
+  def compiled(**arguments):
+    where = (layout, sharding.batch_sharding(mesh))
+    jitted = jax.jit(make(**arguments), in_shardings=where, out_shardings=(layout, None))
+    return jitted.lower(state, small.make_batch(16)).compile()
+
+  gathering = compiled(gather=functools.partial(sharding.gathered, layout=layout.params))
+  in_parts = [
+    leaf.nbytes
+    for leaf, where in zip(jax.tree.leaves(state.params), jax.tree.leaves(layout.params))
+    if where != sharding.without_fsdp(where)
+  ]
+  assert in_parts
+  found = {c.kind: 0 for c in collectives_of(gathering.as_text())}
+  for collective in collectives_of(gathering.as_text()):
+    found[collective.kind] += collective.bytes * (collective.rounds or 1)
+  # Forward, and again backward, of each part of the batch. Activations would be many times that.
+  assert 0 < found["all-gather"] <= 2 * accumulation * sum(in_parts)
+  assert found.get("all-to-all", 0) == 0
+
+  batch = small.make_batch(16)
+  placed = jax.device_put(state, layout), jax.device_put(batch, sharding.batch_sharding(mesh))
+  ours, report = gathering(*placed)
+  expected, expected_report = step(state, batch)
+  close(jax.device_get(report["gradient_norm"]), jax.device_get(expected_report["gradient_norm"]))
+  for one, other in zip(jax.tree.leaves(ours.opt_state), jax.tree.leaves(expected.opt_state)):
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_an_evaluation_gathers_parameters_once_for_all_of_its_batches():
+  values = load_config("configs/moat.py", "runlocal")
+  values.mesh, values.ema_decay = dict(data=2, fsdp=4, tensor=1), 0.9
+  facts = build.DataFacts({"class_names": tuple("0123456789")}, 1437)
+  run = build.build(Config(values), facts)
+  mesh = sharding.make_mesh(run.mesh_axes)
+  _, layout = programs.abstract_state(run, mesh)
+  make = jax.jit(lambda key: programs.new_state(run, key), out_shardings=layout)
+  state = make(jax.random.key(0))
+  in_parts = jax.tree.leaves(state.evaluation_variables)
+  assert any(not leaf.sharding.is_fully_replicated for leaf in in_parts)
+  whole = jax.tree.leaves(programs.evaluation_variables(run, mesh, state))
+  assert all(leaf.sharding.is_fully_replicated for leaf in whole)
+  for one, other in zip(whole, in_parts):
+    np.testing.assert_array_equal(one, other)
