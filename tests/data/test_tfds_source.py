@@ -261,6 +261,47 @@ def test_conversion_is_whole_or_absent(data, tmp_path, capsys):
   assert "is there already" in capsys.readouterr().err
 
 
+def test_what_killed_conversions_left_goes_and_what_others_write_stays(data, tmp_path):
+  origin, to = data / "old" / "pets" / "1.0.0", tmp_path / "new" / "1.0.0"
+  left, other = (to.parent / f".{version}.partial.x" for version in ("1.0.0", "2.0.0"))
+  for path in (left, other):
+    path.mkdir(parents=True)
+    (path / "pets-train.array_record").write_bytes(b"a half")
+  with prepare_data._partial(to) as held:
+    (held / "mine").write_bytes(b"of another process that writes")
+    assert not left.exists()
+    prepare_data.convert_tfrecord(origin, to)
+    assert (held / "mine").exists()
+  assert sorted(to.parent.iterdir()) == [other, to]
+
+
+ORPHANS = """
+import sys, time
+from pathlib import Path
+from hybrid_vit.tools import prepare_data
+
+def convert(path, new, records):
+  print("begun", flush=True)
+  time.sleep(600)
+
+if __name__ == "__main__":
+  prepare_data._convert_file = convert
+  prepare_data.convert_tfrecord(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+"""
+
+
+def test_no_worker_outlives_a_killed_conversion(data, tmp_path):
+  (tmp_path / "orphans.py").write_text(ORPHANS)
+  arguments = [data / "old" / "pets" / "1.0.0", tmp_path / "new" / "1.0.0"]
+  process = subprocess.Popen(
+    [sys.executable, tmp_path / "orphans.py", *arguments], stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == "begun\n"
+  process.kill()
+  # It ends when the last of those that write to it has ended.
+  process.communicate(timeout=120)
+
+
 def test_what_is_converted_already_says_so(data, tmp_path):
   with pytest.raises(MissingDataError, match="prepared as array_record; tfrecord was expected"):
     prepare_data.convert_tfrecord(data / "new" / "pets" / "1.0.0", tmp_path / "x" / "1.0.0")
