@@ -125,11 +125,15 @@ def main(arguments: list[str]) -> int:
     path, config = _read_config(_CONFIG.value)
     return _run(Config(config), path.stem)
   except user_errors() as error:
+    from hybrid_vit.checkpoints import CheckpointError
+
     if os.environ.get(_TRACEBACK):
       raise
     # The cause is the last line of all.
     print(f"\n(with {_TRACEBACK}=1 the place in the code is shown)", end="", file=sys.stderr)
-    return _tell(explain(error) or str(error))
+    # These say the cause themselves, and what cannot be done for it.
+    told = isinstance(error, CheckpointError | WorkdirError)
+    return _tell(str(error) if told else explain(error) or str(error))
   except jax.errors.JaxRuntimeError as error:
     said = explain(error)
     if said is None or os.environ.get(_TRACEBACK):

@@ -49,7 +49,7 @@ def test_what_happens_to_a_file():
   assert fuzz.damaged(b"", "flip", rng) == b""
 
 
-def test_a_file_that_cannot_grow_is_told_and_costs_no_earlier_state(tmp_path, capfd):
+def test_a_file_that_cannot_grow_is_told_and_costs_no_earlier_state(tmp_path, capfd, caplog):
   """A limit of the system on files: what any user can set, as a full disk cannot be."""
   saved_states.save(tmp_path, 1)
   before = saved_states.everything_in(tmp_path / "checkpoints" / "1")
@@ -66,10 +66,26 @@ def test_a_file_that_cannot_grow_is_told_and_costs_no_earlier_state(tmp_path, ca
       checkpointer.close()
   gc.collect()
   assert "Traceback" not in capfd.readouterr().err
+  assert not [record.getMessage() for record in caplog.records if record.exc_info]
   assert saved_states.everything_in(tmp_path / "checkpoints" / "1") == before
   assert saved_states.restore(tmp_path).step == 1
   saved_states.save(tmp_path, 2)
   assert saved_states.restore(tmp_path).step == 2
+
+
+def test_what_orbax_raises_is_told_once_and_with_its_place(tmp_path, caplog):
+  """The metadata beside a state, which a thread of orbax's own writes."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  checkpointer = Checkpointer(tmp_path, keep_best=False)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    with contextlib.suppress(CheckpointError):
+      checkpointer.save(saved_states.at(2), 2)
+    with pytest.raises(CheckpointError, match=rf"cannot be saved in {tmp_path}: .*EFBIG"):
+      checkpointer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert not [record.getMessage() for record in caplog.records if record.exc_info]
 
 
 def _text(write, read=lambda path: path.read_text()):
