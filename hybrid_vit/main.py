@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,21 @@ def _new_workdir(name: str) -> Any:
 
 def entry_point() -> Any:
   """What the console script calls."""
-  return app.run(main, flags_parser=_parse_flags)
+  return app.run(_main_to_the_end, flags_parser=_parse_flags)
+
+
+def _main_to_the_end(arguments: list[str]) -> int:
+  """`main`; after a save that failed it does not wait for orbax's threads.
+
+  They wait for signals of one another for five minutes, and a process for all its threads.
+  """
+  status = main(arguments)
+  waiting = any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
+  if status and waiting and jax.process_count() == 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  return status
 
 
 if __name__ == "__main__":
