@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from hybrid_vit.data import tfds_source
 from hybrid_vit.data import tfrecord as tfrecord_module
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.sources import create_source
@@ -88,12 +89,24 @@ def test_where_it_is_looked_for(data, monkeypatch, tmp_path):
   assert len(create_source("tfds:pets", "train")) == 15
   with pytest.raises(MissingDataError, match=r"'pets:2.0.0' was looked for in .*docs/data.md"):
     create_source("tfds:pets:2.0.0", "train", str(data / "old"))
+  # What a killed or running command has not finished.
+  for name in (".1.0.0.partial.x", "incomplete.x_1.0.0"):
+    shutil.copytree(directory, tmp_path / "pets" / name)
+  with pytest.raises(MissingDataError, match="is not prepared there"):
+    create_source("tfds:pets", "train", str(tmp_path))
   # The newest of several versions.
   for version in ("1.0.0", "10.0.0", "9.0.0"):
     shutil.copytree(directory, tmp_path / "pets" / version)
   for version in ("1.0.0", "9.0.0"):
     (tmp_path / "pets" / version / "features.json").unlink()
   assert len(create_source("tfds:pets", "train", str(tmp_path))) == 15
+
+
+def test_an_empty_record_is_corrupt(data):
+  source = tfds_source.TfdsSource("pets", "train", str(data / "new"))
+  source._records = [b""]
+  with pytest.raises(CorruptExampleError, match=r"tfds:pets train #0 cannot be decoded"):
+    source[0]
 
 
 def test_captions_nested_as_cocos_and_plain(tmp_path):

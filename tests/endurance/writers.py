@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from hybrid_vit.tables import write_table
+from tests.endurance import kills
 from tests.endurance.written_files import WRITERS, Writer
 
 # What changes files, by Python's names for it (`sys.audit`).
@@ -139,7 +140,14 @@ def _names(there: Path) -> list[str]:
 
 @dataclasses.dataclass
 class Trial:
-  """A command, over something earlier or nothing, whose undisturbed run is known."""
+  """A command, over something earlier or nothing, whose undisturbed run is known.
+
+  Attributes:
+    name: of the command.
+    writer: the command.
+    place: a directory, of which "given" holds the inputs, which are made where it is missing.
+    over: whether something earlier is there.
+  """
 
   name: str
   writer: Writer
@@ -149,6 +157,7 @@ class Trial:
   def __post_init__(self) -> None:
     self.given, self.there = self.place / "given", self.place / "there"
     self.before = self.place / "before"
+    shutil.rmtree(self.before, ignore_errors=True)
     for path in (self.given, self.before):
       path.mkdir(parents=True, exist_ok=True)
     self._begin()
@@ -241,8 +250,9 @@ class Trial:
 def trials(place: Path, writers: Mapping[str, Writer]) -> list[tuple[str, Writer, Path, bool]]:
   """Every command, over nothing and, where it may, over something earlier."""
   return [
-    (name, writer, place / f"{writer.target}_{number}_{int(over)}", over)
-    for number, (name, writer) in enumerate(writers.items())
+    # Those with the same inputs share them.
+    (name, writer, place / writer.make.__name__.strip("_"), over)
+    for name, writer in writers.items()
     for over in ((False,) if writer.only_new else (False, True))
   ]
 
@@ -252,11 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--most", type=int, default=12, help="operations before which one is killed")
-  parser.add_argument("--only", help="part of a command's name")
+  parser.add_argument("--only", help="part of commands' names; the others' rows stay")
   parser.add_argument("--place", type=Path, required=True, help="of the files; emptied")
   parser.add_argument("--out", type=Path, required=True, help="of .csv and .md, without ending")
   options = parser.parse_args(arguments)
-  rng, rows = np.random.default_rng(options.seed), []
+  rng = np.random.default_rng(options.seed)
+  rows: list[dict[str, Any]] = []
+  if options.only:
+    rows = kills.earlier(options.out.with_name(options.out.name + ".csv"))
+    rows = [row for row in rows if options.only not in row["file"]]
   shutil.rmtree(options.place, ignore_errors=True)
   for name, writer, place, over in trials(options.place.resolve(), WRITERS):
     if options.only and options.only not in name:
