@@ -179,10 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if options.kind == "slow":
     cases = [(speed, how) for speed in SPEEDS for how in ("left alone", "told", "killed")]
   head = ("bytes_left",) if options.kind == "full" else ("bytes_a_second", "run")
+  order = [tuple(map(str, case)) for case in cases]
   if options.case is not None:
     cases = [cases[options.case]]
     found = kills.earlier(options.out.with_name(options.out.name + ".csv"))
-    rows = [row for row in found if tuple(row[name] for name in head) != tuple(map(str, cases[0]))]
+    rows = [row for row in found if tuple(row[name] for name in head) != order[options.case]]
   for case in cases:
     do = full if options.kind == "full" else slow
     row = do(*case, cache, config, options.place, unbroken)
@@ -192,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = options.kind == "slow" or row["code"] == 0 or ("ENOSPC" in told and "…" in told)
     bad += bool(row["different"] or row["traceback"] or not named or row.get("changed_states"))
     rows.append(row)
+    rows.sort(key=lambda row: order.index(tuple(str(row[name]) for name in head)))
     write_table(options.out, rows)
   print(f"{len(cases)} runs, {bad} bad")
   return int(bad > 0)
