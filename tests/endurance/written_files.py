@@ -97,7 +97,10 @@ def _embed(given: Path, there: Path, which: int) -> None:
 
 
 def _folder(given: Path) -> None:
-  write_folder(given / "folder", {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1})
+  folder = write_folder(given / "folder", {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1})
+  # One that was changed just now has no manifest that is kept.
+  for path in (folder, *folder.glob("**/*")):
+    os.utime(path, (1e9, 1e9))
 
 
 def _tfrecord(given: Path) -> None:
