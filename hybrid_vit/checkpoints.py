@@ -251,19 +251,34 @@ class Checkpointer:
           manager.wait_until_finished()
       self._note_saved(self._steps)
     except Exception as error:
-      self._failed = True
-      raise CheckpointError(
-        f"a state cannot be saved in {self._workdir}: {reason(error)}"
-      ) from error
+      raise self._unsaved(error) from error
 
   def close(self) -> None:
-    """Waits and releases orbax's threads."""
+    """Waits and releases orbax's threads.
+
+    Raises:
+      CheckpointError: as `wait`.
+    """
+    failure: CheckpointError | None = None
     try:
       self.wait()
-    finally:
-      for manager in (self._latest, self._best):
+    except CheckpointError as error:
+      failure = error
+    for manager in (self._latest, self._best):
+      try:
         if manager is not None:
           manager.close()
+      except Exception as error:
+        # Of what was told above; or of the other manager.
+        failure = failure or self._unsaved(error)
+    if failure is not None:
+      raise failure
+
+  def _unsaved(self, error: Exception) -> CheckpointError:
+    self._failed = True
+    unsaved = CheckpointError(f"a state cannot be saved in {self._workdir}: {reason(error)}")
+    unsaved.__cause__ = error
+    return unsaved
 
   def _write(
     self, manager: ocp.CheckpointManager, step: int, tree: Any, more: Mapping[str, Any]

@@ -60,7 +60,7 @@ def export(directory: Any, variables: Mapping[str, Any], metadata: Mapping[str, 
       if WEIGHTS_FOLDER in names_in(directory):
         (directory / WEIGHTS_FOLDER).rmtree()
       return
-    _heal(directory)
+    heal(directory)
     if partial.exists():
       partial.rmtree()
 
@@ -82,11 +82,7 @@ def export(directory: Any, variables: Mapping[str, Any], metadata: Mapping[str, 
       file.flush()
       # A rename can reach the disk before the content of what is renamed.
       os.fsync(file.fileno())
-    if directory.exists():
-      directory.rename(_beside(directory, "old"))
-    partial.rename(directory)
-    if _beside(directory, "old").exists():
-      _beside(directory, "old").rmtree()
+    put_in_place(partial, directory)
 
   on_first_process(end, f"{directory} cannot be written")
 
@@ -95,8 +91,17 @@ def _beside(directory: epath.Path, word: str) -> epath.Path:
   return directory.parent / f"{directory.name}.{word}"
 
 
-def _heal(directory: epath.Path) -> None:
-  """Ends what a crash between the two renames of an export interrupted."""
+def put_in_place(new: epath.Path, directory: epath.Path) -> None:
+  """Gives a whole local directory the name of another, whose content goes, if it is there."""
+  if directory.exists():
+    directory.rename(_beside(directory, "old"))
+  new.rename(directory)
+  if _beside(directory, "old").exists():
+    _beside(directory, "old").rmtree()
+
+
+def heal(directory: epath.Path) -> None:
+  """Ends what a crash between the two renames of `put_in_place` interrupted."""
   old = _beside(directory, "old")
   if old.exists():
     if directory.exists():

@@ -13,7 +13,7 @@ from typing import TextIO
 from etils import epath
 
 from hybrid_vit.paths import is_remote
-from hybrid_vit.workdir import explain
+from hybrid_vit.workdir import explain, naming
 
 # An object store takes whole files only: seconds between two of them.
 _UPLOAD_SECONDS = 60.0
@@ -64,15 +64,17 @@ class LineFile:
     if kept != content:
       # Beside the file first: a kill in here must not lose the history.
       fresh = path.with_name(path.name + ".new")
-      fresh.write_bytes(kept)
+      with naming(fresh):
+        fresh.write_bytes(kept)
       os.replace(fresh, path)
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
   def write(self, text: str) -> None:
     """Appends text, which ends with a newline."""
     if self._file is not None:
-      self._file.write(text)
-      self._file.flush()
+      with naming(self._path):
+        self._file.write(text)
+        self._file.flush()
       return
     self._whole.write(text)
     if time.monotonic() - self._uploaded >= _UPLOAD_SECONDS:
@@ -81,7 +83,8 @@ class LineFile:
   def close(self) -> None:
     """Writes what is left; calling it again does nothing."""
     if self._file is not None:
-      self._file.close()
+      with naming(self._path):
+        self._file.close()
     elif not self._whole.closed:
       self._upload()
       self._whole.close()
@@ -103,5 +106,6 @@ def whole_lines(content: bytes) -> list[bytes]:
 def _copy(path: epath.Path, content: bytes) -> str:
   names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
   free = next(name for name in names if not name.exists())
-  free.write_bytes(content)
+  with naming(free):
+    free.write_bytes(content)
   return free.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,15 @@ def main(arguments: list[str]) -> int:
     path, config = _read_config(_CONFIG.value)
     return _run(Config(config), path.stem)
   except user_errors() as error:
+    from hybrid_vit.checkpoints import CheckpointError
+
     if os.environ.get(_TRACEBACK):
       raise
     # The cause is the last line of all.
     print(f"\n(with {_TRACEBACK}=1 the place in the code is shown)", end="", file=sys.stderr)
-    return _tell(explain(error) or str(error))
+    # These say the cause themselves, and what cannot be done for it.
+    told = isinstance(error, CheckpointError | WorkdirError)
+    return _tell(str(error) if told else explain(error) or str(error))
   except jax.errors.JaxRuntimeError as error:
     said = explain(error)
     if said is None or os.environ.get(_TRACEBACK):
@@ -223,7 +228,21 @@ def _new_workdir(name: str) -> Any:
 
 def entry_point() -> Any:
   """What the console script calls."""
-  return app.run(main, flags_parser=_parse_flags)
+  return app.run(_main_to_the_end, flags_parser=_parse_flags)
+
+
+def _main_to_the_end(arguments: list[str]) -> int:
+  """`main`; after a save that failed it does not wait for orbax's threads.
+
+  They wait for signals of one another for five minutes, and a process for all its threads.
+  """
+  status = main(arguments)
+  waiting = any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
+  if status and waiting and jax.process_count() == 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  return status
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,19 @@ def export_model(
     "calling_convention": exported.calling_convention_version,
     "held_to_the_network_on": here if checked else None,
   }
-  target.mkdir(parents=True, exist_ok=True)
-  for name, content in (
-    (PROGRAM, program),
-    (METADATA, (json.dumps(metadata, indent=2) + "\n").encode()),
-  ):
-    partial = target / f"{name}.partial"
-    partial.write_bytes(content)
-    partial.replace(target / name)
+  _write(target, {PROGRAM: program, METADATA: (json.dumps(metadata, indent=2) + "\n").encode()})
   return metadata
+
+
+def _write(directory: Path, contents: Mapping[str, bytes]) -> None:
+  """Writes files of which the last says what the others are: it is never beside another's."""
+  directory.mkdir(parents=True, exist_ok=True)
+  partial = {name: directory / f"{name}.partial" for name in contents}
+  for name, content in contents.items():
+    partial[name].write_bytes(content)
+  (directory / METADATA).unlink(missing_ok=True)
+  for name, path in partial.items():
+    path.replace(directory / name)
 
 
 def _answers(network: StoredNetwork) -> Any:
@@ -172,6 +176,8 @@ def _precision(name: str | None) -> Iterator[None]:
 
 
 def _free(directory: Path) -> Path:
-  if directory.exists() and not (directory / PROGRAM).is_file() and any(directory.iterdir()):
+  # A killed run may have left no more than a part of the program.
+  found = {path.name for path in directory.iterdir()} if directory.exists() else set()
+  if found and found.isdisjoint((PROGRAM, f"{PROGRAM}.partial")):
     raise ValueError(f"{directory} holds something else; a new directory was expected")
   return directory

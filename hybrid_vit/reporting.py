@@ -18,6 +18,7 @@ from tqdm import tqdm
 from hybrid_vit.line_files import LineFile, whole_lines
 from hybrid_vit.paths import as_path
 from hybrid_vit.sinks import Sink, create_sink, stays
+from hybrid_vit.workdir import naming
 
 # Seconds between the plain lines that stand in for the bar where output is no terminal.
 _PLAIN_LINE_SECONDS = 10.0
@@ -62,7 +63,8 @@ class Reporter:
     self._log = LineFile(self._workdir / "log.txt")
     if run_config is not None:
       text = json.dumps(run_config, indent=2, default=str)
-      (self._workdir / "config.json").write_text(text + "\n")
+      with naming(self._workdir / "config.json"):
+        (self._workdir / "config.json").write_text(text + "\n")
       for sink in self._sinks:
         sink.text("config", text, start_step)
     self._show = progress

@@ -17,6 +17,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -50,13 +51,23 @@ _SYSTEM = re.compile(
 T = TypeVar("T")
 
 
-def _is_first(record: logging.LogRecord) -> bool:
-  """False of what asyncio says of the further arrays when the first one's error was raised."""
-  text = record.getMessage()
-  return not (text.startswith("Task exception was never retrieved") and "orbax" in text)
+def _is_new(record: logging.LogRecord) -> bool:
+  """False of traces that asyncio and orbax print of an error which its caller is given, too."""
+  if record.name == "asyncio":
+    text = record.getMessage()
+    own = "orbax" in text or _orbax_raised(record)
+    return not (own and text.startswith(("Task exception was never", "Future exception was never")))
+  return not (record.exc_info and "orbax" in record.pathname)
 
 
-logging.getLogger("asyncio").addFilter(_is_first)
+def _orbax_raised(record: logging.LogRecord) -> bool:
+  frames = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
+  return any("orbax" in frame.f_code.co_filename for frame, _ in frames)
+
+
+# Orbax narrates by absl's logger. Its threads print each error once more for each that waits.
+for _name in ("asyncio", "absl"):
+  logging.getLogger(_name).addFilter(_is_new)
 
 
 class CheckpointError(RuntimeError):

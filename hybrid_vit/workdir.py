@@ -156,6 +156,17 @@ def _holder(file: int) -> str:
     return "another process"
 
 
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+  """Gives errors of the system this path where they have none, as those of writing have."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = os.fspath(path)
+    raise
+
+
 def explain(error: BaseException) -> str | None:
   """An error of disk, file system, home directory or another process as one sentence, else None.
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hybrid_vit import line_files, reporting
 from hybrid_vit.reporting import Reporter, read_metrics
+from hybrid_vit.workdir import explain
 
 
 def quiet(workdir, **arguments):
@@ -87,6 +89,21 @@ def test_a_damaged_line_is_cut_out_and_kept_in_the_copy(tmp_path):
   quiet(tmp_path, start_step=2).close()
   assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
   assert (tmp_path / "metrics.jsonl.1").read_text() == text
+
+
+@pytest.mark.parametrize(("most", "name"), [(24, "metrics.jsonl"), (8, "metrics.jsonl.1")])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, most, name):
+  """A limit of the system on files: what any user can set, as a full disk cannot be."""
+  path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+  path.write_text('{"step": 1}\n{"step": 2}\n')
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    with pytest.raises(OSError) as error:
+      file = line_files.LineFile(path, (lambda line: b"1" in line) if most == 8 else None)
+      file.write("a third line\n")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert explain(error.value).startswith(f"{tmp_path / name}: a file grows")
 
 
 def test_messages_are_kept_in_a_log_with_the_time(tmp_path):

@@ -176,6 +176,30 @@ def test_a_disk_that_is_full_indeed():
   )
 
 
+ENDS = """
+import threading, time
+from hybrid_vit import main
+
+class Waits(threading.Thread):
+  def run(self):
+    time.sleep(600)
+
+def fails(arguments):
+  Waits.__module__ = "orbax.checkpoint"
+  Waits().start()
+  print("error: the disk is full")
+  return 3
+
+main.main = fails
+main.entry_point()
+"""
+
+
+def test_a_run_whose_save_failed_does_not_wait_for_orbaxs_threads():
+  ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, timeout=300)
+  assert (ended.returncode, ended.stdout) == (3, b"error: the disk is full\n")
+
+
 COMMAND = ("-m", "hybrid_vit.main", "--config=configs/quickstart.py")
 
 

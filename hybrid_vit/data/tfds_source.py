@@ -82,6 +82,8 @@ class TfdsSource:
     try:
       record = self._records[index]
       example = self._features.deserialize_example_np(record, decoders=self._decoders)
+      if any(example[key] is None for key in self._decoders):
+        raise ValueError("a record without its picture")
     except (OSError, TfRecordError):
       raise
     except Exception as error:  # the format's, protobuf's, NumPy's or TFDS's, as the damage has it
@@ -196,7 +198,9 @@ def _versions(folder: epath.Path, version: str) -> Iterator[epath.Path]:
   if version:
     candidates = [folder / version]
   else:
+    # Others lie beside them while a version is being written: ".1.0.0.partial.x", "incomplete.x".
     candidates = list(folder.iterdir()) if folder.is_dir() else []
+    candidates = [path for path in candidates if re.match(r"\d", path.name)]
   for candidate in candidates:
     if (candidate / "dataset_info.json").exists():
       yield candidate

@@ -17,12 +17,16 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import fcntl
+import glob
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +137,9 @@ def convert_tfrecord(origin: Path, to: Path, processes: int = 1) -> dict[str, in
     if processes > 1 and len(tasks) > 1:
       # Spawned: the packages read so far have threads, which a fork would lose.
       context = multiprocessing.get_context("spawn")
-      with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+      with concurrent.futures.ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_end_with_parent
+      ) as pool:
         done = pool.map(_convert_file, *zip(*tasks))
         list(tqdm.tqdm(done, total=len(tasks), unit="file"))
     else:
@@ -141,6 +147,18 @@ def convert_tfrecord(origin: Path, to: Path, processes: int = 1) -> dict[str, in
         _convert_file(*task)
     partial.rename(to)
   return counts
+
+
+def _end_with_parent() -> None:
+  """Ends this worker when the process that began it is killed: it would wait for files for good."""
+  parent = multiprocessing.parent_process()
+
+  def end() -> None:
+    if parent is not None:
+      parent.join()
+      os._exit(1)
+
+  threading.Thread(target=end, daemon=True).start()
 
 
 def _convert_file(path: Path, new: Path, records: int) -> None:
@@ -326,14 +344,40 @@ def _check_new(to: Path) -> None:
 
 @contextlib.contextmanager
 def _partial(to: Path) -> Iterator[Path]:
-  """A directory beside `to` that is gone in the end, whatever happens."""
+  """A directory beside `to` that is gone in the end, whatever happens.
+
+  What killed runs left of the same kind goes first: the system has taken their locks.
+  """
   to.parent.mkdir(parents=True, exist_ok=True)
-  path = Path(tempfile.mkdtemp(prefix=f".{to.name}.partial.", dir=to.parent))
-  path.chmod(0o755)
-  try:
-    yield path
-  finally:
-    shutil.rmtree(path, ignore_errors=True)
+  prefix = f".{to.name}.partial."
+  with _held(to.parent, wait=True):
+    for left in to.parent.glob(f"{glob.escape(prefix)}*"):
+      with _held(left) as free:
+        if free:
+          shutil.rmtree(left, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=to.parent))
+    path.chmod(0o755)
+    holding = contextlib.ExitStack()
+    holding.enter_context(_held(path))
+  with holding:
+    try:
+      yield path
+    finally:
+      shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(directory: Path, *, wait: bool = False) -> Iterator[bool]:
+  """Holds the system's lock on a directory, where it can be had; whether it is held."""
+  with contextlib.ExitStack() as stack:
+    held = True
+    try:
+      descriptor = os.open(directory, os.O_RDONLY)
+      stack.callback(os.close, descriptor)
+      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another process has it, or a disk knows no locks
+      held = False
+    yield held
 
 
 if __name__ == "__main__":

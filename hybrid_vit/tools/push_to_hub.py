@@ -19,9 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_vit import checkpoints, hub
+from hybrid_vit import checkpoints, exports, hub
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.model_card import model_card
+from hybrid_vit.paths import as_path
 
 # What readers of weights take from a state's configuration; the rest is of the machine it ran on.
 _KEPT = ("model", "task", "phases", "curriculum")
@@ -53,6 +54,7 @@ def prepare(
     CheckpointError: no weights in `directory`, or `folder` cannot be written.
   """
   folder = Path(folder).expanduser()
+  exports.heal(as_path(folder))
   if folder.exists() and any(folder.iterdir()) and not (folder / hub.SUMS_FILE).is_file():
     raise ValueError(f"{folder} holds something else; a new directory was expected")
   weights, metadata = checkpoints.load_weights(directory)
@@ -70,14 +72,17 @@ def prepare(
       "--licence=apache-2.0"
     )
   address = hub.address_of(repository, revision)
-  checkpoints.export(folder, weights, _published(metadata))
+  # Beside it first: an export without its sums would be taken for something else by the next call.
+  new = folder.with_name(f"{folder.name}.unsent")
+  checkpoints.export(new, weights, _published(metadata))
   # That it is there is all that orbax asks of it; what it says is a path of this machine.
-  if (done := folder / hub.WEIGHTS_FOLDER / "commit_success.txt").is_file():
+  if (done := new / hub.WEIGHTS_FOLDER / "commit_success.txt").is_file():
     done.write_text("written whole\n")
-  names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-  (folder / hub.SUMS_FILE).write_text(hub.sha256sums(folder, names))
+  names = sorted(p.relative_to(new).as_posix() for p in new.rglob("*") if p.is_file())
+  (new / hub.SUMS_FILE).write_text(hub.sha256sums(new, names))
   card = model_card(address, weights, metadata, licence)
-  (folder / hub.CARD_FILE).write_text(card)
+  (new / hub.CARD_FILE).write_text(card)
+  exports.put_in_place(as_path(new), as_path(folder))
   return [hub.CARD_FILE, hub.SUMS_FILE, *names]
 
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from hybrid_vit.data import tfds_source
 from hybrid_vit.data import tfrecord as tfrecord_module
 from hybrid_vit.data.errors import CorruptExampleError, MissingDataError
 from hybrid_vit.data.sources import create_source
@@ -88,12 +89,24 @@ def test_where_it_is_looked_for(data, monkeypatch, tmp_path):
   assert len(create_source("tfds:pets", "train")) == 15
   with pytest.raises(MissingDataError, match=r"'pets:2.0.0' was looked for in .*docs/data.md"):
     create_source("tfds:pets:2.0.0", "train", str(data / "old"))
+  # What a killed or running command has not finished.
+  for name in (".1.0.0.partial.x", "incomplete.x_1.0.0"):
+    shutil.copytree(directory, tmp_path / "pets" / name)
+  with pytest.raises(MissingDataError, match="is not prepared there"):
+    create_source("tfds:pets", "train", str(tmp_path))
   # The newest of several versions.
   for version in ("1.0.0", "10.0.0", "9.0.0"):
     shutil.copytree(directory, tmp_path / "pets" / version)
   for version in ("1.0.0", "9.0.0"):
     (tmp_path / "pets" / version / "features.json").unlink()
   assert len(create_source("tfds:pets", "train", str(tmp_path))) == 15
+
+
+def test_an_empty_record_is_corrupt(data):
+  source = tfds_source.TfdsSource("pets", "train", str(data / "new"))
+  source._records = [b""]
+  with pytest.raises(CorruptExampleError, match=r"tfds:pets train #0 cannot be decoded"):
+    source[0]
 
 
 def test_captions_nested_as_cocos_and_plain(tmp_path):
@@ -259,6 +272,47 @@ def test_conversion_is_whole_or_absent(data, tmp_path, capsys):
   to.mkdir(parents=True)
   assert prepare_data.main([f"--from={origin}", f"--to={to}"]) == 1
   assert "is there already" in capsys.readouterr().err
+
+
+def test_what_killed_conversions_left_goes_and_what_others_write_stays(data, tmp_path):
+  origin, to = data / "old" / "pets" / "1.0.0", tmp_path / "new" / "1.0.0"
+  left, other = (to.parent / f".{version}.partial.x" for version in ("1.0.0", "2.0.0"))
+  for path in (left, other):
+    path.mkdir(parents=True)
+    (path / "pets-train.array_record").write_bytes(b"a half")
+  with prepare_data._partial(to) as held:
+    (held / "mine").write_bytes(b"of another process that writes")
+    assert not left.exists()
+    prepare_data.convert_tfrecord(origin, to)
+    assert (held / "mine").exists()
+  assert sorted(to.parent.iterdir()) == [other, to]
+
+
+ORPHANS = """
+import sys, time
+from pathlib import Path
+from hybrid_vit.tools import prepare_data
+
+def convert(path, new, records):
+  print("begun", flush=True)
+  time.sleep(600)
+
+if __name__ == "__main__":
+  prepare_data._convert_file = convert
+  prepare_data.convert_tfrecord(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+"""
+
+
+def test_no_worker_outlives_a_killed_conversion(data, tmp_path):
+  (tmp_path / "orphans.py").write_text(ORPHANS)
+  arguments = [data / "old" / "pets" / "1.0.0", tmp_path / "new" / "1.0.0"]
+  process = subprocess.Popen(
+    [sys.executable, tmp_path / "orphans.py", *arguments], stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == "begun\n"
+  process.kill()
+  # It ends when the last of those that write to it has ended.
+  process.communicate(timeout=120)
 
 
 def test_what_is_converted_already_says_so(data, tmp_path):

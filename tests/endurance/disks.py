@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrid_vit.reporting import read_metrics
 from hybrid_vit.tables import write_table
 from tests import command
 from tests.endurance import kills, runs
@@ -111,6 +112,24 @@ def slow_group(place: Path, speed: int) -> Iterator[Path]:
       group.rmdir()
 
 
+def steps_meanwhile(process: subprocess.Popen, workdir: Path, until: int | None) -> int:
+  """Watches a run until it ends, or a state of that step is being written.
+
+  Returns:
+    The most steps that were logged beyond a state while it was being written.
+  """
+  most = 0
+  while process.poll() is None:
+    written = {int(path.name.partition(".")[0]) for path in workdir.glob("checkpoints/*.*tmp*")}
+    if until in written:
+      break
+    with contextlib.suppress(OSError):
+      lines = read_metrics(workdir / "metrics.jsonl") if written else []
+      most = max([most, *(line["step"] - step for line in lines for step in written)])
+    time.sleep(0.02)
+  return most
+
+
 def slow(
   speed: int, how: str, cache: Path, config: Path, place: Path, unbroken: Path
 ) -> dict[str, Any]:
@@ -121,11 +140,8 @@ def slow(
   with slow_group(place, speed) as group:
     process = command.start(cache, *runs.arguments(config, workdir))
     (group / "cgroup.procs").write_text(str(process.pid))
+    ahead = steps_meanwhile(process, workdir, until=None if how == "left alone" else 9)
     if how != "left alone":
-      moment = kills.Moment("saving", 9, 0.0, None)
-      has_begun = kills.begun(moment, workdir)
-      while process.poll() is None and not has_begun():
-        time.sleep(0.001)
       process.send_signal(signal.SIGTERM if how == "told" else signal.SIGKILL)
     output, _ = process.communicate(timeout=runs.PATIENCE)
     seconds = time.monotonic() - begin
@@ -139,7 +155,7 @@ def slow(
     print(f"  DIFFERENT: {line}", flush=True)
   return {
     "bytes_a_second": speed, "run": how, "seconds": round(seconds, 1), "code": code,
-    "traceback": int("Traceback (most recent" in output),
+    "traceback": int("Traceback (most recent" in output), "steps_meanwhile": ahead,
     "said_saved": said[1] if said else "", "saved": saved[0] if saved else 0,
     "resumed": int(restored[1]) if restored else "", "different": len(unlike),
   }  # fmt: skip
@@ -163,17 +179,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if options.kind == "slow":
     cases = [(speed, how) for speed in SPEEDS for how in ("left alone", "told", "killed")]
   head = ("bytes_left",) if options.kind == "full" else ("bytes_a_second", "run")
+  order = [tuple(map(str, case)) for case in cases]
   if options.case is not None:
     cases = [cases[options.case]]
     found = kills.earlier(options.out.with_name(options.out.name + ".csv"))
-    rows = [row for row in found if tuple(row[name] for name in head) != tuple(map(str, cases[0]))]
+    rows = [row for row in found if tuple(row[name] for name in head) != order[options.case]]
   for case in cases:
     do = full if options.kind == "full" else slow
     row = do(*case, cache, config, options.place, unbroken)
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    named = row["code"] == 0 or "ENOSPC" in row.get("error", "ENOSPC")
+    # A full disk: the cause, and where.
+    told = row.get("error", "")
+    named = options.kind == "slow" or row["code"] == 0 or ("ENOSPC" in told and "…" in told)
     bad += bool(row["different"] or row["traceback"] or not named or row.get("changed_states"))
     rows.append(row)
+    rows.sort(key=lambda row: order.index(tuple(str(row[name]) for name in head)))
     write_table(options.out, rows)
   print(f"{len(cases)} runs, {bad} bad")
   return int(bad > 0)

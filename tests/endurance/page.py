@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tests.endurance.fuzz import FAULTS
+from tests.endurance.writers import FAULTS as WRITERS_FAULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "reliability.md"
 OUTCOMES = ("same", "told", "refused", "unnoticed", *FAULTS)
@@ -51,6 +52,36 @@ def of_kills(rows: Sequence[Row]) -> str:
   )  # fmt: skip
 
 
+def of_writers(rows: Sequence[Row]) -> str:
+  """A line for each command, over nothing and over something earlier."""
+
+  def line(name: str, some: Sequence[Row]) -> list[object]:
+    counts = Counter(row["found"] for row in some)
+    return [
+      name,
+      len(some),
+      counts["nothing"] + counts["earlier"],
+      counts["new"],
+      sum(counts[fault] for fault in WRITERS_FAULTS),
+      sum(row["again"] == "stuck" for row in some),
+      sum(int(row["stayed"]) > 0 for row in some),
+    ]
+
+  names = dict.fromkeys((row["file"], row["over"]) for row in rows)
+  lines = [
+    line(
+      name + (", over an earlier one" if over == "1" else ""),
+      [row for row in rows if (row["file"], row["over"]) == (name, over)],
+    )
+    for name, over in names
+  ]
+  return table(
+    ["killed while it writes", "kills", "found as before", "found whole",
+     "half taken for whole, or lost", "not done again", "something left after that"],
+    [*lines, line("**all**", rows)],
+  )  # fmt: skip
+
+
 def of_fuzz(rows: Sequence[Row]) -> str:
   """A line for each kind of file."""
 
@@ -81,6 +112,13 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
     "resumed": "resumed", "changed_states": "earlier states changed",
     "different": "other bytes at the end",
   }),
+  "slow_disk": columns({
+    "bytes_a_second": "bytes a second", "run": "the run is", "seconds": "it took, s",
+    "code": "exit status", "steps_meanwhile": "most steps beyond a state being written",
+    "said_saved": "said to be saved", "saved": "newest whole state", "resumed": "resumed",
+    "different": "other bytes at the end",
+  }),
+  "writers": of_writers,
   "fuzz": of_fuzz,
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ def get_config():
 """
 STEPS, BORDER = 30, 12
 # Seconds for what must end: a busy machine is no fault.
-PATIENCE = 900.0
+PATIENCE = 3600.0
 # Of a killed run nothing of these may stay, and of an unbroken one nothing is there.
 _LEFT_OVERS = ("*orbax-checkpoint-tmp*", "*.partial", "*.old", "*.new", "*.broken*")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -176,6 +177,43 @@ def test_normalised_outside_and_without_a_classifier(tmp_path):
   features = np.asarray(apply(images))
   found = program.call(images.astype(np.float32))
   np.testing.assert_allclose(found, features, rtol=0, atol=1e-4 * np.std(features))
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("moment", range(5))
+def test_a_killed_export_leaves_no_program_beside_what_is_said_of_another(
+  moment, over, tmp_path, monkeypatch
+):
+  """`moment`: how many changes of files are done; of a file that is written then, a half is."""
+  files = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}  # noqa: E731
+  contents = {"model.jax": b"new program", "metadata.json": b"of new program"}
+  if over:
+    model_export._write(tmp_path, {"model.jax": b"old program", "metadata.json": b"of old program"})
+  done = []
+
+  def ends(name):
+    real = getattr(pathlib.Path, name)
+
+    def changes(path, *arguments, **options):
+      if len(done) == moment:
+        if name == "write_bytes":
+          real(path, arguments[0][: len(arguments[0]) // 2])
+        raise KeyboardInterrupt
+      done.append(name)
+      return real(path, *arguments, **options)
+
+    return changes
+
+  with monkeypatch.context() as killed:
+    for name in ("write_bytes", "replace", "unlink"):
+      killed.setattr(pathlib.Path, name, ends(name))
+    with pytest.raises(KeyboardInterrupt):
+      model_export._write(tmp_path, contents)
+  left = files()
+  if "metadata.json" in left:
+    assert left["metadata.json"] == b"of " + left["model.jax"]
+  model_export._write(model_export._free(tmp_path), contents)
+  assert files() == contents
 
 
 def test_what_is_refused(directory, tmp_path, capsys, monkeypatch):

@@ -72,6 +72,34 @@ def test_what_is_sent_is_read_again_with_all_that_it_says(server, trained, capsy
   assert not [name for name, content in files.items() if b"/home/me" in content]
 
 
+def test_what_was_prepared_is_whole_or_as_before_and_may_be_prepared_again(
+  trained, tmp_path, monkeypatch
+):
+  folder = tmp_path / "folder"
+
+  def prepare():
+    return push_to_hub.prepare(trained, folder, "me/flowers", licence="mit")
+
+  def sums():
+    return (folder / "SHA256SUMS").read_text() if folder.exists() else None
+
+  for _ in range(2):
+    before = sums()
+    with monkeypatch.context() as killed:
+      killed.setattr(push_to_hub, "model_card", lambda *_: (_ for _ in ()).throw(SystemExit))
+      with pytest.raises(SystemExit):
+        prepare()
+    assert sums() == before
+    names = prepare()
+    assert sorted(names) == sorted(
+      path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+  # A kill between the two renames.
+  folder.rename(tmp_path / "folder.old")
+  assert prepare() and [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_stored_weights_with_another_head(trained):
   there = stored.load_network(trained)
   assert stored.load_network(trained, num_classes=3).class_names == there.class_names
