@@ -3,8 +3,8 @@
 export_model(load_network("runs/flowers"), "flowers_program")
 
 `model.jax` is what `jax.export` serialises: for several kinds of devices at once, with the number
-of pictures open. `metadata.json` beside it says what goes in, what comes out and how photos are to
-be prepared.
+of pictures open, and where it prepares them itself their size. `metadata.json` beside it says what
+goes in, what comes out and how photos are to be prepared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrid_vit import recipes
+from hybrid_vit.data.transforms import parse_transform
+from hybrid_vit.models.registry import Preprocessing
 from hybrid_vit.ops.platforms import tracing_for
+from hybrid_vit.picture_preparation import prepared
 from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import StoredNetwork, check_finite
 
@@ -40,6 +44,7 @@ def export_model(
   *,
   platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
   normalize: bool = True,
+  resize: bool = False,
   image_size: int | None = None,
   batch_size: int | None = None,
   precision: str | None = None,
@@ -51,7 +56,9 @@ def export_model(
     directory: where to; new, or an earlier one of these.
     platforms: kinds of devices that it shall run on, of `PLATFORMS`.
     normalize: whether mean and deviation are a part of it: then it takes uint8 `[B, S, S, 3]`, else
-      float32 that is normalised already. Photos are resized and cropped outside.
+      float32 that is normalised already.
+    resize: whether resizing and cropping are a part of it, too: then it takes uint8 `[B, H, W, 3]`
+      of any H and W, else photos are resized and cropped outside.
     image_size: S; None for what the weights expect.
     batch_size: B; None leaves it open.
     precision: of products on devices that have several ("highest", "default", "float32", …); None
@@ -61,26 +68,37 @@ def export_model(
     The metadata.
 
   Raises:
-    ValueError: unknown platforms, weights that are no numbers or too large for the format, or a
-      directory that holds something else.
+    ValueError: unknown platforms, weights that are no numbers or too large for the format,
+      resizing without normalising, or a directory that holds something else.
     ModuleNotFoundError: flatbuffers is not installed.
     RuntimeError: the program answers otherwise than the network; nothing is written.
   """
   target = _free(Path(directory).expanduser())
   _check(network, platforms)
+  if resize and not normalize:
+    raise ValueError(
+      "resizing inside and normalising outside was asked for: the program has 8-bit pictures "
+      "after resizing and must normalise them; leave --no-normalize or --resize out"
+    )
   size = image_size or network.preprocessing.image_size
+  preprocessing = dataclasses.replace(network.preprocessing, image_size=size)
   dtype = jnp.uint8 if normalize else jnp.float32
-  shape: tuple[Any, ...] = (batch_size or jax.export.symbolic_shape("b")[0], size, size, 3)
+  # Other names would be other sizes: those of one call's pictures are the same.
+  sides = "h, w" if resize else f"{size}, {size}"
+  shape = jax.export.symbolic_shape(f"{batch_size or 'b'}, {sides}, 3")
+  answers = _answers(network)
+  whole = _with_preparation(answers, preprocessing) if resize else answers
   with tracing_for(tuple(PLATFORMS[name] for name in platforms)), _precision(precision):
     # A function of its own, so that no trace for this process's devices is taken.
-    exported = jax.export.export(jax.jit(_answers(network)), platforms=list(platforms))(
+    exported = jax.export.export(jax.jit(whole), platforms=list(platforms))(
       jax.ShapeDtypeStruct(shape, dtype)
     )
   program = bytes(exported.serialize())
   output, here = exported.out_avals[0], jax.default_backend()
   checked = here in {PLATFORMS[name] for name in platforms}
   if checked:
-    _hold(network, program, (batch_size or 2, size, size, 3), dtype, precision)
+    pictures = _pictures(preprocessing, batch_size or 2, dtype, resize)
+    _hold(network.name, program, _answers(network), pictures, precision)
   metadata = {
     "network": network.name,
     "platforms": list(platforms),
@@ -88,7 +106,8 @@ def export_model(
     "output": {"shape": [str(n) for n in output.shape], "dtype": output.dtype.name},
     "answers": "logits" if network.num_classes else "features",
     "normalized_inside": normalize,
-    "preprocessing": {**dataclasses.asdict(network.preprocessing), "image_size": size},
+    "resized_inside": resize,
+    "preprocessing": dataclasses.asdict(preprocessing),
     "class_names": list(network.class_names),
     "loss": network.loss,
     "precision": precision,
@@ -138,29 +157,67 @@ def _check(network: StoredNetwork, platforms: Sequence[str]) -> None:
     ) from error
 
 
+def _with_preparation(answers: Any, preprocessing: Preprocessing) -> Any:
+  """Photos of any one size → `answers` to them."""
+
+  def answer(photos: jax.Array) -> jax.Array:
+    return answers(prepared(photos, preprocessing))
+
+  return answer
+
+
 def _hold(
-  network: StoredNetwork, program: bytes, shape: Sequence[int], dtype: Any, precision: str | None
+  name: str,
+  program: bytes,
+  answers: Any,
+  pictures: Sequence[tuple[np.ndarray, np.ndarray]],
+  precision: str | None,
 ) -> None:
   """Compares the program, as it is read from its bytes, with the network.
+
+  Args:
+    name: of the network.
+    program: what is compared.
+    answers: the network as a function of prepared pictures.
+    pictures: (what the program takes, the same prepared for the network), of some sizes.
+    precision: see `export_model`.
 
   Raises:
     RuntimeError: they differ.
   """
+  read, network = jax.export.deserialize(bytearray(program)), jax.jit(answers)
+  for given, seen in pictures:
+    with _precision(precision):
+      expected = np.asarray(network(seen))
+    apart = float(np.abs(np.asarray(read.call(given)) - expected).max())
+    if not apart <= _TOLERANCE * max(float(expected.std()), 1e-6):
+      raise RuntimeError(
+        f"the exported program of {name} is {apart:.3g} from the network's answers to pictures of "
+        f"{given.shape[1]} x {given.shape[2]}, whose deviation is {expected.std():.3g}: it is not "
+        "written"
+      )
+
+
+def _pictures(
+  preprocessing: Preprocessing, batch_size: int, dtype: Any, resize: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """What `_hold` compares on: noise, and with `resize` of two sizes."""
+  rng, size = np.random.default_rng(0), preprocessing.image_size
+  if dtype != jnp.uint8:
+    given = rng.standard_normal((batch_size, size, size, 3), np.float32)
+    return [(given, given)]
+  # One that is shrunk and one that grows. Neither is more than twice as high as wide: such pictures
+  # have other pixels before Pillow 13, see `ops.pillow_resize`.
+  sides = [(size + 37, 2 * size + 1), (size, size // 2 + 1)] if resize else [(size, size)]
+  photos = [rng.integers(0, 256, (batch_size, *side, 3), np.uint8) for side in sides]
+  return [(given, _evaluated(given, preprocessing) if resize else given) for given in photos]
+
+
+def _evaluated(photos: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+  """uint8 `[B, H, W, 3]` → `[B, S, S, 3]`, as evaluations read them."""
+  transform = parse_transform(recipes.eval_transform(preprocessing), decoder="pil")
   rng = np.random.default_rng(0)
-  images = (
-    rng.integers(0, 256, shape, np.uint8)
-    if dtype == jnp.uint8
-    else rng.standard_normal(shape, np.float32)
-  )
-  with _precision(precision):
-    expected = np.asarray(jax.jit(_answers(network))(images))
-  found = np.asarray(jax.export.deserialize(bytearray(program)).call(images))
-  apart = float(np.abs(found - expected).max())
-  if not apart <= _TOLERANCE * max(float(expected.std()), 1e-6):
-    raise RuntimeError(
-      f"the exported program of {network.name} is {apart:.3g} from the network's answers, whose "
-      f"deviation is {expected.std():.3g}: it is not written"
-    )
+  return np.stack([transform({"image": photo}, rng)["image"] for photo in photos])
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 python -m hybrid_vit.tools.export_model runs/flowers flowers_program
 python -m hybrid_vit.tools.export_model hf:owner/name OUT --platforms=cpu,tpu --no-normalize
+python -m hybrid_vit.tools.export_model runs/flowers OUT --resize   # takes photos of any size
 
 OUT/model.jax is read by `jax.export.deserialize`; OUT/metadata.json says what goes in and out.
 """
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     default=True,
     help="mean and deviation inside, so that it takes uint8 (the default), or float32 without",
   )
+  parser.add_argument(
+    "--resize",
+    action=argparse.BooleanOptionalAction,
+    default=False,
+    help="resizing and cropping inside, too, so that it takes photos of any size; default: outside",
+  )
   parser.add_argument("--image_size", type=int, help="default: what the weights expect")
   parser.add_argument("--batch_size", type=int, help="default: any")
   parser.add_argument("--precision", help="of products: highest, default, …; default: the device's")
@@ -43,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       args.out,
       platforms=args.platforms.split(","),
       normalize=args.normalize,
+      resize=args.resize,
       image_size=args.image_size,
       batch_size=args.batch_size,
       precision=args.precision,
