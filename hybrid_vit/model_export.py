@@ -1,6 +1,7 @@
 """A stored network as one program of StableHLO with its weights, which JAX alone runs.
 
 export_model(load_network("runs/flowers"), "flowers_program")
+export_model(load_task("runs/segmenter"), "segmenter_program")
 
 `model.jax` is what `jax.export` serialises: for several kinds of devices at once, with the number
 of pictures open, and where it prepares them itself their size. `metadata.json` beside it says what
@@ -21,16 +22,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit import recipes
+from hybrid_vit.data.arguments import sides
 from hybrid_vit.data.transforms import parse_transform
 from hybrid_vit.models.registry import Preprocessing
 from hybrid_vit.ops.platforms import tracing_for
 from hybrid_vit.picture_preparation import prepared
+from hybrid_vit.stored_tasks import StoredTask
 from hybrid_vit.tasks.pictures import normalized
 from hybrid_vit.weights.stored import StoredNetwork, check_finite
 
 PROGRAM, METADATA = "model.jax", "metadata.json"
 # jax.export's names of platforms → those by which operations choose their forms.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+# Tasks whose answers are maps → what these are.
+_MAPS = {
+  "segmentation": "logits of each pixel",
+  "mask_segmentation": "scores of each pixel",
+  "depth": "metres of each pixel",
+}
 # What the format holds in one file.
 _MOST_BYTES = 2**31 - 2**24
 # How far the program may be from the network, in standard deviations of the network's answers:
@@ -39,7 +48,7 @@ _TOLERANCE = 1e-3
 
 
 def export_model(
-  network: StoredNetwork,
+  network: StoredNetwork | StoredTask,
   directory: str | Path,
   *,
   platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
@@ -52,14 +61,15 @@ def export_model(
   """Writes the program and its metadata, and holds it to the network on this machine.
 
   Args:
-    network: see `weights.stored.load_network`.
+    network: see `weights.stored.load_network`; or what makes maps, see `stored_tasks.load_task`.
     directory: where to; new, or an earlier one of these.
     platforms: kinds of devices that it shall run on, of `PLATFORMS`.
     normalize: whether mean and deviation are a part of it: then it takes uint8 `[B, S, S, 3]`, else
       float32 that is normalised already.
     resize: whether resizing and cropping are a part of it, too: then it takes uint8 `[B, H, W, 3]`
       of any H and W, else photos are resized and cropped outside.
-    image_size: S; None for what the weights expect.
+    image_size: S; None for what the weights expect. (What makes maps may expect another height than
+      width, the window of its inference.)
     batch_size: B; None leaves it open.
     precision: of products on devices that have several ("highest", "default", "float32", …); None
       for each device's own.
@@ -69,23 +79,26 @@ def export_model(
 
   Raises:
     ValueError: unknown platforms, weights that are no numbers or too large for the format,
-      resizing without normalising, or a directory that holds something else.
+      resizing without normalising or for maps, a task that makes no maps, or a directory that
+      holds something else.
     ModuleNotFoundError: flatbuffers is not installed.
     RuntimeError: the program answers otherwise than the network; nothing is written.
   """
   target = _free(Path(directory).expanduser())
-  _check(network, platforms)
+  _check(network, platforms, resize)
   if resize and not normalize:
     raise ValueError(
       "resizing inside and normalising outside was asked for: the program has 8-bit pictures "
       "after resizing and must normalise them; leave --no-normalize or --resize out"
     )
-  size = image_size or network.preprocessing.image_size
-  preprocessing = dataclasses.replace(network.preprocessing, image_size=size)
+  height, width = _input_size(network, image_size)
+  preprocessing = network.preprocessing
+  if not isinstance(network, StoredTask):
+    preprocessing = dataclasses.replace(preprocessing, image_size=height)
   dtype = jnp.uint8 if normalize else jnp.float32
   # Other names would be other sizes: those of one call's pictures are the same.
-  sides = "h, w" if resize else f"{size}, {size}"
-  shape = jax.export.symbolic_shape(f"{batch_size or 'b'}, {sides}, 3")
+  plane = "h, w" if resize else f"{height}, {width}"
+  shape = jax.export.symbolic_shape(f"{batch_size or 'b'}, {plane}, 3")
   answers = _answers(network)
   whole = _with_preparation(answers, preprocessing) if resize else answers
   with tracing_for(tuple(PLATFORMS[name] for name in platforms)), _precision(precision):
@@ -97,19 +110,20 @@ def export_model(
   output, here = exported.out_avals[0], jax.default_backend()
   checked = here in {PLATFORMS[name] for name in platforms}
   if checked:
-    pictures = _pictures(preprocessing, batch_size or 2, dtype, resize)
-    _hold(network.name, program, _answers(network), pictures, precision)
+    pictures = _pictures(
+      (batch_size or 2, height, width, 3), dtype, preprocessing if resize else None
+    )
+    _hold(_name(network), program, _answers(network), pictures, precision)
   metadata = {
-    "network": network.name,
+    "network": _name(network),
     "platforms": list(platforms),
     "input": {"shape": [str(n) for n in shape], "dtype": jnp.dtype(dtype).name},
     "output": {"shape": [str(n) for n in output.shape], "dtype": output.dtype.name},
-    "answers": "logits" if network.num_classes else "features",
+    "answers": _meaning(network),
     "normalized_inside": normalize,
     "resized_inside": resize,
     "preprocessing": dataclasses.asdict(preprocessing),
-    "class_names": list(network.class_names),
-    "loss": network.loss,
+    **_of_task(network),
     "precision": precision,
     "source": network.metadata.get("source") or {},
     "jax": jax.__version__,
@@ -127,8 +141,14 @@ def export_model(
   return metadata
 
 
-def _answers(network: StoredNetwork) -> Any:
-  """Pictures → float32 logits `[B, K]`, or where there is no classifier features `[B, D]`."""
+def _answers(network: StoredNetwork | StoredTask) -> Any:
+  """Pictures → float32 logits `[B, K]`, without a classifier features `[B, D]`; or `[B, H, W, K]`.
+
+  A function of its own for each call.
+  """
+  if isinstance(network, StoredTask):
+    maps, variables = network.task.picture_inference().answers, network.variables
+    return lambda images: maps(variables, images).astype(jnp.float32)
 
   def answer(images: jax.Array) -> jax.Array:
     expected = network.preprocessing
@@ -139,15 +159,60 @@ def _answers(network: StoredNetwork) -> Any:
   return answer
 
 
-def _check(network: StoredNetwork, platforms: Sequence[str]) -> None:
+def _name(network: StoredNetwork | StoredTask) -> str:
+  return network.network if isinstance(network, StoredTask) else network.name
+
+
+def _meaning(network: StoredNetwork | StoredTask) -> str:
+  if isinstance(network, StoredTask):
+    return _MAPS[network.name]
+  return "logits" if network.num_classes else "features"
+
+
+def _of_task(network: StoredNetwork | StoredTask) -> dict[str, Any]:
+  """What metadata says of the task, and for maps of how pictures of other sizes are seen."""
+  if isinstance(network, StoredTask):
+    return {
+      "task": network.name,
+      "class_names": list(getattr(network.task, "map_class_names", ())),
+      "inference": dataclasses.asdict(network.task.inference),
+    }
+  return {"class_names": list(network.class_names), "loss": network.loss}
+
+
+def _input_size(network: StoredNetwork | StoredTask, image_size: int | None) -> tuple[int, int]:
+  """(height, width) of the program's pictures; of maps those of inference's windows, if any."""
+  if image_size is None and isinstance(network, StoredTask):
+    settings = network.task.inference
+    if settings.mode == "slide":
+      return sides("crop", settings.crop)
+    if settings.size is not None:
+      return sides("size", settings.size)
+  size = image_size or network.preprocessing.image_size
+  return size, size
+
+
+def _check(network: StoredNetwork | StoredTask, platforms: Sequence[str], resize: bool) -> None:
   unknown = [name for name in platforms if name not in PLATFORMS]
   if unknown or not platforms:
     raise ValueError(f"platforms {', '.join(unknown) or 'none'}; known: {', '.join(PLATFORMS)}")
-  check_finite(network)
+  if isinstance(network, StoredTask):
+    if network.name not in _MAPS:
+      raise ValueError(
+        f"weights of the task {network.name!r} are not exported; those of classifiers and of "
+        f"{', '.join(_MAPS)} are"
+      )
+    if resize:
+      raise ValueError(
+        "what makes maps sees pictures of its own sizes, and nothing is cropped: --resize is for "
+        "classifiers"
+      )
+  else:  # a task's were looked at when they were read
+    check_finite(network)
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(network.variables))
   if size > _MOST_BYTES:
     raise ValueError(
-      f"the weights of {network.name} take {size:,} bytes; the format holds {_MOST_BYTES:,}"
+      f"the weights of {_name(network)} take {size:,} bytes; the format holds {_MOST_BYTES:,}"
     )
   try:
     import flatbuffers  # noqa: F401  jax.export writes by it
@@ -199,18 +264,25 @@ def _hold(
 
 
 def _pictures(
-  preprocessing: Preprocessing, batch_size: int, dtype: Any, resize: bool
+  shape: tuple[int, ...], dtype: Any, preparation: Preprocessing | None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-  """What `_hold` compares on: noise, and with `resize` of two sizes."""
-  rng, size = np.random.default_rng(0), preprocessing.image_size
-  if dtype != jnp.uint8:
-    given = rng.standard_normal((batch_size, size, size, 3), np.float32)
+  """What `_hold` compares on: noise, and where the program prepares it, of two sizes."""
+  rng = np.random.default_rng(0)
+  if preparation is None:
+    given = (
+      rng.integers(0, 256, shape, np.uint8)
+      if dtype == jnp.uint8
+      else rng.standard_normal(shape, np.float32)
+    )
     return [(given, given)]
   # One that is shrunk and one that grows. Neither is more than twice as high as wide: such pictures
   # have other pixels before Pillow 13, see `ops.pillow_resize`.
-  sides = [(size + 37, 2 * size + 1), (size, size // 2 + 1)] if resize else [(size, size)]
-  photos = [rng.integers(0, 256, (batch_size, *side, 3), np.uint8) for side in sides]
-  return [(given, _evaluated(given, preprocessing) if resize else given) for given in photos]
+  size = preparation.image_size
+  photos = [
+    rng.integers(0, 256, (shape[0], *side, 3), np.uint8)
+    for side in [(size + 37, 2 * size + 1), (size, size // 2 + 1)]
+  ]
+  return [(photo, _evaluated(photo, preparation)) for photo in photos]
 
 
 def _evaluated(photos: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

@@ -57,9 +57,10 @@ def resize_like_pillow(
   if interpolation not in FILTERS:
     raise ValueError(f"interpolation {interpolation!r}; {', '.join(FILTERS)} are known")
   if size is None:
-    if not all(isinstance(side, int) for side in whole):
+    height, width = whole
+    if not (isinstance(height, int) and isinstance(width, int)):
       raise ValueError("the size of the result is not known before the program runs; give `size`")
-    size = (int(whole[0]), int(whole[1]))
+    size = (height, width)
   before = [jnp.asarray(side, jnp.int32) for side in images.shape[1:3]]
   after = [jnp.asarray(side, jnp.int32) for side in whole]
   start = [jnp.asarray(side, jnp.int32) for side in corner]

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from hybrid_vit.checkpoints import CheckpointError
 from hybrid_vit.model_export import PLATFORMS, export_model
-from hybrid_vit.weights.stored import load_network
+from hybrid_vit.stored_tasks import StoredTask, load_task
+from hybrid_vit.weights.stored import DenseWeightsError, StoredNetwork, load_network
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--precision", help="of products: highest, default, …; default: the device's")
   args = parser.parse_args(argv)
   try:
-    network = load_network(args.weights, args.arch)
+    network: StoredNetwork | StoredTask
+    try:
+      network = load_network(args.weights, args.arch)
+    except DenseWeightsError:
+      network = load_task(args.weights)
     metadata = export_model(
       network,
       args.out,

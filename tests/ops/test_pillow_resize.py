@@ -59,7 +59,9 @@ def test_every_bit_is_pillows(interpolation, platform):
       continue
     images = np.stack([photo(1, *before), black_and_white(2, *before)])
     with tracing_for((platform,)):
-      resize = jax.jit(lambda x: resize_like_pillow(x, after, interpolation))
+      resize = jax.jit(
+        functools.partial(resize_like_pillow, whole=after, interpolation=interpolation)
+      )
       found = np.asarray(resize(images))
     assert found.dtype == np.uint8
     for image, resized in zip(images, found):
