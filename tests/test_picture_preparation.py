@@ -20,7 +20,7 @@ SIZES = [(75, 101), (101, 75), (64, 64), (30, 47), (20, 12), (1, 20), (55, 300),
     (24, 0.875, "bicubic", "crop"),
     (23, 0.9, "bilinear", "crop"),
     (24, 1.0, "nearest", "crop"),
-    (25, 1.3, "bicubic", "crop"),  # a black border
+    (25, 1.2, "bicubic", "crop"),  # a black border, 5 pixels of two sides
     (24, 1.0, "bilinear", "squash"),
   ],
 )
