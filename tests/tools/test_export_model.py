@@ -19,9 +19,10 @@ from hybrid_vit.photos import prepare
 from hybrid_vit.stored_tasks import load_task
 from hybrid_vit.tools import export_model
 from hybrid_vit.weights import stored
-from tests import dense, golden
+from tests import dense, golden, masks
 from tests.data.pictures import encoded, photo
 from tests.test_stored_tasks import NAMES, written
+from tests.tools import test_predict_segments
 
 pytest.importorskip("flatbuffers")
 
@@ -232,6 +233,21 @@ def test_what_makes_maps(name, tmp_path, capsys):
   assert "--resize is for classifiers" in capsys.readouterr().err
   with pytest.raises(ValueError, match="'detection' are not exported; those of classifiers"):
     model_export.export_model(dataclasses.replace(task, name="detection"), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_scores_of_masks(tmp_path):
+  made = masks.make_task(num_classes=9, info={})
+  noise = dense.drawn(made, masks.make_batch(made), seed=5)
+  task = load_task(test_predict_segments.written(tmp_path / "weights", noise, "mask_segmentation"))
+  metadata = model_export.export_model(task, tmp_path / "out", platforms=("cpu",))
+  assert metadata["answers"] == "scores of each pixel"
+  program = jax.export.deserialize(bytearray((tmp_path / "out" / "model.jax").read_bytes()))
+  images = pictures(3, 32)
+  for image, scores in zip(images, np.asarray(program.call(images))):
+    expected = task.inference.values(task.variables, image)
+    assert expected.shape == (32, 32, 9) and expected.std() > 1e-3
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4 * expected.std())
 
 
 def test_what_is_refused(directory, tmp_path, capsys, monkeypatch):
