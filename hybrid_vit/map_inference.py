@@ -153,7 +153,8 @@ class MapInference:
       maps = predict(variables, images)
       return resize_bilinear(maps, images.shape[1:3], align_corners=settings.align_corners)
 
-    self._answers = answers
+    # `(variables, images [N, h, w, 3]) → [N, h, w, K]`, of one size of the network's picture.
+    self.answers = answers
 
   def classes(self, variables: Any, image: np.ndarray) -> np.ndarray:
     """uint8 `[H, W, 3]` → the likeliest class of each pixel, int32 `[H, W]`."""
@@ -191,7 +192,7 @@ class MapInference:
     """A resized picture `[h, w, 3]` → answers `[h, w, K]`."""
     place = _placement(variables)
     if self.settings.mode == "whole":
-      return self._answers(variables, place(image[None]))[0]
+      return self.answers(variables, place(image[None]))[0]
     settings, size = self.settings, (image.shape[0], image.shape[1])
     wanted = check.sides("crop", settings.crop)
     crop = min(wanted[0], size[0]), min(wanted[1], size[1])
@@ -202,7 +203,7 @@ class MapInference:
       part = found[start : start + batch]
       cut = [image[top : top + crop[0], left : left + crop[1]] for top, left in part]
       cut += [np.zeros_like(cut[0])] * (batch - len(part))
-      answers = self._answers(variables, place(np.stack(cut)))
+      answers = self.answers(variables, place(np.stack(cut)))
       if total is None:
         total = jnp.zeros((*size, answers.shape[-1]), jnp.float32)
       for i, (top, left) in enumerate(part):

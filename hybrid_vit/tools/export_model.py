@@ -2,6 +2,7 @@
 
 python -m hybrid_vit.tools.export_model runs/flowers flowers_program
 python -m hybrid_vit.tools.export_model hf:owner/name OUT --platforms=cpu,tpu --no-normalize
+python -m hybrid_vit.tools.export_model runs/flowers OUT --resize   # takes photos of any size
 
 OUT/model.jax is read by `jax.export.deserialize`; OUT/metadata.json says what goes in and out.
 """
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 
 from hybrid_vit.checkpoints import CheckpointError
 from hybrid_vit.model_export import PLATFORMS, export_model
-from hybrid_vit.weights.stored import load_network
+from hybrid_vit.stored_tasks import StoredTask, load_task
+from hybrid_vit.weights.stored import DenseWeightsError, StoredNetwork, load_network
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,17 +34,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     default=True,
     help="mean and deviation inside, so that it takes uint8 (the default), or float32 without",
   )
+  parser.add_argument(
+    "--resize",
+    action=argparse.BooleanOptionalAction,
+    default=False,
+    help="resizing and cropping inside, too, so that it takes photos of any size; default: outside",
+  )
   parser.add_argument("--image_size", type=int, help="default: what the weights expect")
   parser.add_argument("--batch_size", type=int, help="default: any")
   parser.add_argument("--precision", help="of products: highest, default, …; default: the device's")
   args = parser.parse_args(argv)
   try:
-    network = load_network(args.weights, args.arch)
+    network: StoredNetwork | StoredTask
+    try:
+      network = load_network(args.weights, args.arch)
+    except DenseWeightsError:
+      network = load_task(args.weights)
     metadata = export_model(
       network,
       args.out,
       platforms=args.platforms.split(","),
       normalize=args.normalize,
+      resize=args.resize,
       image_size=args.image_size,
       batch_size=args.batch_size,
       precision=args.precision,

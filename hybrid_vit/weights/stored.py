@@ -34,6 +34,10 @@ from hybrid_vit.weights.official_files import hub_copies
 from hybrid_vit.weights.transfer import is_dense, transfer, without_text
 
 
+class DenseWeightsError(ValueError):
+  """The weights are of a network under a decoder, which `stored_tasks.load_task` reads."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredNetwork:
   """Weights with their network.
@@ -86,6 +90,7 @@ def load_network(
   Raises:
     ValueError: the weights are of no network, or of another one than `name`; a file that cannot be
       read; a repository that cannot be fetched; or a name of which no single copy is known.
+    DenseWeightsError: they are of a network under a decoder; a ValueError.
     CheckpointError: no weights in `place`.
     ModuleNotFoundError: huggingface_hub, or a library that reads such files, is not installed.
   """
@@ -146,7 +151,7 @@ def network_of(
     raise ValueError(f"{directory} holds weights of {said['name']}, not of {name}")
   name = name or said["name"]
   if is_dense(weights):
-    raise ValueError(
+    raise DenseWeightsError(
       f"{directory} holds a {name} under a decoder, which makes maps and no classes: "
       "hybrid_vit.load_task reads it"
     )

@@ -16,9 +16,14 @@ from hybrid_vit import checkpoints, model_export, tiny_networks
 from hybrid_vit.models.registry import create_model, model_entry
 from hybrid_vit.ops.depthwise_conv import depthwise_conv
 from hybrid_vit.ops.platforms import on_cpu, target_platform, tracing_for
+from hybrid_vit.photos import prepare
+from hybrid_vit.stored_tasks import load_task
 from hybrid_vit.tools import export_model
 from hybrid_vit.weights import stored
-from tests import golden
+from tests import dense, golden, masks
+from tests.data.pictures import encoded, photo
+from tests.test_stored_tasks import NAMES, written
+from tests.tools import test_predict_segments
 
 pytest.importorskip("flatbuffers")
 
@@ -216,6 +221,73 @@ def test_a_killed_export_leaves_no_program_beside_what_is_said_of_another(
   assert files() == contents
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_photos_of_any_size_resized_inside(directory, tmp_path, capsys, batch_size):
+  fixed = [] if batch_size is None else [f"--batch_size={batch_size}"]
+  out, network = tmp_path / "out", stored.load_network(directory)
+  assert export_model.main([str(directory), str(out), "--resize", "--platforms=cpu", *fixed]) == 0
+  assert f"uint8 [{batch_size or 'b'}, h, w, 3] → float32" in capsys.readouterr().out
+  metadata = json.loads((out / "metadata.json").read_text())
+  assert metadata["resized_inside"] and metadata["normalized_inside"]
+  program = jax.export.deserialize(bytearray((out / "model.jax").read_bytes()))
+  for number, (height, width) in enumerate([(90, 131), (75, 50)]):
+    photos = [photo(2 * number + i, height, width) for i in range(2)]
+    seen = []
+    for i, values in enumerate(photos):
+      (tmp_path / f"{i}.png").write_bytes(encoded(values, "PNG"))
+      seen.append(prepare(tmp_path / f"{i}.png", network.preprocessing))
+    expected = np.asarray(jax.jit(model_export._answers(network))(np.stack(seen)))
+    found = program.call(np.stack(photos))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.std(expected))
+
+
+@pytest.mark.parametrize("name", ["segmentation", "depth"])
+def test_what_makes_maps(name, tmp_path, capsys):
+  settings = {
+    "segmentation": {
+      "head": dense.HEAD,
+      "inference": {"mode": "slide", "crop": (16, 24), "stride": (16, 24)},
+    },
+    "depth": {"head": dense.DEPTH_HEAD, "protocol": {"max_depth": 8.0}},
+  }
+  directory = written(tmp_path / "weights", name, task_settings=settings[name])
+  assert export_model.main([str(directory), str(tmp_path / "out")]) == 0
+  size = (16, 24) if name == "segmentation" else (32, 32)
+  printed = capsys.readouterr().out
+  assert "uint8 [b, {}, {}, 3] → float32 [b, {}, {}, ".format(*size, *size) in printed
+  program = jax.export.deserialize(bytearray((tmp_path / "out" / "model.jax").read_bytes()))
+  images, task = pictures(3, 32)[:, : size[0], : size[1]], load_task(directory)
+  found = np.asarray(program.call(images))
+  for image, values in zip(images, found):
+    # Probabilities of the classes, or metres.
+    expected = task.inference.values(task.variables, image)
+    values = jax.nn.softmax(values) if name == "segmentation" else values
+    assert expected.std() > 1e-3
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-4 * expected.std())
+  metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+  assert metadata["task"] == name and metadata["network"] == dense.NETWORK
+  assert metadata["class_names"] == (list(NAMES) if name == "segmentation" else [])
+  assert export_model.main([str(directory), str(tmp_path / "out"), "--resize"]) == 1
+  assert "--resize is for classifiers" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="'detection' are not exported; those of classifiers"):
+    model_export.export_model(dataclasses.replace(task, name="detection"), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_scores_of_masks(tmp_path):
+  made = masks.make_task(num_classes=9, info={})
+  noise = dense.drawn(made, masks.make_batch(made), seed=5)
+  task = load_task(test_predict_segments.written(tmp_path / "weights", noise, "mask_segmentation"))
+  metadata = model_export.export_model(task, tmp_path / "out", platforms=("cpu",))
+  assert metadata["answers"] == "scores of each pixel"
+  program = jax.export.deserialize(bytearray((tmp_path / "out" / "model.jax").read_bytes()))
+  images = pictures(3, 32)
+  for image, scores in zip(images, np.asarray(program.call(images))):
+    expected = task.inference.values(task.variables, image)
+    assert expected.shape == (32, 32, 9) and expected.std() > 1e-3
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4 * expected.std())
+
+
 def test_what_is_refused(directory, tmp_path, capsys, monkeypatch):
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "cat.jpg").write_bytes(b"x")
@@ -223,6 +295,7 @@ def test_what_is_refused(directory, tmp_path, capsys, monkeypatch):
     ([directory, tmp_path / "out", "--platforms=cpu,metal"], "platforms metal; known: cpu, cuda"),
     ([directory, tmp_path / "full"], "full holds something else"),
     ([tmp_path, tmp_path / "out"], "no weights in"),
+    ([directory, tmp_path / "out", "--resize", "--no-normalize"], "must normalise them"),
   ]:
     assert export_model.main(list(map(str, arguments))) == 1
     assert message in capsys.readouterr().err
