@@ -46,8 +46,8 @@ FIGURES = {
   ),
   "train_on_a_tpu": (
     (r"restored step (\d+)", lambda step: step > 0),
-    (r"devices that hold parameters: (\d+) of 8", lambda devices: devices == 8),
-    (r"arrays that are split: (\d+)", lambda arrays: arrays > 10),
+    (r"devices that hold parameters: (\d+) of 4", lambda devices: devices == 4),
+    (r"arrays that are split: (\d+)", lambda arrays: arrays > 5),
     (r"top-1 of the held-out part: (\S+)", lambda top1: top1 > 0.5),
   ),
 }
