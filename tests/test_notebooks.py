@@ -60,7 +60,7 @@ ACCELERATORS = {
   "train_on_a_tpu": "TPU",
 }
 # Whose many steps cost more without XLA's optimisation (tests/compiling.py) than it does.
-OPTIMISED = ("segment_and_detect",)
+OPTIMISED = ("efficienttrain", "segment_and_detect")
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
