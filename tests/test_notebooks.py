@@ -144,7 +144,7 @@ def test_it_installs_what_is_missing(in_checkout, device, tmp_path, monkeypatch)
   monkeypatch.setattr(sys, "path", list(sys.path))
   monkeypatch.setattr(Path, "glob", lambda self, p: [p] if device.startswith(p[:4]) else [])
   monkeypatch.setattr(
-    Path, "exists", lambda self: device in str(self) and bool(device) or exists(self)
+    Path, "exists", lambda self: (bool(device) and device in str(self)) or exists(self)
   )
   notebooks = tmp_path / "notebooks"
   notebooks.mkdir()
@@ -183,5 +183,5 @@ def test_badges_follow_the_address_of_the_repository(tmp_path):
   assert shared["with_links"](f"[a]({stands_in}) b", url) == f"[a]({link}) b"
   assert 'VERSION = "9.9"' in shared["install_cell"](setup)
   setup.write_text("[metadata]\nurl = https://example.com/a\n")
-  with pytest.raises(ValueError, match="https://example.com/a"):
+  with pytest.raises(ValueError, match=r"https://example\.com/a"):
     shared["address"](setup)
