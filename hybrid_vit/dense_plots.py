@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from hybrid_vit.data.map_reading import IGNORE
 from hybrid_vit.paths import as_path
 from hybrid_vit.plots import displayable, one_line, plain_text, save_figure
 
-_IGNORE = 255
 # Where a map has no class, and where depth was not measured.
 _NONE = (128, 128, 128)
 _WRONG, _RIGHT = (192, 28, 28), (214, 230, 214)
@@ -101,7 +101,7 @@ def plot_segmentations(
   """
   if len(names) != len(palette):
     raise ValueError(f"{len(names)} names of classes and {len(palette)} colours")
-  rows, areas = [], np.zeros(_IGNORE + 1, np.int64)
+  rows, areas = [], np.zeros(IGNORE + 1, np.int64)
   for i, photo in enumerate(photos):
     maps = {"Prediction": np.asarray(predicted[i])}
     if truths is not None:
@@ -111,12 +111,12 @@ def plot_segmentations(
       _check_size(photo, labels, title)
       _check_labels(labels, len(palette))
       panels[title] = overlay(photo, labels, palette)
-      areas += np.bincount(labels.ravel(), minlength=_IGNORE + 1)
+      areas += np.bincount(labels.ravel(), minlength=IGNORE + 1)
     if "Truth" in maps:
       title, panel = _errors(maps["Prediction"], maps["Truth"])
       panels[title] = panel
     rows.append(panels)
-  order = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c] and c != _IGNORE]
+  order = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c] and c != IGNORE]
   handles = [
     Patch(color=palette[c] / 255, label=one_line(names[c], _CLASS_LETTERS))
     for c in order[:_LEGEND_CLASSES]
@@ -138,7 +138,7 @@ def plot_segmentations(
 
 def _errors(predicted: np.ndarray, truth: np.ndarray) -> tuple[str, np.ndarray]:
   """Title and picture of where the two differ."""
-  counts = truth != _IGNORE
+  counts = truth != IGNORE
   wrong = counts & (predicted != truth)
   colors = np.where(wrong[..., None], _WRONG, _RIGHT)
   picture = np.where(counts[..., None], colors, _NONE).astype(np.uint8)
@@ -156,7 +156,7 @@ def overlay(photo: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.nd
   shown = displayable(photo)
   below = shown.astype(np.float64) if shown.dtype == np.uint8 else shown * 255.0
   grey = np.broadcast_to(below.mean(-1, keepdims=True), below.shape)
-  none = (labels == _IGNORE)[..., None]
+  none = (labels == IGNORE)[..., None]
   colors = np.asarray(palette, np.float64)[np.where(none[..., 0], 0, labels)]
   mixed = (1 - _OPACITY) * grey + _OPACITY * np.where(none, _NONE, colors)
   return np.round(mixed).astype(np.uint8)
@@ -269,11 +269,11 @@ def _draw(
 
 
 def _check_labels(labels: np.ndarray, classes: int) -> None:
-  if classes > _IGNORE:
-    raise ValueError(f"{classes} classes; at most {_IGNORE} were expected, {_IGNORE} being none")
-  wrong = labels[((labels < 0) | (labels >= classes)) & (labels != _IGNORE)]
+  if classes > IGNORE:
+    raise ValueError(f"{classes} classes; at most {IGNORE} were expected, {IGNORE} being none")
+  wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORE)]
   if wrong.size:
-    raise ValueError(f"label {wrong[0]} has no colour; 0 to {classes - 1} have, {_IGNORE} is none")
+    raise ValueError(f"label {wrong[0]} has no colour; 0 to {classes - 1} have, {IGNORE} is none")
 
 
 def _check_size(photo: np.ndarray, values: np.ndarray, title: str) -> None:

@@ -88,6 +88,20 @@ def test_ci_tries_every_python_that_is_promised_with_both_ends_of_the_ranges():
     assert f"    {choice}) constraints=" in script or f"    {choice})\n" in script, choice
 
 
+def test_the_published_site_is_the_one_that_ci_builds():
+  jobs = load(".github/workflows/site.yml")["jobs"]
+  lines = [step.get("run", "") for step in jobs["build"]["steps"]]
+  install, build = (next(line for line in lines if line.startswith(w)) for w in ("pip", "mkdocs"))
+  assert "[docs]" in install and "-c constraints.txt" in install
+  assert (
+    "mkdocs build --strict" in build and "mkdocs build --strict" in (ROOT / ".ci/run").read_text()
+  )
+  directory = build.rpartition("--site-dir ")[2]
+  uploads = [step["with"] for step in jobs["build"]["steps"] if "upload" in step.get("uses", "")]
+  assert uploads == [{"path": directory}]
+  assert jobs["deploy"]["needs"] == "build"
+
+
 def test_the_container_has_extras_that_exist_and_a_user_without_rights():
   text = (ROOT / "Dockerfile").read_text()
   arguments = dict(re.findall(r"^ARG (\w+)=(\S+)", text, re.M))

@@ -18,6 +18,7 @@ import numpy as np
 
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data.classes import names_or_numbers
+from hybrid_vit.data.map_reading import IGNORE
 from hybrid_vit.data.palettes import spread_palette
 from hybrid_vit.data.spec import Field, Spec
 from hybrid_vit.dense_plots import plot_segmentations
@@ -30,7 +31,6 @@ from hybrid_vit.tasks.map_losses import cross_entropy, dice_loss, ohem_cross_ent
 from hybrid_vit.tasks.processes import local_variables, summed_over_processes
 from hybrid_vit.tasks.registry import Context, count_classes, register_task
 
-IGNORE = 255
 AVERAGES = ("all", "valid")
 
 

@@ -19,11 +19,16 @@ def cpu_seconds(pids: Iterable[int | None]) -> float:
 
 
 def resident_mib(pids: Iterable[int | None]) -> float:
-  """Memory that processes hold, MiB; pages that they share count for each of them in part."""
+  """Memory that processes hold themselves, MiB; pages that they share count for each in part.
+
+  Pages of files (libraries) are left out: a process's part of them changes by a hundred MiB
+  whenever another one that has mapped the same libraries begins or ends.
+  """
   total = 0
   for pid in pids:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8").splitlines()
-    total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    own = [line for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+    total += sum(int(line.split()[1]) for line in own)
   return total / 1024
 
 

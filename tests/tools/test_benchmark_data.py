@@ -2,6 +2,7 @@
 
 import functools
 import json
+import mmap
 import os
 import time
 
@@ -200,3 +201,12 @@ def test_figures_of_this_process():
   before = process_figures.resident_mib([os.getpid()])
   held = np.ones(2**26, np.uint8)
   assert 50 < process_figures.resident_mib([os.getpid()]) - before < 80, held.shape
+
+
+def test_memory_does_not_move_with_those_who_read_the_same_files(tmp_path):
+  path = tmp_path / "library"
+  path.write_bytes(bytes(2**26))
+  before = process_figures.resident_mib([os.getpid()])
+  with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    assert sum(mapped[:: mmap.PAGESIZE]) == 0
+    assert abs(process_figures.resident_mib([os.getpid()]) - before) < 10
