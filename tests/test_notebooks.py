@@ -30,7 +30,7 @@ FIGURES = {
   "image_text_scenes": (
     # That of guessing is 4.85.
     (r"loss of the last steps: (\S+)", lambda loss: loss < 4.5),
-    (r"with the colour of the text: (\d) of 6", lambda found: found >= 3),
+    (r"own place among those nearest to it: (\d)", lambda place: place == 1),
   ),
   "networks_and_features": ((r"right: (\d) of 6", lambda right: right >= 5),),
   "reversible_memory": (
