@@ -1,6 +1,7 @@
 """The site's hooks: links of the repository become those of pages, and nothing else changes."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,12 @@ def test_a_file_is_shown_whole_and_a_notebook_by_its_cells(hooks):
   notebook = hooks.source_markdown("notebooks/finetune_folder.ipynb")
   assert '"cell_type"' not in notebook
   assert "import hybrid_vit" in notebook or "from hybrid_vit" in notebook
+
+
+def test_a_notebook_page_loads_no_picture_of_another_host(hooks):
+  page = hooks.source_markdown("notebooks/finetune_folder.ipynb")
+  assert "![Open in Colab](../../images/open_in_colab.svg)" in page
+  assert not re.findall(r"!\[[^]]*\]\(https?:", page)
 
 
 def test_a_directory_lists_its_files(hooks):

@@ -23,6 +23,11 @@ PAGES = {
   "CHANGELOG.md": "changelog.md",
 }
 _LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".toml": "toml", ".cfg": "ini"}
+# A notebook shows Google's picture of the badge, which stands alone in Colab; the site has its own.
+_BADGES = (
+  "https://colab.research.google.com/assets/colab-badge.svg",
+  "docs/images/open_in_colab.svg",
+)
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 _FENCE = re.compile(r"\s*(```|~~~)")
 _ITEM = re.compile(r"\s*([*-]|\d+\.) ")
@@ -69,7 +74,9 @@ def source_markdown(path: str) -> str:
   if place.is_dir():
     return head + "".join(f"* [{name}]({name}.md)\n" for name in _names(place))
   if place.suffix == ".ipynb":
-    cells = json.loads(place.read_text(encoding="utf-8"))["cells"]
+    own = posixpath.relpath(site_path(_BADGES[1]), posixpath.dirname(site_path(path)))
+    text = place.read_text(encoding="utf-8").replace(_BADGES[0], own)
+    cells = json.loads(text)["cells"]
     return head + "\n\n".join(_cell(cell["cell_type"], "".join(cell["source"])) for cell in cells)
   return head + _code(place.read_text(encoding="utf-8"), _LANGUAGES.get(place.suffix, "text"))
 
