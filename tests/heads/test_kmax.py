@@ -67,7 +67,8 @@ def test_the_head_as_the_authors():
   found = {f"pixel_level{i}": x for i, x in enumerate(pixels)}
   found |= _found(answer, (17, 25))
   found["semantic_logits"] = semantic
-  golden.assert_matches(expected, found)
+  # The largest value of one map was 1.2e-5 away on a processor with AMX, within 1e-5 on others.
+  golden.assert_matches(expected, found, tolerance=3e-5)
   assert "semantic_logits" not in answer
   # Every tensor of the authors' head has one place, and the other way round.
   round_trip = export_weights(variables, head_key_map)
