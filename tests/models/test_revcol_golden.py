@@ -19,7 +19,8 @@ COLUMNS = golden.names("revcol", "column_*")
 GRADIENT_TOLERANCE = 2e-5
 # Of the picture's deviation. In float64 ours is 1.6e-5 from the file in one pixel of
 # small_8col_kernel5_64, that is, the file itself is: its decoder norms 8 channels. Others: 5e-6.
-RECONSTRUCTION_TOLERANCE = 2.5e-5
+# On a processor with AMX ours is 2.7e-5 from the file there.
+RECONSTRUCTION_TOLERANCE = 4e-5
 NETWORKS = [n for n in golden.names("revcol") if n not in COLUMNS]
 
 
