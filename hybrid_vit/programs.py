@@ -94,7 +94,12 @@ def evaluation_variables(run: Run, mesh: Mesh, state: TrainState) -> Any:
   if mesh.shape["fsdp"] == 1:
     return variables
   whole = jax.tree.map(lambda leaf: sharding.without_fsdp(leaf.sharding), variables)
-  return jax.jit(lambda tree: tree, out_shardings=whole)(variables)
+  return jax.jit(_same, out_shardings=whole)(variables)
+
+
+def _same(tree: Any) -> Any:
+  """One function for all evaluations, so that the gathering is compiled for the first one alone."""
+  return tree
 
 
 def _one_network(run: Run) -> bool:
@@ -151,7 +156,7 @@ def jitted_step(run: Run, phase: int, mesh: Mesh, layout: Any) -> Any:
     return step(state, batch, sharding.gathered(parts, constants))
 
   return jax.jit(
-    with_whole_constants if constants and in_parts else step,
+    with_whole_constants if constants else step,
     in_shardings=(layout, sharding.batch_sharding(mesh), *((constants,) if constants else ())),
     out_shardings=(layout, sharding.replicated(mesh)),
     donate_argnums=0,
