@@ -43,7 +43,7 @@ def write_pictures(source: Source, directory: Path, count: int, *, part: str | N
       folder.
     FileExistsError: there is something in the directory already.
   """
-  classes = None if part is None else _folders(source)
+  folders = None if part is None else [directory / part / name for name in _folders(source)]
   if directory.exists() and any(directory.iterdir()):
     raise FileExistsError(f"{directory} is not empty: name a new directory")
   decode = parse_transform("decode", "pil")
@@ -55,9 +55,7 @@ def write_pictures(source: Source, directory: Path, count: int, *, part: str | N
     except CorruptExampleError as error:
       print(f"left out {source.describe(index)}: {error}", file=sys.stderr)
       continue
-    folder = directory
-    if part is not None and classes is not None:
-      folder = directory / part / classes[int(example["label"])]
+    folder = directory if folders is None else folders[int(example["label"])]
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(folder / f"{index:06}.png")
     written += 1
