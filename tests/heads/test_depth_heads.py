@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_vit.heads.depth_layers import bounded_depth
 from hybrid_vit.heads.registry import create_head, head_arguments, head_names
-from tests.heads.pyramids import levels, noise
+from tests.heads.pyramids import initialised, levels, noise
 
 _LIGHT = {
   "mim_depth": {},
@@ -30,7 +30,7 @@ def test_half_precision_answers_metres_in_float32(name):
   features = levels((4, 6, 8, 16))
   maps = {k: x.astype(jnp.bfloat16) for k, x in noise(features, (64, 96)).items()}
   head = create_head(name, features, 1, max_depth=20.0, dtype=jnp.bfloat16, **_LIGHT[name])
-  depth, variables = jax.jit(lambda x: head.init_with_output(jax.random.key(0), x))(maps)
+  depth, variables = initialised(head, maps)
   size = (32, 48) if name == "adabins" else (64, 96)
   assert depth.shape == (2, *size, 1)
   assert depth.dtype == jnp.float32

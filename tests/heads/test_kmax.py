@@ -1,5 +1,6 @@
 """kMaX-DeepLab against its authors' answers, its published sizes, and what holds for any sizes."""
 
+import functools
 import re
 
 import jax
@@ -17,7 +18,7 @@ from hybrid_vit.weights.convert import export_weights, import_weights
 from hybrid_vit.weights.keymap_kmax import head_key_map, kmax_layouts
 from tests import golden
 from tests.heads.kmax_golden import DECODER, HEAD, run_decoder, run_head
-from tests.heads.pyramids import levels, noise
+from tests.heads.pyramids import initialised, levels, noise
 
 _SMALL = {
   "channels": 32,
@@ -222,11 +223,14 @@ def test_half_precision():
   features = levels(_WIDTHS)
   maps = noise(features, (64, 64))
   head = KMaX(features, 3, dtype=jnp.bfloat16, **_SMALL)
-  answer = jax.jit(lambda x: head.init_with_output(jax.random.key(0), x)[0])(maps)
+  answer, variables = initialised(head, maps)
   for part in (answer, *answer["auxiliary"]):
     for key in ("class_logits", "mask_logits", "pixel_features"):
       assert part[key].dtype == jnp.float32 and np.isfinite(part[key]).all()
-  assert answer["semantic_logits"].dtype == jnp.float32
+  training = functools.partial(head.apply, train=True, mutable="batch_stats")
+  rngs = {"dropout": jax.random.key(0)}
+  answered, _ = jax.eval_shape(lambda: training(variables, maps, rngs=rngs))
+  assert answered["semantic_logits"].dtype == jnp.float32
   # At first nearly every query says "no object".
   assert jax.nn.softmax(answer["class_logits"])[..., -1].min() > 0.6
 

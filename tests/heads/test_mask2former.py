@@ -16,7 +16,7 @@ from hybrid_vit.weights.convert import export_weights, import_weights
 from hybrid_vit.weights.keymap_mask2former import head_key_map, mask2former_layouts
 from tests import golden
 from tests.heads.mask2former_golden import run_golden, shapes_of
-from tests.heads.pyramids import levels, noise
+from tests.heads.pyramids import initialised, levels, noise
 
 _SMALL = {
   "channels": 32,
@@ -169,7 +169,7 @@ def test_half_precision():
   features = levels((4, 6, 8, 10))
   maps = noise(features, (64, 64))
   head = Mask2Former(features, 3, dtype=jnp.bfloat16, **_SMALL)
-  answer = jax.jit(lambda x: head.init_with_output(jax.random.key(0), x)[0])(maps)
+  answer, _ = initialised(head, maps)
   for part in (answer, *answer["auxiliary"]):
     for key in ("class_logits", "mask_logits"):
       assert part[key].dtype == jnp.float32 and np.isfinite(part[key]).all()
