@@ -18,6 +18,7 @@ from hybrid_vit.config import Config, ConfigError, load_config, set_field
 from hybrid_vit.config_files import find_config
 from hybrid_vit.huge_pages import restart_with_huge_pages
 from hybrid_vit.paths import as_path
+from hybrid_vit.standard_streams import outlive_readers
 from hybrid_vit.timing import parse_steps
 from hybrid_vit.workdir import WorkdirError, explain, lock, new_workdir
 
@@ -228,6 +229,7 @@ def _new_workdir(name: str) -> Any:
 
 def entry_point() -> Any:
   """What the console script calls."""
+  outlive_readers()
   return app.run(_main_to_the_end, flags_parser=_parse_flags)
 
 

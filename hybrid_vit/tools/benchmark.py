@@ -30,6 +30,7 @@ from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.data.tokenizer import ClipTokenizer
 from hybrid_vit.huge_pages import restart_with_huge_pages
 from hybrid_vit.ops import depthwise_conv
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools import benchmark_data, benchmark_networks
 
 
@@ -287,4 +288,4 @@ def _print_tokenizer(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
   restart_with_huge_pages()
-  sys.exit(main())
+  run_tool(main)

@@ -31,6 +31,7 @@ from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.data.loader import Reading, train_batches
 from hybrid_vit.data.sources import Source, create_source
 from hybrid_vit.data.transforms import DECODERS, parse_transform
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools import torch_loading
 from hybrid_vit.tools.benchmark_results import head_of, write_results
 from hybrid_vit.tools.process_figures import children, cpu_seconds
@@ -214,4 +215,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

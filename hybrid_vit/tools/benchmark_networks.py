@@ -40,6 +40,7 @@ from hybrid_vit.build import DataFacts, Run, build
 from hybrid_vit.config import Config
 from hybrid_vit.models.registry import closest_hint, list_models
 from hybrid_vit.plots import plot_bars
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools import torch_networks
 from hybrid_vit.tools.benchmark_results import earlier_rows, head_of, seconds_in_turn, write_results
 from hybrid_vit.tools.summarize import count_multiply_adds
@@ -317,4 +318,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

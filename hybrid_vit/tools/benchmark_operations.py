@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_vit import tpu_topology
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools.benchmark_results import head_of, seconds_in_turn, write_results
 from hybrid_vit.tools.operation_cases import FULL, SMALL, OperationCase, all_cases
 
@@ -164,4 +165,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

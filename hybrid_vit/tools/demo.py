@@ -20,6 +20,7 @@ from hybrid_vit import checkpoints
 from hybrid_vit.heat_maps import METHODS, OF_ENDPOINTS
 from hybrid_vit.object_prediction import MIN_SCORE
 from hybrid_vit.photo_answers import Answer, PhotoModel
+from hybrid_vit.standard_streams import run_tool
 
 _FONTS = ["system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
@@ -209,4 +210,4 @@ def _shown(gradio: Any, wrong: str, found: Answer, heats: list[tuple[Any, str]])
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from hybrid_vit.standard_streams import run_tool
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -181,4 +183,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  run_tool(main)

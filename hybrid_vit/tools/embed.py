@@ -16,6 +16,7 @@ from pathlib import Path
 from hybrid_vit import checkpoints
 from hybrid_vit.embeddings import embed
 from hybrid_vit.plots import printable
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.weights.stored_clip import load_clip
 
 
@@ -43,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -28,6 +28,7 @@ from hybrid_vit.data.classes import check_same_classes
 from hybrid_vit.data.evaluation import open_evaluation
 from hybrid_vit.data.imagenet_variants import VARIANTS, corruption_errors, corruption_sets
 from hybrid_vit.data.pipeline import EvaluationSettings
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tables import write_table
 from hybrid_vit.tasks import image_text_evaluation as measure
 from hybrid_vit.tasks.base import evaluation_kind
@@ -270,4 +271,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

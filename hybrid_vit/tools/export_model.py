@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from hybrid_vit.checkpoints import CheckpointError
 from hybrid_vit.model_export import PLATFORMS, export_model
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.stored_tasks import StoredTask, load_task
 from hybrid_vit.weights.stored import DenseWeightsError, StoredNetwork, load_network
 
@@ -73,4 +74,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

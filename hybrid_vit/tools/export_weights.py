@@ -13,6 +13,7 @@ from typing import Any
 
 from hybrid_vit import checkpoints
 from hybrid_vit.models.clip_systems import CLIP_MODELS
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.stored_tasks import stored_task
 from hybrid_vit.weights import families, readers
 from hybrid_vit.weights.dense_checkpoints import export_dense
@@ -107,4 +108,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from hybrid_vit import checkpoints, dense_imports, hub
 from hybrid_vit.models.registry import as_preprocessing
 from hybrid_vit.paths import as_path
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.weights import architectures, dense_checkpoints, families, importing, readers
 from hybrid_vit.weights.stated_preprocessing import described_difference
 
@@ -268,4 +269,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

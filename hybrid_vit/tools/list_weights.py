@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.weights.official_files import OfficialFile, official_files
 
 _BEGIN = "<!-- begin: written by python -m hybrid_vit.tools.list_weights --docs=docs/weights.md -->"
@@ -77,4 +78,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

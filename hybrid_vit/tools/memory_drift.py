@@ -24,6 +24,7 @@ from hybrid_vit.data.ahead import available_cores
 from hybrid_vit.data.loader import Reading, train_batches
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.data.transforms import DECODERS, parse_transform
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools.benchmark_results import head_of, write_results
 from hybrid_vit.tools.process_figures import children, resident_mib
 
@@ -134,4 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -27,6 +27,7 @@ from hybrid_vit.build import Run
 from hybrid_vit.config import Config, as_flags, load_config, set_fields
 from hybrid_vit.config_files import find_config
 from hybrid_vit.run_plan import examine
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools.benchmark_results import earlier_rows, head_of, write_results
 
 # The largest published training of each system: its configuration, and lines set beside it.
@@ -184,4 +185,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -40,6 +40,7 @@ from hybrid_vit.data.splits import sample_indices
 from hybrid_vit.object_prediction import MIN_SCORE
 from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import one_line, plain_text, printable, save_figure
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.stored_predictions import ASKED, OUTPUTS
 from hybrid_vit.stored_tasks import StoredTask, stored_task
 from hybrid_vit.weights.stored import (
@@ -247,4 +248,4 @@ def _predict_dense(args: argparse.Namespace, stored: StoredTask) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

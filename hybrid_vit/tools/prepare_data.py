@@ -42,6 +42,7 @@ from hybrid_vit.data.splits import PARTS
 from hybrid_vit.data.tfds_source import shard_format
 from hybrid_vit.data.tfrecord import check_count, read_records
 from hybrid_vit.paths import as_path, is_remote
+from hybrid_vit.standard_streams import run_tool
 
 _OBJECTS = ("coco:", "yolo:")
 
@@ -381,4 +382,4 @@ def _held(directory: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -22,6 +22,7 @@ from hybrid_vit.data.errors import MissingDataError
 from hybrid_vit.data.sources import create_source
 from hybrid_vit.inference import Answers, answer
 from hybrid_vit.probing import knn_votes, linear_probe, shots, top1
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.weights.stored import load_network
 
 
@@ -144,4 +145,4 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -23,6 +23,7 @@ from hybrid_vit import checkpoints, exports, hub
 from hybrid_vit.fingerprints import first_nonfinite
 from hybrid_vit.model_card import model_card
 from hybrid_vit.paths import as_path
+from hybrid_vit.standard_streams import run_tool
 
 # What readers of weights take from a state's configuration; the rest is of the machine it ran on.
 _KEPT = ("model", "task", "phases", "curriculum")
@@ -206,4 +207,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -40,6 +40,7 @@ from hybrid_vit.measuring import (
 from hybrid_vit.plots import one_line
 from hybrid_vit.report_page import Mistake, page
 from hybrid_vit.report_plots import draw_confusion, draw_reliability
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.stored_tasks import StoredTask, stored_task
 from hybrid_vit.weights.stored import StoredNetwork, class_names, network_of, task_of
 from hybrid_vit.weights.transfer import without_text
@@ -290,4 +291,4 @@ def _tell(figures: Mapping[str, float], output: str, files: str) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

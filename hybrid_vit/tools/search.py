@@ -14,6 +14,7 @@ from hybrid_vit import checkpoints
 from hybrid_vit.embeddings import Embeddings
 from hybrid_vit.photos import read_photos
 from hybrid_vit.plots import plot_sheet, printable
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.weights.stored_clip import StoredClip, load_clip
 
 
@@ -89,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

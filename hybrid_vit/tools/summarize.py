@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import io
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from hybrid_vit.models import registry
+from hybrid_vit.standard_streams import run_tool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,4 +299,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  run_tool(main)

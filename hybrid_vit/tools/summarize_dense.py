@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from hybrid_vit import detection_counts
 from hybrid_vit.dense_systems import DenseSystem, dense_systems
 from hybrid_vit.detection_systems import detection_systems
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
 
 
@@ -180,4 +181,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

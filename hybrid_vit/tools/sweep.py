@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from hybrid_vit.checkpoints import CheckpointError
 from hybrid_vit.config import Config, ConfigError, differences, load_sweep
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tables import write_table
 from hybrid_vit.workdir import WorkdirError
 
@@ -130,4 +131,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

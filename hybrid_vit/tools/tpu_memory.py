@@ -31,6 +31,7 @@ from hybrid_vit.box_inference import BoxInferenceSettings
 from hybrid_vit.heads.detectors import create_detector, detector_names
 from hybrid_vit.models.dense import dense_arguments
 from hybrid_vit.models.registry import Preprocessing, create_model
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tables import write_table
 from hybrid_vit.tasks.detection import Detection
 from hybrid_vit.tasks.mask_classification import SemanticSettings
@@ -210,4 +211,4 @@ def merge_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

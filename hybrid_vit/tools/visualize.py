@@ -28,6 +28,7 @@ from hybrid_vit.heat_map_plots import enlarged, overlay_heat, plot_heat_maps
 from hybrid_vit.heat_maps import METHODS, OF_ENDPOINTS, HeatMap, HeatMapper
 from hybrid_vit.photos import read_photos, unused_names
 from hybrid_vit.plots import printable
+from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.stored_models import StoredModel, described, image_network, load_model
 from hybrid_vit.weights.stored import class_names
 from hybrid_vit.weights.stored_clip import StoredClip
@@ -170,4 +171,4 @@ def _write(folder: Path, photo: Path, image: np.ndarray, heats: Sequence[HeatMap
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)

@@ -24,6 +24,7 @@ from hybrid_vit.data.errors import CorruptExampleError
 from hybrid_vit.data.sources import Source, create_source
 from hybrid_vit.data.splits import parse_split
 from hybrid_vit.data.transforms import parse_transform
+from hybrid_vit.standard_streams import run_tool
 
 
 def write_pictures(source: Source, directory: Path, count: int, *, part: str | None) -> int:
@@ -103,4 +104,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_tool(main)
