@@ -5,6 +5,7 @@
 
     --config=configs/finetune.py:moat_1,…,probe=linear     the head alone, the network stands still
     --config=configs/finetune.py:moat_1,…,balance=1.0      small classes come as often as large ones
+    --config=configs/finetune.py:arch=same,init=runs/own,… the network of those weights, as it is
     --config=configs/finetune.py:runlocal                  the embedded digits, a minute
 
 `init` (`config.init_from`) is the work directory or the export of an earlier run, or the authors'
@@ -16,10 +17,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import recipes
+from hybrid_vit import checkpoints, recipes
 from hybrid_vit.config import ConfigError, parse_argument
-from hybrid_vit.models.registry import list_models, model_arguments, model_entry
+from hybrid_vit.models.registry import Preprocessing, list_models, model_arguments, model_entry
 from hybrid_vit.models.sizes import arguments_for_size
+from hybrid_vit.weights.stored import described_network, load_network
 
 VARIANTS = (*list_models(), "runlocal")
 PROBES = (None, "linear")
@@ -30,7 +32,8 @@ _RATE, _PROBE_RATE = 2e-4, 2.5e-2
 def get_config(argument: str | None = None) -> ConfigDict:
   """See the head of this file.
 
-  Keys: `arch` (or the variant itself), `data`, `init`, `res` (`image_size` is the same),
+  Keys: `arch` (or the variant itself; "same": what `init` holds, with its arguments, its size and
+  what it expects of a picture), `data`, `init`, `res` (`image_size` is the same),
   `batch_size`, `epochs`, `lr`, `decay` (of the rates, for each layer down), `probe` ("linear"),
   `balance` (0 to 1, of the sampling), `weights` ("balanced", of the loss), `patience` (evaluations
   without a better one that end the training; 0: none), `carry` (see `weights.head_rows`: "names",
@@ -61,10 +64,15 @@ def get_config(argument: str | None = None) -> ConfigDict:
   local = variant == "runlocal"
   name = keys["arch"] or ("tiny_moat_0" if local else variant)
   size = keys["res"] or keys["image_size"]
+  own: dict[str, Any] = {}
+  preprocessing = None
+  if name == "same":
+    name, own, preprocessing = _network_at(keys["init"])
   config = recipes.imagenet(
     name,
     *([] if keys["probe"] else ["randaugment(2, 9, magnitude_std=0.5)"]),
     batch_size=keys["batch_size"],
+    preprocessing=preprocessing,
     source=keys["data"],
     num_classes=None,
     # Less of a picture is cut away than on ImageNet: small sets have few views of their objects.
@@ -72,10 +80,14 @@ def get_config(argument: str | None = None) -> ConfigDict:
   )
   config.total_epochs = keys["epochs"]
   config.init_from = keys["init"]
-  # None: as the network's entry in the registry says, which goes for mean and deviation too.
-  config.data.image_size = size
+  config.model.arguments = own
   if size is not None:
-    config.model.arguments = arguments_for_size(name, size)
+    # Else as the network's entry in the registry says, which goes for mean and deviation too.
+    config.data.image_size = size
+    trained_size = preprocessing.image_size if preprocessing else None
+    config.model.arguments.update(
+      arguments_for_size(name, size, trained=own, trained_size=trained_size)
+    )
     if size > 224 >= model_entry(name).preprocessing.image_size:
       # The whole height of a picture, as is usual at larger sizes.
       config.data.crop_ratio = 1.0
@@ -106,6 +118,18 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if local:
     _run_locally(config, keys)
   return config
+
+
+def _network_at(place: str | None) -> tuple[str, dict[str, Any], Preprocessing]:
+  """The network that weights are of: its name, its arguments, what it expects of a picture."""
+  if not place:
+    raise ConfigError("arch=same is the network that `init` holds, and no `init` is given")
+  try:
+    network = load_network(place)
+  except (ValueError, checkpoints.CheckpointError) as error:
+    raise ConfigError(f"arch=same,init={place}: {error}") from error
+  arguments = described_network(network.metadata).get("arguments") or {}
+  return network.name, dict(arguments), network.preprocessing
 
 
 def _linear_probe(config: ConfigDict, rate: float | None) -> None:

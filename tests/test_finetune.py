@@ -70,6 +70,32 @@ def test_keys_reach_the_run():
     load_config(FILE, "moat_1,probe=lineer")
 
 
+def test_the_network_of_the_weights_is_taken_as_it_is(tmp_path):
+  own = {"depths": (1, 1, 1, 1), "window_size": 4, "width": 24, "num_heads": (1, 2, 2, 4)}
+  weights = create_model("swin_tiny", num_classes=3, **own).init(
+    jax.random.key(0), jnp.zeros((1, 128, 128, 3))
+  )
+  fields = dataclasses.asdict(model_entry("swin_tiny").preprocessing)
+  fields |= {"image_size": 128, "mean": [0.5, 0.5, 0.25]}
+  about = {"name": "swin_tiny", "arguments": own, "preprocessing": fields}
+  export(tmp_path, {"params": weights["params"], "batch_stats": {}}, about)
+  run = built(f"arch=same,data=folder:/pictures,init={tmp_path}")
+  assert run.network == "swin_tiny" and run.settings.init_from == str(tmp_path)
+  found = run.metadata["arguments"]
+  assert {k: found[k] for k in own} == {k: list(v) if isinstance(v, tuple) else v
+                                        for k, v in own.items()}  # fmt: skip
+  assert run.preprocessing.image_size == 128 and run.preprocessing.mean == (0.5, 0.5, 0.25)
+  # Another size is in proportion to the weights' own.
+  run = built(f"arch=same,data=folder:/pictures,res=192,init={tmp_path}")
+  assert run.metadata["arguments"]["window_size"] == 6 and run.preprocessing.image_size == 192
+  for argument, told in (
+    ("arch=same", "no `init` is given"),
+    (f"arch=same,init={tmp_path}/none", "no weights"),
+  ):
+    with pytest.raises(ConfigError, match=told):
+      load_config(FILE, argument)
+
+
 def test_a_linear_probe_trains_the_head_alone():
   run = built("arch=mci0,probe=linear")
   trained = {

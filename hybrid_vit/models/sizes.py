@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hybrid_vit.models.registry import model_entry
@@ -10,8 +11,14 @@ from hybrid_vit.models.registry import model_entry
 _THIN = 2
 
 
-def arguments_for_size(name: str, image_size: int) -> dict[str, Any]:
-  """Arguments of a network for another picture size than its entry's, as its authors do it.
+def arguments_for_size(
+  name: str,
+  image_size: int,
+  *,
+  trained: Mapping[str, Any] | None = None,
+  trained_size: int | None = None,
+) -> dict[str, Any]:
+  """Arguments of a network for another picture size than its own, as its authors do it.
 
   Windows grow in proportion (Swin, L2ViT: 7 at 224 is 12 at 384), so that a map stays divided into
   as many; so do CSWin's stripes but for the thin ones, and ViT's table of positions. Tables of
@@ -22,21 +29,23 @@ def arguments_for_size(name: str, image_size: int) -> dict[str, Any]:
   Args:
     name: in the registry.
     image_size: side in pixels.
+    trained: arguments beyond its entry's that the network has at its own size.
+    trained_size: its own size; None for the entry's.
 
   Returns:
-    Arguments of `create_model`; {} where nothing changes.
+    Arguments of `create_model`, those of `trained` not among them; {} where nothing changes.
 
   Raises:
     ValueError: an unknown name.
   """
   entry = model_entry(name)
-  ratio = image_size / entry.preprocessing.image_size
+  ratio = image_size / (trained_size or entry.preprocessing.image_size)
 
   def scaled(width: int) -> int:
     return max(1, round(width * ratio))
 
   # What the entry leaves out is its class's default.
-  whole = {**_defaults(entry.module_class), **entry.arguments}
+  whole = {**_defaults(entry.module_class), **entry.arguments, **(trained or {})}
   found: dict[str, Any] = {}
   if entry.module_class.__name__ in ("Swin", "L2ViT"):
     found["window_size"] = scaled(whole["window_size"])
