@@ -17,11 +17,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hybrid_vit import checkpoints, recipes
+from hybrid_vit import recipes
 from hybrid_vit.config import ConfigError, parse_argument
-from hybrid_vit.models.registry import Preprocessing, list_models, model_arguments, model_entry
+from hybrid_vit.initial_network import initial_network
+from hybrid_vit.models.registry import list_models, model_arguments, model_entry
 from hybrid_vit.models.sizes import arguments_for_size
-from hybrid_vit.weights.stored import described_network, load_network
 
 VARIANTS = (*list_models(), "runlocal")
 PROBES = (None, "linear")
@@ -64,10 +64,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   local = variant == "runlocal"
   name = keys["arch"] or ("tiny_moat_0" if local else variant)
   size = keys["res"] or keys["image_size"]
-  own: dict[str, Any] = {}
-  preprocessing = None
-  if name == "same":
-    name, own, preprocessing = _network_at(keys["init"])
+  network = initial_network(name, keys["init"])
+  name, preprocessing = network.name, network.preprocessing
   config = recipes.imagenet(
     name,
     *([] if keys["probe"] else ["randaugment(2, 9, magnitude_std=0.5)"]),
@@ -80,13 +78,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
   )
   config.total_epochs = keys["epochs"]
   config.init_from = keys["init"]
-  config.model.arguments = own
+  config.model.arguments = dict(network.arguments)
   if size is not None:
     # Else as the network's entry in the registry says, which goes for mean and deviation too.
     config.data.image_size = size
     trained_size = preprocessing.image_size if preprocessing else None
     config.model.arguments.update(
-      arguments_for_size(name, size, trained=own, trained_size=trained_size)
+      arguments_for_size(name, size, trained=network.arguments, trained_size=trained_size)
     )
     if size > 224 >= model_entry(name).preprocessing.image_size:
       # The whole height of a picture, as is usual at larger sizes.
@@ -118,18 +116,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if local:
     _run_locally(config, keys)
   return config
-
-
-def _network_at(place: str | None) -> tuple[str, dict[str, Any], Preprocessing]:
-  """The network that weights are of: its name, its arguments, what it expects of a picture."""
-  if not place:
-    raise ConfigError("arch=same is the network that `init` holds, and no `init` is given")
-  try:
-    network = load_network(place)
-  except (ValueError, checkpoints.CheckpointError) as error:
-    raise ConfigError(f"arch=same,init={place}: {error}") from error
-  arguments = described_network(network.metadata).get("arguments") or {}
-  return network.name, dict(arguments), network.preprocessing
 
 
 def _linear_probe(config: ConfigDict, rate: float | None) -> None:

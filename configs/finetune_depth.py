@@ -6,14 +6,15 @@ arch=swin_tiny,data=depth:/path/to/pictures,head=glpn,max_depth=10,init=WEIGHTS
     --config=configs/finetune_depth.py:runlocal            drawn scenes, two minutes
 
 `data` is any source of depth (docs/data.md): depth:, nyu_depth:, kitti_depth:, scenes. `head` is
-mim_depth, glpn, dpt_depth or adabins; `init` a work directory, an export or the authors' file. Own
-figures, no paper's.
+mim_depth, glpn, dpt_depth or adabins; `init` a work directory, an export or the authors' file;
+`arch=same` is the network of those weights, with its arguments. Own figures, no paper's.
 """
 
 from ml_collections import ConfigDict
 
 from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
+from hybrid_vit.initial_network import initial_network, take_over
 
 VARIANTS = ("pictures", "runlocal")
 HEADS = ("mim_depth", "glpn", "dpt_depth", "adabins")
@@ -44,7 +45,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if keys["head"] not in HEADS:
     raise ConfigError(f"key `head` is {keys['head']!r}; one of {', '.join(HEADS)} was expected")
   local = variant == "runlocal"
-  name = "tiny_moat_0" if local else keys["arch"]
+  network = initial_network("tiny_moat_0" if local else keys["arch"], keys["init"])
+  name = network.name
   config = dense_recipes.nyu_depth(
     name,
     dict(head=dict(name=keys["head"])),
@@ -70,6 +72,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if keys["head"] == "adabins":
     config.task.loss = "sig_loss"
     config.task.chamfer_weight = 0.1
+  take_over(config, network)
   if local:
     dense_recipes.run_locally(config, tiny_networks.MOAT)
     config.task.head = dict(name="glpn", channels=32)

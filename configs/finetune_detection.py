@@ -8,13 +8,15 @@ arch=convnext_tiny,data=coco:/path/to/coco,detector=mask_rcnn,init=WEIGHTS
 `data` is any source of objects (docs/data.md): coco:, yolo: (boxes alone: masks=False), scenes.
 `detector` is mask_rcnn or cascade_mask_rcnn; with masks=False retinanet, atss, dino or sparse_rcnn,
 too. Under the first two and the last one a ViT has ViTDet's windows, pyramid and heads.
-Pictures are resized by mmdetection's 1x recipe onto a square canvas. Own figures, no paper's.
+Pictures are resized by mmdetection's 1x recipe onto a square canvas. `arch=same` is the network of
+the weights that `init` names, with its arguments. Own figures, no paper's.
 """
 
 from ml_collections import ConfigDict
 
 from hybrid_vit import detection_recipes, recipes, tiny_networks
 from hybrid_vit.config import parse_argument
+from hybrid_vit.initial_network import initial_network, take_over
 
 VARIANTS = ("pictures", "runlocal")
 
@@ -41,7 +43,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     lr=1e-4,
   )
   local = variant == "runlocal"
-  name, size = ("tiny_moat_0" if local else keys["arch"]), keys["res"]
+  network = initial_network("tiny_moat_0" if local else keys["arch"], keys["init"])
+  name, size = network.name, keys["res"]
   config = recipes.imagenet(
     name, batch_size=keys["batch_size"], source=keys["data"], num_classes=None
   )
@@ -78,6 +81,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     weight_decay=0.05,
     schedule=dict(name="cosine", warmup_epochs=0.1, end_learning_rate=0.0),
   )
+  take_over(config, network)
   if local:
     detection_recipes.run_locally(config, tiny_networks.MOAT)
   return config

@@ -8,13 +8,15 @@ arch=swin_tiny,data=coco_panoptic:/path/to/coco,init=WEIGHTS
 
 `kind` is panoptic (data: coco_panoptic:, scenes), instance (coco:, scenes) or semantic (maps:,
 ade20k:, scenes); see docs/data.md. Pictures are jittered in scale onto a square canvas, and tested
-as large as fits into it. Own figures, no paper's.
+as large as fits into it. `arch=same` is the network of the weights that `init` names, with its
+arguments. Own figures, no paper's.
 """
 
 from ml_collections import ConfigDict
 
 from hybrid_vit import dense_recipes, mask_recipes, recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
+from hybrid_vit.initial_network import initial_network, take_over
 from hybrid_vit.models.dense import dense_arguments
 
 VARIANTS = ("pictures", "runlocal")
@@ -44,7 +46,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   kind, size = keys["kind"], keys["res"]
   if kind not in mask_recipes.TASKS:
     raise ConfigError(f"kind={kind!r}; one of {', '.join(mask_recipes.TASKS)} was expected")
-  name = "tiny_moat_0" if variant == "runlocal" else keys["arch"]
+  network = initial_network("tiny_moat_0" if variant == "runlocal" else keys["arch"], keys["init"])
+  name = network.name
   config = recipes.imagenet(
     name, batch_size=keys["batch_size"], source=keys["data"], num_classes=None
   )
@@ -61,6 +64,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     keys["lr"], dict(name="cosine", warmup_steps=100, end_learning_rate=0.0)
   )
   config.checkpoint.best_metric = f"validation/{dense_recipes.BEST[mask_recipes.TASKS[kind]]}"
+  take_over(config, network)
   if variant == "runlocal":
     mask_recipes.run_locally(config, tiny_networks.MOAT)
   return config

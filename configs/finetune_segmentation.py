@@ -8,13 +8,15 @@ arch=convnext_tiny,data=maps:/path/to/pictures,head=upernet,res=512,init=WEIGHTS
 `data` is any source of maps (docs/data.md): maps:, ade20k:, cityscapes:, coco_panoptic:, scenes.
 `head` is upernet, semantic_fpn, segformer, deeplabv3plus, fcn or dpt_segmentation; `init` a work
 directory, an export (of a classifier, whose weights become the backbone, or of a segmenter) or the
-authors' file. Own figures, no paper's.
+authors' file; `arch=same` is the network of those weights, with its arguments. Own figures, no
+paper's.
 """
 
 from ml_collections import ConfigDict
 
 from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
+from hybrid_vit.initial_network import initial_network, take_over
 
 VARIANTS = ("pictures", "runlocal")
 DECODERS = {
@@ -52,7 +54,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if keys["head"] not in DECODERS:
     raise ConfigError(f"key `head` is {keys['head']!r}; one of {', '.join(DECODERS)} was expected")
   local = variant == "runlocal"
-  name = "tiny_moat_0" if local else keys["arch"]
+  network = initial_network("tiny_moat_0" if local else keys["arch"], keys["init"])
+  name = network.name
   size = keys["res"]
   config = dense_recipes.ade20k(
     name,
@@ -78,6 +81,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   schedule = config.optimizer.schedule
   del schedule["warmup_steps"]
   schedule.warmup_epochs = keys["epochs"] / 50
+  take_over(config, network)
   if local:
     dense_recipes.run_locally(config, tiny_networks.MOAT)
     config.task.head = dict(name="segformer", channels=64)

@@ -70,24 +70,54 @@ def test_keys_reach_the_run():
     load_config(FILE, "moat_1,probe=lineer")
 
 
-def test_the_network_of_the_weights_is_taken_as_it_is(tmp_path):
-  own = {"depths": (1, 1, 1, 1), "window_size": 4, "width": 24, "num_heads": (1, 2, 2, 4)}
-  weights = create_model("swin_tiny", num_classes=3, **own).init(
-    jax.random.key(0), jnp.zeros((1, 128, 128, 3))
+OWN = {"depths": (1, 1, 1, 1), "window_size": 4, "width": 24, "num_heads": (1, 2, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def weights_of_own(tmp_path_factory):
+  """An export of a Swin of our own, of pictures of 128 x 128."""
+  images = jnp.zeros((1, 128, 128, 3))
+  variables = jax.jit(create_model("swin_tiny", num_classes=3, **OWN).init)(
+    jax.random.key(0), images
   )
   fields = dataclasses.asdict(model_entry("swin_tiny").preprocessing)
   fields |= {"image_size": 128, "mean": [0.5, 0.5, 0.25]}
-  about = {"name": "swin_tiny", "arguments": own, "preprocessing": fields}
-  export(tmp_path, {"params": weights["params"], "batch_stats": {}}, about)
-  run = built(f"arch=same,data=folder:/pictures,init={tmp_path}")
-  assert run.network == "swin_tiny" and run.settings.init_from == str(tmp_path)
-  found = run.metadata["arguments"]
-  assert {k: found[k] for k in own} == {k: list(v) if isinstance(v, tuple) else v
-                                        for k, v in own.items()}  # fmt: skip
+  about = {"name": "swin_tiny", "arguments": OWN, "preprocessing": fields}
+  place = tmp_path_factory.mktemp("own")
+  export(place, {"params": variables["params"], "batch_stats": {}}, about)
+  return place
+
+
+def as_lists(arguments):
+  return {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+
+
+def test_the_network_of_the_weights_is_taken_as_it_is(weights_of_own):
+  given = f"arch=same,data=folder:/pictures,init={weights_of_own}"
+  run = built(given)
+  assert run.network == "swin_tiny" and run.settings.init_from == str(weights_of_own)
+  found = as_lists(run.metadata["arguments"])
+  assert {k: found[k] for k in OWN} == as_lists(OWN)
   assert run.preprocessing.image_size == 128 and run.preprocessing.mean == (0.5, 0.5, 0.25)
   # Another size is in proportion to the weights' own.
-  run = built(f"arch=same,data=folder:/pictures,res=192,init={tmp_path}")
+  run = built(f"{given},res=192")
   assert run.metadata["arguments"]["window_size"] == 6 and run.preprocessing.image_size == 192
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth", "detection", "panoptic"])
+def test_it_becomes_a_backbone(task, weights_of_own):
+  file = FILE.with_name(f"finetune_{task}.py")
+  config = load_config(file, f"arch=same,init={weights_of_own}")
+  named = load_config(file, f"arch=swin_tiny,init={weights_of_own}")
+  assert config.model.name == "swin_tiny" and tuple(config.data.mean) == (0.5, 0.5, 0.25)
+  found = as_lists(config.model.arguments.to_dict())
+  # The dense form's own arguments stay.
+  expected = {**as_lists(OWN), **as_lists(named.model.arguments.to_dict())}
+  assert found == expected and found["width"] == 24
+  assert named.data.mean is None
+
+
+def test_same_as_nothing_is_told(tmp_path):
   for argument, told in (
     ("arch=same", "no `init` is given"),
     (f"arch=same,init={tmp_path}/none", "no weights"),
