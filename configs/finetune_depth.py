@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
 from hybrid_vit.initial_network import initial_network, take_over
+from hybrid_vit.models.dense import dense_arguments
 
 VARIANTS = ("pictures", "runlocal")
 HEADS = ("mim_depth", "glpn", "dpt_depth", "adabins")
@@ -72,7 +73,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   if keys["head"] == "adabins":
     config.task.loss = "sig_loss"
     config.task.chamfer_weight = 0.1
-  take_over(config, network)
+  take_over(config, network, dense_arguments(name, keys["res"], network.arguments))
   if local:
     dense_recipes.run_locally(config, tiny_networks.MOAT)
     config.task.head = dict(name="glpn", channels=32)

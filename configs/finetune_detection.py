@@ -53,7 +53,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.init_from = keys["init"]
   config.reinitialize_head = True
   config.precision = "float32"
-  config.model.arguments, detector = detection_recipes.parts_for(name, keys["detector"], size)
+  form, detector = detection_recipes.parts_for(name, keys["detector"], size, network.arguments)
+  take_over(config, network, form)
   config.data.image_size = size
   config.data.interpolation = "bilinear"
   config.data.transform = "|".join(
@@ -81,7 +82,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     weight_decay=0.05,
     schedule=dict(name="cosine", warmup_epochs=0.1, end_learning_rate=0.0),
   )
-  take_over(config, network)
   if local:
     detection_recipes.run_locally(config, tiny_networks.MOAT)
   return config

@@ -54,7 +54,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.total_epochs = keys["epochs"]
   config.init_from = keys["init"]
   config.reinitialize_head = True
-  config.model.arguments = dense_arguments(name, size)
+  take_over(config, network, dense_arguments(name, size, network.arguments))
   config.data.image_size = size
   config.data.interpolation = "bilinear"
   config.data.transform = mask_recipes.jittered(kind)
@@ -64,7 +64,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     keys["lr"], dict(name="cosine", warmup_steps=100, end_learning_rate=0.0)
   )
   config.checkpoint.best_metric = f"validation/{dense_recipes.BEST[mask_recipes.TASKS[kind]]}"
-  take_over(config, network)
   if variant == "runlocal":
     mask_recipes.run_locally(config, tiny_networks.MOAT)
   return config

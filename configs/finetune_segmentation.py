@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from hybrid_vit import dense_recipes, tiny_networks
 from hybrid_vit.config import ConfigError, parse_argument
 from hybrid_vit.initial_network import initial_network, take_over
+from hybrid_vit.models.dense import dense_arguments
 
 VARIANTS = ("pictures", "runlocal")
 DECODERS = {
@@ -81,7 +82,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   schedule = config.optimizer.schedule
   del schedule["warmup_steps"]
   schedule.warmup_epochs = keys["epochs"] / 50
-  take_over(config, network)
+  take_over(config, network, dense_arguments(name, keys["res"], network.arguments))
   if local:
     dense_recipes.run_locally(config, tiny_networks.MOAT)
     config.task.head = dict(name="segformer", channels=64)

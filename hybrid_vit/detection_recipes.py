@@ -205,7 +205,7 @@ _OF_VITS: Mapping[str, Mapping[str, Any]] = {
 
 
 def parts_for(
-  model: str, detector: str, image_size: int
+  model: str, detector: str, image_size: int, own: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
   """Arguments of a network under a detector, and what the detector's parts have otherwise.
 
@@ -215,10 +215,11 @@ def parts_for(
     model: name in the registry.
     detector: name of the detector.
     image_size: side of the pictures.
+    own: further arguments of the network, under those that are returned.
   """
   if detector in _OF_VITS and issubclass(model_entry(model).module_class, VisionTransformer):
-    return vitdet_arguments(model, image_size), _OF_VITS[detector]
-  return dense_arguments(model, image_size), {}
+    return vitdet_arguments(model, image_size, own), _OF_VITS[detector]
+  return dense_arguments(model, image_size, own), {}
 
 
 def vitdet(model: str, detector: Mapping[str, Any], *, batch_size: int = 64) -> ConfigDict:

@@ -61,14 +61,15 @@ def initial_network(arch: str, init: str | None) -> InitialNetwork:
   )
 
 
-def take_over(config: ConfigDict, network: InitialNetwork) -> None:
-  """Puts the network's arguments under those that a dense recipe gave, and its mean and deviation.
+def take_over(config: ConfigDict, network: InitialNetwork, dense_form: Mapping[str, Any]) -> None:
+  """Makes the network a dense recipe's backbone: its arguments, its mean and deviation.
 
   Args:
     config: a recipe with the size of its own task; changed in place.
     network: whose weights it begins with.
+    dense_form: arguments over the network's own, see `models.dense.dense_arguments`.
   """
-  config.model.arguments = {**network.arguments, **config.model.arguments.to_dict()}
+  config.model.arguments = {**network.arguments, **dense_form}
   if network.preprocessing is not None:
     config.data.mean, config.data.std = network.preprocessing.mean, network.preprocessing.std
 

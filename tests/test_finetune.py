@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit import build, main
+from hybrid_vit import build, main, recipes
 from hybrid_vit.build import DataFacts
 from hybrid_vit.checkpoints import export, load_weights
 from hybrid_vit.config import Config, ConfigError, load_config
@@ -105,16 +105,20 @@ def test_the_network_of_the_weights_is_taken_as_it_is(weights_of_own):
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth", "detection", "panoptic"])
-def test_it_becomes_a_backbone(task, weights_of_own):
+def test_it_becomes_a_backbone(task, tmp_path):
+  """Of three stages, where its entry has four."""
+  fields = dataclasses.asdict(model_entry("tiny_moat_0").preprocessing) | {"mean": [0.5, 0.5, 0.25]}
+  about = {"name": "tiny_moat_0", "arguments": recipes.TINY_MOAT, "preprocessing": fields}
+  export(tmp_path, {"params": {"any": np.zeros(1, np.float32)}, "batch_stats": {}}, about)
   file = FILE.with_name(f"finetune_{task}.py")
-  config = load_config(file, f"arch=same,init={weights_of_own}")
-  named = load_config(file, f"arch=swin_tiny,init={weights_of_own}")
-  assert config.model.name == "swin_tiny" and tuple(config.data.mean) == (0.5, 0.5, 0.25)
-  found = as_lists(config.model.arguments.to_dict())
-  # The dense form's own arguments stay.
-  expected = {**as_lists(OWN), **as_lists(named.model.arguments.to_dict())}
-  assert found == expected and found["width"] == 24
-  assert named.data.mean is None
+  config = load_config(file, f"arch=same,res=1024,init={tmp_path}")
+  assert config.model.name == "tiny_moat_0" and tuple(config.data.mean) == (0.5, 0.5, 0.25)
+  model = create_model(config.model.name, num_classes=0, **config.model.arguments)
+  assert model.widths == recipes.TINY_MOAT["widths"] and len(model.features) == 3
+  # The dense form's own arguments are over the weights'.
+  assert model.pool_size == 3 and model.window_sizes == (None, None, 14)
+  named = load_config(file, f"arch=tiny_moat_0,res=1024,init={tmp_path}")
+  assert named.data.mean is None and named.model.arguments.window_sizes == (None, None, 14, 14)
 
 
 def test_same_as_nothing_is_told(tmp_path):

@@ -31,7 +31,7 @@ Differences from the authors' code: CvT keeps its class token in the last stage,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid_vit.models.registry import create_model, model_entry
@@ -44,13 +44,16 @@ _L2VIT_WINDOW = 7
 _VITDET_WINDOW, _VITDET_GLOBAL = 14, 4
 
 
-def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
+def dense_arguments(
+  name: str, image_size: int, own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
   """Arguments of `create_model(name, num_classes=0, ...)` for the published dense form.
 
   Args:
     name: in the registry.
     image_size: side of the square pictures in pixels that the network is trained on; it takes
       others too.
+    own: further arguments of the network, under those that are returned.
 
   Raises:
     ValueError: an unknown name; the message gives the closest. A size below 1, or a ViT whose
@@ -59,7 +62,7 @@ def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
   if image_size < 1:
     raise ValueError(f"dense_arguments: image_size is {image_size}; a number of pixels is expected")
   # Typed loosely: which attributes it has depends on the family.
-  model: Any = create_model(name)
+  model: Any = create_model(name, **(own or {}))
   family = type(model).__name__
   if family in ("ConvNeXt", "CSWin"):
     return {"output_norms": _all_stages(model)}
@@ -90,7 +93,9 @@ def dense_arguments(name: str, image_size: int) -> dict[str, Any]:
   return {"head_expansion": None} if family == "MCi" else {}
 
 
-def vitdet_arguments(name: str, image_size: int) -> dict[str, Any]:
+def vitdet_arguments(
+  name: str, image_size: int, own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
   """Arguments of a plain transformer as the backbone of detection that ViTDet publishes.
 
   Windows of 14x14, four blocks at even distances that attend globally, relative positions, the last
@@ -102,6 +107,7 @@ def vitdet_arguments(name: str, image_size: int) -> dict[str, Any]:
     name: in the registry.
     image_size: side of the square pictures in pixels that the network is trained on, published:
       1024; it takes others too.
+    own: further arguments of the network, under those that are returned.
 
   Raises:
     ValueError: an unknown name, a network that is no ViT, a size below 1, or fewer blocks than
@@ -109,7 +115,7 @@ def vitdet_arguments(name: str, image_size: int) -> dict[str, Any]:
   """
   if image_size < 1:
     raise ValueError(f"vitdet_arguments: image_size is {image_size}; pixels are expected")
-  model: Any = create_model(name)
+  model: Any = create_model(name, **(own or {}))
   if type(model).__name__ != "VisionTransformer":
     raise ValueError(f"vitdet_arguments: {name} is a {type(model).__name__}; a ViT is expected")
   if model.depth < _VITDET_GLOBAL:
