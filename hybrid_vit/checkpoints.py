@@ -127,6 +127,7 @@ class Checkpointer:
     self._saved_once = self._failed = False
     self._best: ocp.CheckpointManager | None = None
     self._best_value: tuple[float, bool] | None = None
+    self._measured: int | None = None  # the step that the value was read of
     # The directories are listed here; from then on what is in them is known.
     self._steps = set(_listed(self._workdir / "checkpoints"))
     self._best_steps: set[int] = set()
@@ -212,7 +213,8 @@ class Checkpointer:
     """The newest whole state, on the shardings of `target`; None in a new work directory.
 
     Walks from the newest to the oldest; one that is damaged is passed over with a warning and left
-    where it is, with ".broken" added to its name.
+    where it is, with ".broken" added to its name. Older ones than are to be kept, which a run that
+    was killed as it saved had not come to delete, go.
 
     Args:
       target: see `abstract_like`; or `(step) → target`, where it differs from step to step.
@@ -228,6 +230,7 @@ class Checkpointer:
     directory = self._workdir / "checkpoints"
     found, failures = _newest_whole(directory, target, self._set_aside)
     if found is not None:
+      self._drop_surplus()
       return found
     left = patiently(lambda: self._left_by_others(failures), str(self._workdir), together=True)
     if left and not begin_anew:
@@ -324,6 +327,21 @@ class Checkpointer:
     self._latest.reload()
     self._steps.discard(int(checkpoint.name))
 
+  def _drop_surplus(self) -> None:
+    """Deletes what a manager deletes once a newer one is whole, where a kill came between."""
+    surplus = [(self._latest, self._steps, step) for step in sorted(self._steps)[: -self._keep]]
+    # Of the best states the newest is the best, where it says how good it is.
+    if self._best is not None and self._measured == max(self._best_steps, default=None):
+      surplus += [(self._best, self._best_steps, step) for step in sorted(self._best_steps)[:-1]]
+    for manager, steps, step in surplus:
+      try:
+        manager.delete(step)
+      except Exception as error:
+        raise CheckpointError(
+          f"step {step} cannot be deleted from {manager.directory}: {reason(error)}"
+        ) from error
+      steps.discard(step)
+
   def _left_by_others(self, failures: list[str]) -> str:
     """What an earlier run has left here, in words; "" where there is nothing."""
     left = []
@@ -344,7 +362,9 @@ class Checkpointer:
       path = self._workdir / "best" / str(step)
       try:
         metadata = patiently(lambda path=path: _metadata_of(path), str(path))  # type: ignore[misc]
-        return float(metadata["value"]), bool(metadata.get("higher_is_better", True))
+        value = float(metadata["value"]), bool(metadata.get("higher_is_better", True))
+        self._measured = step
+        return value
       except (DamagedError, KeyError) as error:
         logging.warning("%s does not say how good it is: %s", path, error)
     return None

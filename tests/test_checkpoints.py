@@ -304,6 +304,29 @@ def test_the_newest_are_kept_and_the_best_beside_them(tmp_path):
   assert sizes[0] == pytest.approx(sizes[1], rel=0.25)
 
 
+def test_what_a_killed_run_had_not_come_to_delete_goes(tmp_path):
+  """After the newest is whole: the older ones beyond those that are kept."""
+  checkpointer = Checkpointer(tmp_path, keep=9)
+  for step in range(1, 6):
+    checkpointer.save(at(step), step)
+  checkpointer.save_best(weights(2), 2, 0.2, True)
+  checkpointer.close()
+  # Between the renaming of the newer best state and the deletion of the older one.
+  shutil.copytree(tmp_path / "best", tmp_path / "before")
+  checkpointer = Checkpointer(tmp_path, keep=9)
+  checkpointer.save_best(weights(4), 4, 0.4, True)
+  checkpointer.close()
+  (tmp_path / "before" / "2").rename(tmp_path / "best" / "2")
+  damage(tmp_path / "checkpoints" / "5", "flip")
+  checkpointer = Checkpointer(tmp_path, keep=2)
+  assert checkpointer.steps() == [5, 4, 3, 2, 1]
+  assert checkpointer.restore(target()).step == 4
+  assert checkpointer.steps() == [4, 3]
+  checkpointer.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4", "5.broken"]
+  assert [p.name for p in (tmp_path / "best").iterdir()] == ["4"]
+
+
 def test_the_best_of_a_loss_is_the_lowest(tmp_path):
   checkpointer = Checkpointer(tmp_path)
   kept = [checkpointer.save_best(weights(1), step, value, False) for step, value in
