@@ -39,6 +39,8 @@ RETRY_SECONDS: tuple[float, ...] = (1.0, 4.0, 16.0)
 
 # What the threads of further arrays say when one could not be read or written.
 _FOLLOWING = ("Event loop is closed", "Encountered error while reading array")
+# TensorStore's own words for what it cannot do with an array.
+_OF_AN_ARRAY = re.compile(r"Error (?:reading|writing|opening) ")
 _CHECKSUM = "checksum"
 # TensorStore's words for data that is not what it should be. Its other words (UNAVAILABLE,
 # PERMISSION_DENIED, RESOURCE_EXHAUSTED …) and any error of the system say nothing of the data.
@@ -192,7 +194,8 @@ def say_the_first_error_alone() -> None:
   """Keeps threads of TensorStore from printing that nobody waits for their arrays any more.
 
   The first array that cannot be read or written ends the loop that waits for all of them; the
-  others' threads find it closed, at some later time, and no caller can catch what they print.
+  others' threads find it closed, at some later time, and no caller can catch what they print. Of
+  those that failed before, asyncio logs that nobody asked.
   """
   before = sys.unraisablehook
 
@@ -201,6 +204,15 @@ def say_the_first_error_alone() -> None:
       before(unraisable)
 
   sys.unraisablehook = hook
+  logging.getLogger("asyncio").addFilter(lambda record: not _follows(record))
+
+
+def _follows(record: logging.LogRecord) -> bool:
+  """Whether asyncio logs a further array that could not be read or written."""
+  error = record.exc_info[1] if record.exc_info else None
+  return "exception was never retrieved" in record.getMessage() and bool(
+    _OF_AN_ARRAY.search(str(error))
+  )
 
 
 def _judged(error: Exception, directory: epath.Path, names: Sequence[str] | None) -> Exception:

@@ -1,3 +1,4 @@
+import asyncio
 import gc
 import logging
 import shutil
@@ -188,6 +189,16 @@ def test_damaged_words_on_a_disk_that_fails_are_no_verdict(copied, monkeypatch):
   with pytest.raises(CheckpointError, match="stale handle"):
     restore(copied)
   assert not list(copied.rglob("*.broken*"))
+
+
+def test_of_arrays_that_cannot_be_written_the_first_one_alone_is_told(caplog):
+  stored_trees.say_the_first_error_alone()
+  loop = asyncio.new_event_loop()
+  for text in ('RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database', "of others"):
+    loop.create_future().set_exception(ValueError(text))
+    gc.collect()  # a future that nobody asked says so as it goes
+  loop.close()
+  assert [str(record.exc_info[1]) for record in caplog.records] == ["of others"]
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/2", "checkpoints/2/metadata"])
