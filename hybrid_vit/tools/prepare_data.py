@@ -340,23 +340,18 @@ def _stored_objects(example: Mapping[str, Any], index: int, file_name: str) -> d
 
 def _check_new(to: Path) -> None:
   if to.exists():
+    # Killed after its last renaming, a run has left a directory, too.
+    _remove_what_killed_runs_left(to)
     raise FileExistsError(f"{to} is there already; a new directory was expected")
 
 
 @contextlib.contextmanager
 def _partial(to: Path) -> Iterator[Path]:
-  """A directory beside `to` that is gone in the end, whatever happens.
-
-  What killed runs left of the same kind goes first: the system has taken their locks.
-  """
+  """A directory beside `to` that is gone in the end, whatever happens."""
   to.parent.mkdir(parents=True, exist_ok=True)
-  prefix = f".{to.name}.partial."
+  _remove_what_killed_runs_left(to)
   with _held(to.parent, wait=True):
-    for left in to.parent.glob(f"{glob.escape(prefix)}*"):
-      with _held(left) as free:
-        if free:
-          shutil.rmtree(left, ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir=to.parent))
+    path = Path(tempfile.mkdtemp(prefix=_prefix(to), dir=to.parent))
     path.chmod(0o755)
     holding = contextlib.ExitStack()
     holding.enter_context(_held(path))
@@ -365,6 +360,19 @@ def _partial(to: Path) -> Iterator[Path]:
       yield path
     finally:
       shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_what_killed_runs_left(to: Path) -> None:
+  """Directories of `_partial` that nobody holds: the system has taken the locks of the killed."""
+  with _held(to.parent, wait=True):
+    for left in to.parent.glob(f"{glob.escape(_prefix(to))}*"):
+      with _held(left) as free:
+        if free:
+          shutil.rmtree(left, ignore_errors=True)
+
+
+def _prefix(to: Path) -> str:
+  return f".{to.name}.partial."
 
 
 @contextlib.contextmanager

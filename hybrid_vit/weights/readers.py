@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -239,12 +240,17 @@ def write_safetensors(
 
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
+  # A directory: the library writes a file of a name of its own beside the one that it is asked for,
+  # and what it leaves when it is killed goes with the next call.
+  partial = path.with_name(path.name + ".writing")
+  shutil.rmtree(partial, ignore_errors=True)
   texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in about.items()}
   with contextlib.ExitStack() as stack:
-    stack.callback(partial.unlink, missing_ok=True)
-    save_file({name: np.array(v, order="C") for name, v in weights.items()}, partial, texts)
-    partial.replace(path)
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    partial.mkdir()
+    written = partial / path.name
+    save_file({name: np.array(v, order="C") for name, v in weights.items()}, written, texts)
+    written.replace(path)
 
 
 def _sha256(files: Iterable[Path]) -> dict[str, str]:

@@ -286,6 +286,11 @@ def test_what_killed_conversions_left_goes_and_what_others_write_stays(data, tmp
     prepare_data.convert_tfrecord(origin, to)
     assert (held / "mine").exists()
   assert sorted(to.parent.iterdir()) == [other, to]
+  # What a run left that was killed after all was done goes, too, where the next one is refused.
+  left.mkdir()
+  with pytest.raises(FileExistsError, match="is there already"):
+    prepare_data.convert_tfrecord(origin, to)
+  assert sorted(to.parent.iterdir()) == [other, to]
 
 
 ORPHANS = """

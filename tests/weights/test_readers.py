@@ -350,3 +350,15 @@ def test_damage_that_shows_when_the_numbers_are_read_is_told(tmp_path):
     (tmp_path / "w.pth").write_bytes(bad)
     with pytest.raises(readers.CheckpointFileError, match=r"w.pth is a "):
       readers.read_checkpoint(tmp_path / "w.pth")
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_call(tmp_path):
+  left = tmp_path / "w.safetensors.writing"
+  left.mkdir()
+  (left / "w.safetensors.Xy12.tmp").write_bytes(b"half")
+  readers.write_safetensors(tmp_path / "w.safetensors", {"x": np.arange(3)}, {"by": "us"})
+  assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+  with pytest.raises(Exception, match=r"dtype|type"):
+    readers.write_safetensors(tmp_path / "w.safetensors", {"x": np.array(["no"])}, {})
+  assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+  assert readers.read_checkpoint(tmp_path / "w.safetensors").weights["x"].tolist() == [0, 1, 2]
