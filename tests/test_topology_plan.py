@@ -118,6 +118,8 @@ def test_what_may_make_it_fit(plan):
   assert changes[0] == {"remat": True}
   assert {"accumulation_steps": 2} in changes
   assert {"mesh.data": -1, "mesh.fsdp": 4} in changes
+  parts = [c["mesh.fsdp"] for c in topology_plan.fitting_changes(plan.run, 16) if "mesh.fsdp" in c]
+  assert parts == sorted(parts) and set(parts) == {4, 16}
   assert all(changes) and len({str(change) for change in changes}) == len(changes)
   # 64 pictures: not 16 parts on 8 devices, and nothing that is there already.
   recomputing = run_plan.examine(config(remat=True, mesh__fsdp=2), 4).run
