@@ -80,7 +80,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.init_from = keys["init"]
   config.model.arguments = dict(network.arguments)
   if size is not None:
-    # Else as the network's entry in the registry says, which goes for mean and deviation too.
+    # Else as the weights of `arch=same` or the network's entry say, as mean and deviation are.
     config.data.image_size = size
     trained_size = preprocessing.image_size if preprocessing else None
     config.model.arguments.update(
