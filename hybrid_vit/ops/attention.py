@@ -1,7 +1,8 @@
 """Softmax attention that keeps its weights in the type of the computation, and nothing of float32.
 
 What JAX derives of a float32 softmax keeps its result for the backward pass beside the rounded one,
-which the product with the values keeps too: the largest array of a transformer, three times.
+which the product with the values keeps too: the largest array of a transformer, three times. On
+TPUs the weights are not even divided by their sums: what they weigh is.
 Differentiated in reverse only.
 """
 
@@ -25,6 +26,8 @@ def dot_product_attention(
   Logits, `bias` (broadcast to `[..., H, Q, K]`) and softmax are float32; the result has the dtype
   of `value`. The query is multiplied by `scale` first.
   """
+  if target_platform() == "tpu":
+    return _attend_on_tpu(query * scale, key, value, bias)
   return on_cpu(_attend_on_cpu, _attend)(query * scale, key, value, bias)
 
 
@@ -80,6 +83,63 @@ def _attend_backward(back: Any, g: jax.Array) -> Any:
 
 
 _attend_on_cpu.defvjp(_attend_forward, _attend_backward)
+
+
+def _attend_on_tpu(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any) -> jax.Array:
+  """Its largest arrays are `[..., H, K, Q]`: sums over the keys go over rows, not within them.
+
+  With the queries first the compiler may put the pictures within the rows, and then turns
+  everything.
+  """
+  if bias is not None:
+    bias = jnp.swapaxes(jnp.atleast_2d(bias), -1, -2).astype(jnp.float32)
+  return _divided_after(query, key, value, bias)
+
+
+@jax.custom_vjp
+def _divided_after(query: jax.Array, key: jax.Array, value: jax.Array, bias: Any) -> jax.Array:
+  """Attention whose sum of exponentials divides the weighed values; `bias` is `[..., K, Q]`."""
+  return _divided_after_forward(query, key, value, bias)[0]
+
+
+def _divided_after_forward(
+  query: jax.Array, key: jax.Array, value: jax.Array, bias: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+  logits = _product("...qhd,...khd->...hkq", query, key)
+  if bias is not None:
+    logits = logits + bias
+  powers = jnp.exp(logits - jnp.max(logits, -2, keepdims=True)).astype(value.dtype)
+  sums = jnp.sum(powers, -2, keepdims=True, dtype=jnp.float32)
+  out = (_product("...hkq,...khe->...heq", powers, value) / sums).astype(value.dtype)
+  return jnp.moveaxis(out, -1, -3), (query, key, value, bias, powers, sums, out)
+
+
+def _divided_after_backward(kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+  query, key, value, bias, powers, sums, out = kept
+  divided = (jnp.moveaxis(g, -3, -1).astype(jnp.float32) / sums).astype(value.dtype)
+  # The sum over the keys of weights times their gradients, without either; of the rounded result,
+  # as FlashAttention (arXiv:2205.14135, appendix B.4) has it.
+  mean = jnp.sum(divided.astype(jnp.float32) * out.astype(jnp.float32), -2, keepdims=True)
+  of_weights = _product("...heq,...khe->...hkq", divided, value)
+  of_logits = powers.astype(jnp.float32) * (of_weights - mean)
+  of_bias = None
+  if bias is not None:
+    _, pull = jax.vjp(lambda x: jnp.broadcast_to(x, of_logits.shape), bias)
+    (of_bias,) = pull(of_logits)
+  of_logits = of_logits.astype(query.dtype)
+  return (
+    _product("...hkq,...khd->...qhd", of_logits, key).astype(query.dtype),
+    _product("...hkq,...qhd->...khd", of_logits, query).astype(key.dtype),
+    _product("...hkq,...heq->...khe", powers, divided).astype(value.dtype),
+    of_bias,
+  )
+
+
+_divided_after.defvjp(_divided_after_forward, _divided_after_backward)
+
+
+def _product(axes: str, one: jax.Array, other: jax.Array) -> jax.Array:
+  return jnp.einsum(axes, one, other, preferred_element_type=jnp.float32)
 
 
 def add_bias(logits: jax.Array, bias: Any) -> jax.Array:
