@@ -24,7 +24,10 @@ def layer_norm(
     x: `[..., C]`, any floating dtype.
     scale: float32 `[C]`.
     bias: float32 `[C]`.
-    epsilon: added to the variance, which is the mean of squared distances (two passes), float32.
+    epsilon: added to the variance, float32: the mean of squared distances, in two passes, and of a
+      16-bit `x` the mean of squares less the squared mean, in one that a TPU makes with what gives
+      `x`. Its rounding is less than the input's own: of a row whose mean is r times its deviation
+      it is about 1e-7 r^2 of the variance, where bfloat16's leaves 1e-5 r^2 unsure.
     dtype: of the result.
   """
   return _forward(x, scale, bias, epsilon, dtype)[0]
@@ -36,7 +39,12 @@ def _forward(
   y = x.astype(jnp.float32)
   mean = jnp.mean(y, axis=-1, keepdims=True)
   centred = y - mean
-  rstd = lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+  if x.dtype.itemsize == 2:
+    squares = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+    var = jnp.maximum(squares - jnp.square(mean), 0.0)
+  else:
+    var = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  rstd = lax.rsqrt(var + epsilon)
   out = centred * (rstd * scale) + bias
   return out.astype(dtype), (x, mean, rstd, scale)
 
