@@ -245,8 +245,13 @@ class Block(nn.Module):
 
     inner = self.expansion * self.width
     x = _batch_norm(self, "pre_norm")(x, train)
-    x = self._pointwise(inner, False, "expand_conv")(x)
-    x = layers.gelu(_batch_norm(self, "expand_norm")(x, train))
+    x = layers.pointwise_conv_norm(
+      x,
+      train,
+      self._pointwise(inner, False, "expand_conv"),
+      _batch_norm(self, "expand_norm"),
+      layers.gelu,
+    )
     x = layers.DepthwiseConv(
       (3, 3),
       stride=self.stride,

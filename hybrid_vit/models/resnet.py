@@ -141,14 +141,19 @@ class Bottleneck(nn.Module):
     shortcut, inner = x, self.width // _EXPANSION
     if x.shape[-1] != self.width or self.stride > 1:
       cells = x[:, :: self.stride, :: self.stride]
-      shortcut = _pointwise(self.width, self.dtype, "shortcut_conv")(cells)
-      shortcut = _batch_norm(self, "shortcut_norm")(shortcut, train)
+      shortcut = layers.pointwise_conv_norm(
+        cells,
+        train,
+        _pointwise(self.width, self.dtype, "shortcut_conv"),
+        _batch_norm(self, "shortcut_norm"),
+      )
     y = _pointwise(inner, self.dtype, "conv1")(x)
     y = nn.relu(_batch_norm(self, "norm1")(y, train))
     y = _conv(inner, 3, self.stride, self.dtype, "conv2")(y)
     y = nn.relu(_batch_norm(self, "norm2")(y, train))
-    y = _pointwise(self.width, self.dtype, "conv3")(y)
-    y = _batch_norm(self, "norm3")(y, train)
+    y = layers.pointwise_conv_norm(
+      y, train, _pointwise(self.width, self.dtype, "conv3"), _batch_norm(self, "norm3")
+    )
     return nn.relu(shortcut + layers.DropPath(self.drop_path_rate, name="drop_path")(y, train))
 
 

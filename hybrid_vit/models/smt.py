@@ -6,6 +6,7 @@ code's version is the same network in evaluation; its element-wise dropout in th
 is not repeated.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -306,8 +307,8 @@ class ScaleAwareModulation(nn.Module):
     expand = GroupedPointwiseConv(
       width // heads, heads * self.expand_ratio, self.dtype, name="expand"
     )
-    y = expand(mixed)
-    y = layers.gelu(_batch_norm(self, "batch_norm")(y, train))
+    norm = _batch_norm(self, "batch_norm")
+    y = layers.pointwise_conv_norm(mixed, train, expand, norm, layers.gelu)
     modulator = layers.PointwiseConv(
       width, kernel_init=_conv_init(width), dtype=self.dtype, name="shrink"
     )(y)
@@ -331,7 +332,8 @@ class GroupedPointwiseConv(nn.Module):
   """A 1x1 convolution of each group of channels by itself: `[..., n G]` to `[..., G m]`.
 
   Group g has channel g of each of the n heads. Its parameters are a kernel `[n, G m]` and a bias
-  `[G m]`, as those of a grouped convolution.
+  `[G m]`, as those of a grouped convolution. `product(x, kernel, bias)`, with the kernel as
+  `[n, G, m]`, may stand for the plain one.
   """
 
   groups: int
@@ -339,11 +341,13 @@ class GroupedPointwiseConv(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, product: Callable[..., jax.Array] | None = None) -> jax.Array:
     inputs, outputs = x.shape[-1] // self.groups, self.groups * self.features_per_group
     init = _conv_init(self.features_per_group)
     kernel = self.param("kernel", init, (inputs, outputs), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (outputs,), jnp.float32)
+    if product is not None:
+      return product(x, kernel.reshape(inputs, self.groups, self.features_per_group), bias)
     return grouped_product(x, kernel, self.groups) + bias.astype(self.dtype)
 
 

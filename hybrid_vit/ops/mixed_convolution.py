@@ -121,7 +121,12 @@ def _batched(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @jax.jit
 def grouped_product_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """`[..., n g]` by `[n, g, m]` to `[..., g m]`, the kernel spread over `[n g, g m]`."""
+  return x @ spread_groups(kernel)
+
+
+def spread_groups(kernel: jax.Array) -> jax.Array:
+  """`[n, g, m]` to `[n g, g m]`, which is zero between groups."""
   inputs, groups, outputs = kernel.shape
   own = jnp.eye(groups, dtype=kernel.dtype)[None, :, :, None]
   spread = kernel[:, :, None, :] * own  # [n, g, g, m]
-  return x @ spread.reshape(inputs * groups, groups * outputs)
+  return spread.reshape(inputs * groups, groups * outputs)

@@ -220,6 +220,9 @@ _FAST_FORMS: dict[str, Callable[[Any], int]] = {
   "grouped_product_dense": lambda eqn: (
     math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[0]
   ),
+  "normalised_product": lambda eqn: (
+    math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[0]
+  ),
   "depthwise_conv_kernel_gradient": lambda eqn: (
     math.prod(eqn.invars[1].aval.shape) * math.prod(eqn.outvars[0].aval.shape[:2])
   ),

@@ -5,6 +5,7 @@ import pytest
 from jax.scipy.special import erf
 
 from hybrid_vit.models import layers
+from hybrid_vit.ops.platforms import tracing_for
 
 
 def normalise(x, *, train=True, **settings):
@@ -97,6 +98,21 @@ def test_average_pooling_leaves_padding_out_of_the_mean(values, window, expected
   columns = layers.average_pool_same(jnp.broadcast_to(x, (4, values))[None, :, :, None], window, 2)
   np.testing.assert_allclose(rows[0, :, 0, 0], expected, rtol=1e-6)
   np.testing.assert_allclose(columns[0, 0, :, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "window", "stride"), [((6, 8), 2, 2), ((7, 5), 3, 2)])
+def test_average_pooling_is_the_same_on_a_tpu(size, window, stride):
+  x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+  g = jax.random.normal(jax.random.key(1), layers.average_pool_same(x, window, stride).shape)
+
+  def run(x, platform):
+    with tracing_for((platform,)):
+      out, pull = jax.vjp(lambda x: layers.average_pool_same(x, window, stride), x)
+    return out, *pull(g)
+
+  assert "reduce_window_sum" in str(jax.make_jaxpr(lambda x: run(x, "tpu"))(x))
+  for one, other in zip(run(x, "tpu"), run(x, "cpu"), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_gelu_is_the_exact_one():
