@@ -22,7 +22,7 @@ from hybrid_vit.ops.convolution import conv_general_dilated
 from hybrid_vit.ops.depth_multiplier import multiplied_depthwise_conv
 from hybrid_vit.ops.layer_norm import layer_norm as layer_norm_op
 from hybrid_vit.ops.platforms import target_platform
-from hybrid_vit.ops.pointwise_batch_norm import pointwise_batch_norm
+from hybrid_vit.ops.pointwise_batch_norm import pays, pointwise_batch_norm
 
 Initializer = Callable[..., jax.Array]
 
@@ -239,11 +239,10 @@ def pointwise_conv_norm(
 ) -> jax.Array:
   """`activation(norm(conv(x)))` of a 1x1 convolution that has no less channels than `x`.
 
-  In training on TPUs it is one operation, see `ops.pointwise_batch_norm`; elsewhere that was not
-  measured to be faster. `conv` is a `PointwiseConv` without a bias, or calls `product` as that does
-  and with a bias behind the kernel.
+  In training it is one operation where `pointwise_batch_norm.pays` says so. `conv` is a
+  `PointwiseConv` without a bias, or calls `product` as that does and with a bias behind the kernel.
   """
-  if train and target_platform() == "tpu":
+  if train and pays(x.shape[-1]):
 
     def normalised(y: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
       return norm(y, train, kernel=kernel, offset=bias, activation=activation)

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from hybrid_vit.ops.mixed_convolution import spread_groups
+from hybrid_vit.ops.platforms import target_platform
 
+_CPU_CHANNELS = 192
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -48,6 +50,16 @@ def pointwise_batch_norm(
     through which no gradient goes). The product is not rounded before it is normalised.
   """
   return _forward(x, kernel, scale, bias, epsilon, activation)[0]
+
+
+def pays(channels: int) -> bool:
+  """Whether it was found to be faster than the two operations, of so many channels of the input.
+
+  Always on TPUs, by their compiler; on CPUs the products of many channels cost more than the passes
+  that they save. Elsewhere it was not measured.
+  """
+  platform = target_platform()
+  return platform == "tpu" or (platform == "cpu" and channels <= _CPU_CHANNELS)
 
 
 def _forward(
@@ -101,7 +113,7 @@ def _backward(
   factor = scale * rstd
   cast = _of_all_channels(kernel.astype(x.dtype))
   if activation is not None:
-    # Without the barrier the compiler takes the forward pass's product, and keeps it in float32.
+    # Without the barrier a compiler takes the forward pass's product, and keeps it in float32.
     again = lax.optimization_barrier(cast)
     _, pull = jax.vjp(activation, _affine(x, again, factor, bias - mean * factor))
     g = pull(g.astype(jnp.float32))[0].astype(x.dtype)

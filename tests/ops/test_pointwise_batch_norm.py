@@ -11,7 +11,7 @@ from hybrid_vit.models.smt import GroupedPointwiseConv
 from hybrid_vit.ops.activations import gelu
 from hybrid_vit.ops.batch_norm import batch_norm
 from hybrid_vit.ops.platforms import tracing_for
-from hybrid_vit.ops.pointwise_batch_norm import pointwise_batch_norm
+from hybrid_vit.ops.pointwise_batch_norm import pays, pointwise_batch_norm
 from hybrid_vit.tools.summarize import count_multiply_adds
 
 EPSILON = 1e-3
@@ -118,8 +118,8 @@ class _Block(nn.Module):
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_in_a_network_on_a_tpu_as_elsewhere(groups, grouped):
-  """Traced for a TPU: the same parameters, answers, running figures, gradients and counts."""
+def test_in_a_network_it_is_what_the_two_give(groups, grouped):
+  """On a GPU it is two operations: the same parameters, answers, figures, gradients and counts."""
   block, x = _Block(groups, grouped), inputs((4, 6, 5, 8))[0]
   variables = block.init(jax.random.key(0), x, False)
   if grouped:
@@ -135,18 +135,29 @@ def test_in_a_network_on_a_tpu_as_elsewhere(groups, grouped):
     platform: jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1)(
       variables["params"], platform
     )
-    for platform in ("tpu", "cpu")
+    for platform in ("tpu", "cpu", "gpu")
   }
-  assert jax.tree.structure(found["tpu"]) == jax.tree.structure(found["cpu"])
-  for one, other in zip(jax.tree.leaves(found["tpu"]), jax.tree.leaves(found["cpu"])):
-    np.testing.assert_allclose(one, other, atol=5e-5 * max(1.0, np.abs(other).max()))
+  for platform in ("tpu", "cpu"):
+    assert jax.tree.structure(found[platform]) == jax.tree.structure(found["gpu"])
+    for one, other in zip(jax.tree.leaves(found[platform]), jax.tree.leaves(found["gpu"])):
+      np.testing.assert_allclose(one, other, atol=5e-5 * max(1.0, np.abs(other).max()))
   counts = {
     platform: count_multiply_adds(lambda params, p=platform: run(params, p)[0], variables["params"])
-    for platform in ("tpu", "cpu")
+    for platform in ("tpu", "cpu", "gpu")
   }
-  assert counts["tpu"] == counts["cpu"] == 4 * 6 * 5 * (12 * 2 if grouped else 8 * 12)
-  with tracing_for(("tpu",)):
-    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x, True))
-    text = str(jax.make_jaxpr(lambda: block.apply(variables, x, True, mutable=["batch_stats"]))())
-  assert jax.tree.structure(shapes) == jax.tree.structure(variables)
-  assert "normalised_product" in text
+  assert (
+    counts["tpu"] == counts["cpu"] == counts["gpu"] == 4 * 6 * 5 * (12 * 2 if grouped else 8 * 12)
+  )
+  for platform in ("tpu", "cpu", "gpu"):
+    with tracing_for((platform,)):
+      shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x, True))
+      text = str(jax.make_jaxpr(lambda: block.apply(variables, x, True, mutable=["batch_stats"]))())
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+    assert ("normalised_product" in text) == (platform != "gpu")
+
+
+def test_where_it_pays():
+  for platforms, few, many in ((("tpu",), 1, 1), (("cpu",), 1, 0), (("gpu",), 0, 0),
+                               (("cpu", "tpu"), 0, 0)):  # fmt: skip
+    with tracing_for(platforms):
+      assert (pays(64), pays(512)) == (few, many)
