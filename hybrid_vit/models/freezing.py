@@ -28,8 +28,8 @@ def running_statistics(is_frozen: Callable[[str], bool]) -> Iterator[None]:
       and context.method_name == "__call__"
       and is_frozen("/".join(module.path))
     ):
-      image = arguments[0] if arguments else keywords["x"]
-      return call(image, train=False)
+      # What else is given, a kernel or an activation, belongs to evaluation as well.
+      return call(*arguments[:1], **{**keywords, "train": False})
     return call(*arguments, **keywords)
 
   with nn.intercept_methods(intercept):

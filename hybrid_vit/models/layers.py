@@ -22,7 +22,11 @@ from hybrid_vit.ops.convolution import conv_general_dilated
 from hybrid_vit.ops.depth_multiplier import multiplied_depthwise_conv
 from hybrid_vit.ops.layer_norm import layer_norm as layer_norm_op
 from hybrid_vit.ops.platforms import target_platform
-from hybrid_vit.ops.pointwise_batch_norm import pays, pointwise_batch_norm
+from hybrid_vit.ops.pointwise_batch_norm import (
+  pays,
+  pointwise_batch_norm,
+  pointwise_product,
+)
 
 Initializer = Callable[..., jax.Array]
 
@@ -66,7 +70,7 @@ class BatchNorm(nn.Module):
     Args:
       x: of any floating dtype.
       train: by the batch's own statistics, which the running figures then take in.
-      kernel: in training only, see `ops.pointwise_batch_norm`.
+      kernel: see `ops.pointwise_batch_norm`.
       offset: `[O]`, with a `kernel`: the bias of the product, which only the running mean shows.
       activation: of the result, in float32; with a `kernel` only.
 
@@ -79,9 +83,14 @@ class BatchNorm(nn.Module):
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
     if not train:
+      # Also of a kernel: norms that are frozen are called so in the midst of a training.
+      if kernel is not None:
+        x = pointwise_product(x, kernel)
+        x = x if offset is None else x + offset.astype(x.dtype)
       factor = scale * lax.rsqrt(running_var.value + self.epsilon)
       shift = bias - running_mean.value * factor
-      return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
+      normal = x.astype(jnp.float32) * factor + shift
+      return (normal if activation is None else activation(normal)).astype(self.dtype)
 
     groups = self.num_groups
     if x.shape[0] % groups:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_vit.models import layers
+from hybrid_vit.models.freezing import running_statistics
 from hybrid_vit.models.smt import GroupedPointwiseConv
 from hybrid_vit.ops.activations import gelu
 from hybrid_vit.ops.batch_norm import batch_norm
@@ -154,6 +155,23 @@ def test_in_a_network_it_is_what_the_two_give(groups, grouped):
       text = str(jax.make_jaxpr(lambda: block.apply(variables, x, True, mutable=["batch_stats"]))())
     assert jax.tree.structure(shapes) == jax.tree.structure(variables)
     assert ("normalised_product" in text) == (platform != "gpu")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_frozen_norm_is_called_as_in_an_evaluation(grouped):
+  """As a probe does it: the norm's own `train` is made False in the midst of a training."""
+  block, x = _Block(1, grouped), inputs((4, 6, 5, 8))[0]
+  variables = block.init(jax.random.key(0), x, False)
+  if grouped:
+    variables["params"]["conv"]["bias"] = jnp.linspace(-1.0, 1.0, 12)
+  statistics = jax.tree.map(lambda leaf: leaf + 0.25, variables["batch_stats"])
+  variables = {**variables, "batch_stats": statistics}
+
+  for platform in ("cpu", "tpu"):
+    with tracing_for((platform,)), running_statistics(lambda path: path == "norm"):
+      found, changed = block.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(found, block.apply(variables, x, False), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, changed["batch_stats"], statistics)
 
 
 def test_where_it_pays():
