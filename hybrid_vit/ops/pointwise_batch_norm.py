@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybrid_vit.ops.mixed_convolution import spread_groups
+from hybrid_vit.ops.mixed_convolution import grouped_product, spread_groups
 from hybrid_vit.ops.platforms import target_platform
 
 _CPU_CHANNELS = 192
@@ -49,7 +49,8 @@ def pointwise_batch_norm(
     (`[..., O]` in the dtype of `x`; mean and biased variance of `x @ kernel`, float32 `[O]`,
     through which no gradient goes). The product is not rounded before it is normalised.
   """
-  return _forward(x, kernel, scale, bias, epsilon, activation)[0]
+  out, mean, var, *_ = normalised_product(x, kernel, scale, bias, epsilon, activation)
+  return out, mean, var
 
 
 def pays(channels: int) -> bool:
@@ -63,21 +64,24 @@ def pays(channels: int) -> bool:
 
 
 def pointwise_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The convolution alone, `[..., O]` in the dtype of `x`; arguments as above."""
+  """The convolution alone, `[..., O]` in the dtype of `x`; arguments as above.
+
+  On a CPU the cells are one axis of the product: with several, XLA copies the transposed operands
+  in the backward pass, which takes three times as long there. Elsewhere they stay what they are:
+  one axis would ask for the order in memory of its rows, and maps go to and fro between that and
+  the one that convolutions ask for.
+  """
+  if kernel.ndim == 3:
+    return grouped_product(x, kernel.reshape(kernel.shape[0], -1), kernel.shape[1])
   rows = x.reshape(-1, x.shape[-1]) if target_platform() == "cpu" else x
-  return (rows @ _of_all_channels(kernel.astype(x.dtype))).reshape(*x.shape[:-1], -1)
+  return (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _forward(
-  x: jax.Array,
-  kernel: jax.Array,
-  scale: jax.Array,
-  bias: jax.Array,
-  epsilon: float,
-  activation: Activation | None,
+  *arguments: Any,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
-  out, *figures = normalised_product(x, kernel, scale, bias, epsilon, activation)
-  return (out, *figures[:2]), (x, kernel, scale, bias, *figures)
+  out, mean, var, *others = normalised_product(*arguments)
+  return (out, mean, var), (*arguments[:4], mean, var, *others)
 
 
 # Jitted under a name of its own, by which `tools.summarize` counts the convolution alone.

@@ -207,6 +207,10 @@ def _depthwise_conv(eqn: Any) -> int:
   return math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[1].aval.shape[:2])
 
 
+def _pointwise_conv(eqn: Any) -> int:
+  return math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[0]
+
+
 # Resizing and averaging, by products or not: counted by nobody.
 _NOT_COUNTED = ("resized_bilinear", "averaged_bins")
 
@@ -217,12 +221,8 @@ _FAST_FORMS: dict[str, Callable[[Any], int]] = {
     * sum(math.prod(kernel.aval.shape[:2]) for kernel in eqn.invars[1:])
     // len(eqn.invars[1:])
   ),
-  "grouped_product_dense": lambda eqn: (
-    math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[0]
-  ),
-  "normalised_product": lambda eqn: (
-    math.prod(eqn.outvars[0].aval.shape) * eqn.invars[1].aval.shape[0]
-  ),
+  "grouped_product_dense": _pointwise_conv,
+  "normalised_product": _pointwise_conv,
   "depthwise_conv_kernel_gradient": lambda eqn: (
     math.prod(eqn.invars[1].aval.shape) * math.prod(eqn.outvars[0].aval.shape[:2])
   ),
