@@ -8,7 +8,6 @@ forgotten field is an error that names its neighbour instead of a silent default
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import difflib
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ml_collections
+
+from hybrid_vit.literals import literal
 
 _REQUIRED: Any = object()
 
@@ -300,7 +301,7 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
       raise ConfigError(f"`{path}` is {group!r}, which has no field {last!r}")
   old = group.get(last) if last in group else None
   is_text = last in group and group.get_type(last) is str
-  value = text if is_text and text.lower() != "none" else _literal(text)
+  value = text if is_text and text.lower() != "none" else literal(text)
   if isinstance(old, ml_collections.ConfigDict) and not isinstance(value, Mapping):
     raise ConfigError(f"`config.{name}` is a group of fields; give one of them, or a dict")
   if old is not None and value is not None:
@@ -325,14 +326,6 @@ def set_fields(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> 
 def as_flags(values: Mapping[str, Any]) -> str:
   """The same as a command line has them, for people."""
   return " ".join(f"--config.{name}={value}" for name, value in values.items())
-
-
-def _literal(text: str) -> Any:
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    # As absl's own flags take them.
-    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
 def _leaves(values: Mapping[str, Any], path: str) -> Iterable[str]:
@@ -405,7 +398,7 @@ def parse_argument(
       near = closest(key, fields)
       hint = f"did you mean {near!r}?" if near else f"one of: {', '.join(fields) or 'none'}"
       raise ConfigError(f"unknown key {key!r} after the colon of --config; {hint}")
-    values[key] = _literal(text)
+    values[key] = literal(text)
     given.append(key)
   taken = list(runlocal_keys)
   unread = [key for key in given if key not in taken]

@@ -5,7 +5,7 @@ r"""Speed of whole networks, inference and training steps, beside PyTorch or by 
     python -m hybrid_vit.tools.benchmark networks convnext_tiny swin_tiny --against=timm
     python -m hybrid_vit.tools.benchmark networks convnext_tiny --modes training --batch 64 \
       --dtypes bfloat16 --topology=v5e:2x2 --out=docs/results/speed/v5e
-    python -m hybrid_vit.tools.benchmark networks convnext_tiny --arguments "depths=(1, 1, 2, 1)"
+    python -m hybrid_vit.tools.benchmark networks convnext_tiny --argument "depths=(1, 1, 2, 1)"
 
 A training step is the one that `hybrid_vit.main` compiles: cross entropy, AdamW, the network's own
 drop path; on Linux with huge pages, as there. What is compared is called in turn, round by round:
@@ -21,7 +21,6 @@ network, mode, size, batch and type.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -41,6 +40,7 @@ import numpy as np
 from hybrid_vit import programs, recipes, sharding, topology_plan, tpu_topology
 from hybrid_vit.build import DataFacts, Run, build
 from hybrid_vit.config import Config
+from hybrid_vit.literals import named_literal
 from hybrid_vit.models.registry import closest_hint, list_models
 from hybrid_vit.plots import plot_bars
 from hybrid_vit.standard_streams import run_tool
@@ -66,7 +66,7 @@ class Setting:
     size: side of the pictures.
     batch: pictures at once.
     dtype: of the computation; parameters are float32.
-    arguments: of the network, other than the registry's, as Python writes them in a call.
+    arguments: of the network, other than the registry's, by their names.
   """
 
   network: str
@@ -74,13 +74,13 @@ class Setting:
   size: int
   batch: int
   dtype: str
-  arguments: str = ""
+  arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def key(self) -> dict[str, Any]:
     """The columns that say what a row is of, but for the form."""
     columns = dataclasses.asdict(self)
-    if arguments := columns.pop("arguments"):
-      columns["network"] = f"{self.network}, {arguments}"
+    arguments = [f"{name}={value!r}" for name, value in columns.pop("arguments").items()]
+    columns["network"] = ", ".join([self.network, *arguments])
     return columns
 
   def row(self, form: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def run_of(setting: Setting, scan_blocks: bool = False) -> Run:
   """A training of the network: cross entropy, AdamW, 1,000 classes."""
   config = recipes.imagenet(setting.network, batch_size=setting.batch, num_classes=_CLASSES)
   if setting.arguments:
-    config.model.arguments = keyword_arguments(setting.arguments)
+    config.model.arguments = dict(setting.arguments)
   config.precision = setting.dtype
   config.scan_blocks = scan_blocks
   config.data.image_size = setting.size
@@ -102,23 +102,6 @@ def run_of(setting: Setting, scan_blocks: bool = False) -> Run:
     "schedule": {"name": "constant"},
   }  # fmt: skip
   return build(Config(config), DataFacts({}, 1_281_167, _CLASSES))
-
-
-def keyword_arguments(text: str) -> dict[str, Any]:
-  """What "depths=(1, 1, 2, 1), drop_path_rate=0.1" says.
-
-  Raises:
-    ValueError: for anything but names and literals.
-  """
-  try:
-    call = ast.parse(f"f({text})", mode="eval").body
-    if not isinstance(call, ast.Call) or call.args or not all(k.arg for k in call.keywords):
-      raise ValueError
-    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-  except (SyntaxError, ValueError):
-    raise ValueError(
-      f"arguments of a network are written as in depths=(1, 1, 2, 1), not as {text!r}"
-    ) from None
 
 
 def random_batch(run: Run) -> dict[str, np.ndarray]:
@@ -272,7 +255,7 @@ def settings_of(options: argparse.Namespace) -> Iterator[Setting]:
   """Networks, modes, sizes, batches and types, all of each with all of the others."""
   parts = (options.networks, options.modes, options.size, options.batch, options.dtypes)
   for network, mode, size, batch, dtype in itertools.product(*parts):
-    yield Setting(network, mode, size, batch, dtype, options.arguments)
+    yield Setting(network, mode, size, batch, dtype, dict(options.argument))
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -312,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--against", choices=torch_networks.PEERS, help="needs .[torch] and it")
   parser.add_argument("--scan", action="store_true", help="equal blocks scanned, too")
-  parser.add_argument("--arguments", default="", help='of the networks, e.g. "depths=(1, 1, 2, 1)"')
+  parser.add_argument(
+    "--argument", type=named_literal, action="append", default=[], metavar="NAME=VALUE",
+    help="attribute of the networks that is not the registry's; may be repeated",
+  )  # fmt: skip
   parser.add_argument("--topology", help="of TPUs to compile for, e.g. v5e:2x2")
   parser.add_argument("--out", type=Path, help="of the files, without an ending")
   given = list(sys.argv[1:] if arguments is None else arguments)
@@ -323,8 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       parser.error(f"no network is named {name!r}{closest_hint(name, known)}")
   if options.topology and options.against:
     parser.error("--topology runs nothing that --against could be beside")
-  if options.arguments and options.against:
-    parser.error("--arguments makes a network that nobody else has: --against does not go with it")
+  if options.argument and options.against:
+    parser.error("--argument makes a network that nobody else has: --against does not go with it")
   rows = [] if options.out is None else earlier_rows(options.out)
   head = head_of("benchmark networks", given, options.topology, options.rounds)
   # Rows of other days and machines stand beside these.

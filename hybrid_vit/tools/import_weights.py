@@ -14,7 +14,6 @@ error. What was loaded, what begins anew and why, and what was not used is print
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hybrid_vit import checkpoints, dense_imports, hub
+from hybrid_vit.literals import named_literal
 from hybrid_vit.models.registry import as_preprocessing
 from hybrid_vit.paths import as_path
 from hybrid_vit.standard_streams import run_tool
@@ -148,17 +148,6 @@ def _any_in(directory: epath.Path) -> bool:
   return not directory.is_dir() or any(directory.iterdir())
 
 
-def _argument(text: str) -> tuple[str, Any]:
-  """ "name=literal" of the command line → (name, value); what is no literal is a string."""
-  name, equals, value = text.partition("=")
-  if not equals:
-    raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE was expected")
-  try:
-    return name, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return name, value
-
-
 def _recipe(args: argparse.Namespace) -> ConfigDict:
   """The recipe that --config names, with what --argument changes.
 
@@ -221,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     "--argument",
-    type=_argument,
+    type=named_literal,
     action="append",
     default=[],
     metavar="NAME=VALUE",

@@ -3,7 +3,8 @@
     python -m tests.endurance.memory_growth --place=DIR --out=docs/results/reliability/memory
 
 A tiny network logs every step to metrics.jsonl, timings.jsonl, TensorBoard and a CSV, evaluates and
-saves every few hundred steps, until it is told to stop. Its memory is looked at every second. As in
+saves every few hundred steps (or as often as is asked for, which tells one's part from the
+other's), until it is told to stop. Its memory is looked at every second. As in
 `hybrid_vit.tools.memory_drift` the line is fitted to what comes after the first fifth.
 """
 
@@ -30,10 +31,10 @@ _LONG = """
   del config.phases
   config.total_steps = 10_000_000
   config.log_every_steps = 1
-  config.evaluate_every_steps = 500
+  config.evaluate_every_steps = {evaluate_every}
   config.data.batch_size = 8
   config.accumulation_steps = 1
-  config.checkpoint = dict(keep=2, every_steps=250, best_metric="validation/loss")
+  config.checkpoint = dict(keep=2, every_steps={save_every}, best_metric="validation/loss")
   return config
 """
 
@@ -42,12 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """The command; its figures are for people to judge."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--minutes", type=float, default=25.0)
+  parser.add_argument("--evaluate_every", type=int, default=500, help="steps")
+  parser.add_argument("--save_every", type=int, default=250, help="steps")
   parser.add_argument("--place", type=Path, required=True, help="of the run")
   parser.add_argument("--out", type=Path, required=True, help="of .csv and .md, without ending")
   options = parser.parse_args(arguments)
   options.place.mkdir(parents=True, exist_ok=True)
   config, workdir = options.place / "long.py", options.place / "long"
-  config.write_text(runs.CONFIG.replace("  return config\n", _LONG[1:]))
+  lines = _LONG[1:].format(evaluate_every=options.evaluate_every, save_every=options.save_every)
+  config.write_text(runs.CONFIG.replace("  return config\n", lines))
   shutil.rmtree(workdir, ignore_errors=True)
   metrics, log = workdir / "metrics.jsonl", options.place / "long.txt"
   with log.open("w") as file:
