@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import math
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -180,33 +181,45 @@ def plot_bars(
   """Bars side by side.
 
   Args:
-    panels: by title: groups by label, and of each its bars by name. Names have the same colour
-      everywhere.
+    panels: by title: groups by label, of which long lines are broken, and of each its bars by
+      name. Names have the same colour everywhere.
     png: file to write.
     heading: over all.
   """
   names = list(dict.fromkeys(n for p in panels.values() for bars in p.values() for n in bars))
   colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
-  counts = [sum(map(len, groups.values())) + len(groups) for groups in panels.values()]
+  labels = {
+    label: "\n".join(textwrap.fill(printable(line), 44) for line in label.splitlines())
+    for groups in panels.values()
+    for label in groups
+  }
+  # In bars: a label of many lines is higher than its own.
+  room = {
+    title: [
+      max(len(bars), 0.55 * (labels[label].count("\n") + 1)) for label, bars in groups.items()
+    ]
+    for title, groups in panels.items()
+  }
+  counts = [sum(heights) + len(heights) for heights in room.values()]
   height = 0.28 * sum(counts) + 1.0 * len(panels) + 0.6
   with plain_text():
     figure = Figure(figsize=(9, height), layout="constrained")
     figure.suptitle(heading)
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=counts)[:, 0]
     for axis, (title, groups) in zip(axes, panels.items()):
-      place, ticks = 0.0, []
-      for bars in groups.values():
-        ticks.append(place + (len(bars) - 1) / 2)
-        for name, value in bars.items():
+      begin, ticks = 0.0, []
+      for bars, high in zip(groups.values(), room[title]):
+        ticks.append(begin + (high - 1) / 2)
+        for i, (name, value) in enumerate(bars.items()):
+          place = begin + (high - len(bars)) / 2 + i
           axis.barh(place, value, height=0.9, color=colours[name])
           axis.annotate(
             f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", (value, place),
             (3, 0), textcoords="offset points", va="center", fontsize=8,
           )  # fmt: skip
-          place += 1.0
-        place += 1.0
-      axis.set_yticks(ticks, [printable(label) for label in groups], fontsize=8)
-      axis.invert_yaxis()
+        begin += high + 1.0
+      axis.set_yticks(ticks, [labels[label] for label in groups], fontsize=8)
+      axis.set_ylim(begin - 1.0, -1.0)
       axis.margins(x=0.12)
       axis.set_title(title, fontsize=10)
     handles = [Patch(color=colours[name], label=printable(name)) for name in names]

@@ -27,7 +27,6 @@ import functools
 import itertools
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -268,8 +267,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
   }
   for row in rows:
     if "images_per_second" in row:
-      name = textwrap.fill(row["network"], 60)
-      label = f"{name}, {row['batch']} x {row['size']}, {row['dtype']}"
+      label = f"{row['network']}, {row['batch']} x {row['size']}, {row['dtype']}"
       form = row["form"]
       # What stands in is said beside our name: its forms have the peer's colours.
       if other := stand_ins.get(row["network"]):
