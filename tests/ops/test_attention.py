@@ -7,7 +7,6 @@ import pytest
 
 from hybrid_vit.ops.attention import add_bias, dot_product_attention, softmax, split_heads
 from hybrid_vit.ops.platforms import tracing_for
-from tests.ops.forms import traced_for
 
 
 def plain(query, key, value, scale, bias=None):
@@ -32,7 +31,7 @@ def test_outputs_and_gradients(platform, with_bias, lead):
   def attend(query, key, value, bias=None):
     return dot_product_attention(query, key, value, scale=0.3, bias=bias)
 
-  with traced_for(platform):
+  with tracing_for((platform,)):
     traced = jax.make_jaxpr(lambda *a: jax.vjp(attend, *a)[1](jnp.ones((*lead, 7, 2, 6))))(
       *arguments
     )
@@ -141,7 +140,7 @@ def test_a_bias_of_any_shape(platform, shape):
   logits = jax.random.normal(jax.random.key(0), (7, 3, 5, 4))
   bias = jax.random.normal(jax.random.key(1), shape)
   g = jax.random.normal(jax.random.key(2), logits.shape)
-  with traced_for(platform):
+  with tracing_for((platform,)):
     out, back = jax.vjp(add_bias, logits, bias)
   np.testing.assert_allclose(out, logits + bias, rtol=1e-6)
   of_logits, of_bias = back(g)
