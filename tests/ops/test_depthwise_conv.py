@@ -63,9 +63,10 @@ def test_a_broken_kernel_breaks_its_own_channel_alone():
 
 @pytest.mark.parametrize(("platform", "form"), [("tpu", "reference"), ("cpu", "shift_add")])
 def test_the_form_is_that_of_the_devices_traced_for(platform, form):
+  arguments = inputs((9, 12), 3)
   with traced_for(platform):
     assert default_form() == form
-    traced = str(jax.make_jaxpr(depthwise_conv)(*inputs((9, 12), 3)))
+    traced = str(jax.make_jaxpr(depthwise_conv)(*arguments))
   assert ("depthwise_conv_shift_add" in traced) == (form == "shift_add")
   assert default_form() == ("shift_add" if jax.default_backend() == "cpu" else "reference")
 
