@@ -1,10 +1,11 @@
-"""Depthwise convolution: one signature, a reference form and a form made for CPUs.
+"""Depthwise convolution: one signature, a reference form, one made for CPUs and one for GPUs.
 
 XLA's grouped convolution runs tens of times slower on a CPU than the arithmetic needs. The
 shift-and-add form multiplies one shifted view of the input by one kernel value at a time, which
 compiles to plain vector loops; its gradient is written out, because the transpose that JAX derives
-(a pad for each kernel value) would lose the gain again. `hybrid_vit.tools.benchmark` prints the
-times of both forms.
+(a pad for each kernel value) would lose the gain again. On GPUs XLA's gradients of a grouped
+convolution are known to be slow; `ops.depthwise_conv_triton` has kernels for them, which no GPU has
+timed yet. `hybrid_vit.tools.benchmark` prints the times of the forms of where it runs.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax import lax
 from hybrid_vit.ops.convolution import shifted_view
 from hybrid_vit.ops.platforms import on_cpu, target_platform
 
-FORMS = ("reference", "shift_add")
+FORMS = ("reference", "shift_add", "triton")
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -37,14 +38,15 @@ def depthwise_conv(
     stride: of both directions, or (rows, columns).
     padding: "SAME" (TensorFlow's: the odd cell goes after), "VALID", or explicit
       `((top, bottom), (left, right))` zeros.
-    form: "reference" or "shift_add"; None takes the one measured fastest on the
-      devices that it is traced for, see `platforms.target_platform`.
+    form: of `FORMS`; None takes the one measured fastest on the devices that it is traced for, see
+      `platforms.target_platform`. "triton" has kernels for stride 1 and for all gradients; it runs
+      on GPUs, and on CPUs interpreted.
 
   Returns:
-    `[B, H', W', C]` in the dtype of `x`. The shift-and-add form sums in float32 whatever that is.
+    `[B, H', W', C]` in the dtype of `x`. All but the reference sum in float32 whatever that is.
 
   Raises:
-    ValueError: for shapes, paddings or forms that do not fit.
+    ValueError: for shapes, paddings or forms that do not fit; "triton" traced for a TPU.
   """
   if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]):
     raise ValueError(
@@ -71,6 +73,8 @@ def depthwise_conv(
     return _reference(x, kernel, strides, pads)
   if form == "shift_add":
     return _shift_add(x, kernel, strides, pads)
+  if form == "triton":
+    return _triton(x, kernel, strides, pads)
   raise ValueError(f"depthwise_conv: unknown form {form!r}; known: {', '.join(FORMS)}")
 
 
@@ -118,8 +122,18 @@ def _shift_add_forward(x, kernel, strides, pads):
 
 def _shift_add_backward(strides, pads, residuals, g):
   x, kernel = residuals
-  # Gradient of the input: the gradient of the output, spread by the stride, convolved with the
-  # kernel turned by 180 degrees.
+  spread_g = _spread(g, x, kernel, strides, pads)
+  turned = kernel[::-1, ::-1]
+  dx = depthwise_conv_shift_add(spread_g, turned, (1, 1), ((0, 0), (0, 0)))
+  dk = depthwise_conv_kernel_gradient(x, g, kernel.shape[:2], strides, pads)
+  return dx, dk.astype(kernel.dtype)
+
+
+def _spread(g, x, kernel, strides, pads):
+  """What the kernel, turned by 180 degrees, is convolved with for the gradient of `x`.
+
+  The gradient of the output, spread by the stride.
+  """
   back: list[tuple[int, int, int]] = [(0, 0, 0)]
   for axis in (0, 1):
     size, k, s = x.shape[1 + axis], kernel.shape[axis], strides[axis]
@@ -128,11 +142,7 @@ def _shift_add_backward(strides, pads, residuals, g):
     # lax.pad takes negative counts as cropping: padding beyond the kernel is cropped away again.
     back.append((low, size + k - 1 - spread - low, s - 1))
   back.append((0, 0, 0))
-  spread_g = lax.pad(g, jnp.zeros((), g.dtype), back)
-  turned = kernel[::-1, ::-1]
-  dx = depthwise_conv_shift_add(spread_g, turned, (1, 1), ((0, 0), (0, 0)))
-  dk = depthwise_conv_kernel_gradient(x, g, kernel.shape[:2], strides, pads)
-  return dx, dk.astype(kernel.dtype)
+  return lax.pad(g, jnp.zeros((), g.dtype), back)
 
 
 _shift_add.defvjp(_shift_add_forward, _shift_add_backward)
@@ -194,3 +204,43 @@ def depthwise_conv_kernel_gradient(x, g, kernel_size, strides, pads):
   zeros = tuple(jnp.zeros((batch, kh, columns, channels), jnp.float32) for _ in range(kw))
   sums = lax.fori_loop(0, rows, add_row, zeros)
   return jnp.stack([s.sum((0, 2)) for s in sums], axis=1).reshape(kh, kw, 1, channels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _triton(x, kernel, strides, pads):
+  if strides != (1, 1):
+    return _reference(x, kernel, strides, pads)
+  convolve, _ = _triton_kernels()
+  return convolve(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel)
+
+
+def _triton_forward(x, kernel, strides, pads):
+  return _triton(x, kernel, strides, pads), (x, kernel)
+
+
+def _triton_backward(strides, pads, residuals, g):
+  convolve, kernel_gradient = _triton_kernels()
+  x, kernel = residuals
+  dx = convolve(_spread(g, x, kernel, strides, pads), kernel[::-1, ::-1])
+  # With zeros between its cells where the stride is more than 1; cells that no window reaches, at
+  # the end, meet nothing.
+  between = [(0, 0, 0), *((0, 0, stride - 1) for stride in strides), (0, 0, 0)]
+  spread = lax.pad(g, jnp.zeros((), g.dtype), between)
+  rows, columns = (n + k - 1 for n, k in zip(spread.shape[1:3], kernel.shape[:2]))
+  padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))[:, :rows, :columns]
+  return dx, kernel_gradient(padded, spread).astype(kernel.dtype)
+
+
+_triton.defvjp(_triton_forward, _triton_backward)
+
+
+def _triton_kernels():
+  """(convolution, gradient of the kernel) for the devices that are traced for."""
+  # Pallas takes a while to import, which only this form need wait for.
+  from hybrid_vit.ops import depthwise_conv_triton as kernels
+
+  platform = target_platform()
+  if platform not in ("gpu", "cpu"):
+    raise ValueError(f"depthwise_conv: the form 'triton' is for GPUs, not for {platform!r}")
+  both = (kernels.depthwise_conv_triton, kernels.depthwise_conv_kernel_gradient_triton)
+  return tuple(functools.partial(kernel, interpret=platform == "cpu") for kernel in both)

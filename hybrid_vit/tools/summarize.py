@@ -216,6 +216,7 @@ _NOT_COUNTED = ("resized_bilinear", "averaged_bins")
 
 _FAST_FORMS: dict[str, Callable[[Any], int]] = {
   "depthwise_conv_shift_add": _depthwise_conv,
+  "depthwise_conv_triton": _depthwise_conv,
   "mixed_depthwise_conv_merged": lambda eqn: (
     math.prod(eqn.outvars[0].aval.shape)
     * sum(math.prod(kernel.aval.shape[:2]) for kernel in eqn.invars[1:])

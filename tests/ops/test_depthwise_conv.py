@@ -5,14 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_vit.ops.depthwise_conv import default_form, depthwise_conv
+from hybrid_vit.ops.depthwise_conv import FORMS, default_form, depthwise_conv
 from tests.ops.forms import outputs_and_gradients, traced_for
 
 
-def both_forms(x, kernel, **settings):
-  forms = [
-    functools.partial(depthwise_conv, form=form, **settings) for form in ("reference", "shift_add")
-  ]
+def both_forms(x, kernel, *, fast="shift_add", **settings):
+  forms = [functools.partial(depthwise_conv, form=form, **settings) for form in ("reference", fast)]
   return outputs_and_gradients(forms, x, kernel)
 
 
@@ -75,7 +73,7 @@ def test_against_a_plain_sum():
   x = np.arange(2 * 3 * 4 * 1, dtype=np.float32).reshape(2, 3, 4, 1)
   kernel = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32).reshape(2, 2, 1, 1)
   expected = x[:, :-1, :-1] + 2 * x[:, :-1, 1:] + 3 * x[:, 1:, :-1] + 4 * x[:, 1:, 1:]
-  for form in ("reference", "shift_add"):
+  for form in FORMS:
     out = depthwise_conv(jnp.asarray(x), jnp.asarray(kernel), padding="VALID", form=form)
     np.testing.assert_array_equal(out, expected)
 
@@ -99,7 +97,7 @@ def test_the_default_form_is_the_fast_one_on_a_cpu():
   [
     ({"padding": "CIRCULAR"}, "SAME, VALID or explicit pairs, not 'CIRCULAR'"),
     ({"padding": ((-1, 0), (0, 0))}, "must not be negative"),
-    ({"form": "quick"}, "unknown form 'quick'; known: reference, shift_add"),
+    ({"form": "quick"}, "unknown form 'quick'; known: reference, shift_add, triton"),
     ({"padding": "VALID", "kernel": (9, 9, 1, 5)}, "smaller than the kernel"),
     ({"kernel": (3, 3, 5, 1)}, r"kernel \[kh, kw, 1, C\]; got"),
   ],
@@ -109,3 +107,58 @@ def test_errors_say_what_is_wrong(settings, message):
   kernel = jnp.zeros(settings.pop("kernel", (3, 3, 1, 5)))
   with pytest.raises(ValueError, match=message):
     depthwise_conv(x, kernel, **settings)
+
+
+@pytest.mark.parametrize(
+  ("size", "channels", "kernel_size", "stride", "padding"),
+  [
+    ((9, 20), 5, 3, 1, "SAME"),
+    ((5, 16), 40, 7, 1, "SAME"),
+    ((9, 12), 5, 5, 2, "SAME"),
+    ((9, 8), 5, 5, 3, ((1, 2), (3, 0))),
+    ((9, 8), 5, 4, (2, 1), ((0, 0), (9, 8))),
+    ((9, 8), 5, 5, 1, "VALID"),
+  ],
+)
+def test_the_kernels_for_gpus_interpreted(size, channels, kernel_size, stride, padding):
+  """Maps that fill no tile, one exactly and several; more rows than programs, and fewer."""
+  x = jax.random.normal(jax.random.key(0), (8, *size, channels))
+  kernel = jax.random.normal(jax.random.key(1), (kernel_size, kernel_size, 1, channels))
+  answers = both_forms(x, kernel, fast="triton", stride=stride, padding=padding)
+  for reference, fast in zip(*answers):
+    assert fast.shape == reference.shape
+    np.testing.assert_allclose(fast, reference, atol=1e-5 * np.abs(reference).max())
+
+
+def test_the_kernels_for_gpus_in_bfloat16():
+  x, kernel = inputs((9, 12), 3, jnp.bfloat16)
+  kernel = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+  exact, _ = both_forms(x.astype(jnp.float32), kernel)
+  _, fast = both_forms(x, kernel, fast="triton")
+  assert [a.dtype for a in fast] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+  for answer, expected in zip(fast, exact):
+    answer = np.asarray(answer, np.float32)
+    np.testing.assert_allclose(answer, expected, atol=2**-7 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("stride", "kernels"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernels_for_gpus_are_taken_by_triton(stride, kernels, dtype):
+  """Down to Triton's own program; what compiles that needs the GPU's libraries."""
+  device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 1, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((2, 14, 14, 40), (5, 5, 1, 40))]
+
+  def train(x, kernel):
+    out, pull = jax.vjp(functools.partial(depthwise_conv, stride=stride, form="triton"), x, kernel)
+    return out, pull(out)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    lowered = jax.jit(train).trace(*shapes).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("xla.gpu.triton(") == kernels
+
+
+def test_the_kernels_for_gpus_are_for_no_tpu():
+  arguments = inputs((8, 8), 3)
+  with traced_for("tpu"), pytest.raises(ValueError, match="'triton' is for GPUs, not for 'tpu'"):
+    jax.make_jaxpr(functools.partial(depthwise_conv, form="triton"))(*arguments)
