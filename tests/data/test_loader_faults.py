@@ -155,5 +155,6 @@ def test_corrupt_pictures_keep_their_row_in_evaluation(caplog):
 def test_names_in_errors_are_whole():
   with pytest.raises(CorruptDataError) as caught:
     list(eval_batches(Numbers(4, broken=range(4)), Reading(2, same, X), max_corrupt_fraction=0.5))
-  names = r"among them: number 0, number 1, number 2\. The last one: half of it is missing$"
+  # Threads decide whether the third is met before or behind the fourth.
+  names = r"among them: number \d(, number \d){2,3}\. The last one: half of it is missing$"
   assert re.search(names, str(caught.value))
