@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_vit.ops.depthwise_conv import FORMS, default_form, depthwise_conv
+from hybrid_vit.tools.summarize import count_multiply_adds
 from tests.ops.forms import outputs_and_gradients, traced_for
 
 
@@ -156,6 +157,14 @@ def test_the_kernels_for_gpus_are_taken_by_triton(stride, kernels, dtype):
   with jax.sharding.use_abstract_mesh(mesh):
     lowered = jax.jit(train).trace(*shapes).lower(lowering_platforms=("cuda",))
   assert lowered.as_text().count("xla.gpu.triton(") == kernels
+
+
+def test_the_kernels_for_gpus_are_counted():
+  arguments = inputs((8, 8), 3)
+  counts = [
+    count_multiply_adds(functools.partial(depthwise_conv, form=form), *arguments) for form in FORMS
+  ]
+  assert len(set(counts)) == 1 and counts[0] > 0
 
 
 def test_the_kernels_for_gpus_are_for_no_tpu():

@@ -236,6 +236,11 @@ def test_a_network_with_arguments_is_a_row_of_its_own(tmp_path, capsys):
   ]
   assert rows[0]["gflop_per_image"] > rows[1]["gflop_per_image"]
   capsys.readouterr()
+  for broken in ("depths=(1, 1", "depths=f()"):
+    with pytest.raises(SystemExit):
+      benchmark.main([*command, f"--argument={broken}"])
+    error = capsys.readouterr().err
+    assert repr(broken.partition("=")[2]) in error and "such as 0.1, (1, 1, 2, 1)" in error
   with pytest.raises(SystemExit):
     benchmark.main([*command, *said[0], "--against=timm"])
   assert "--against does not go with it" in capsys.readouterr().err
