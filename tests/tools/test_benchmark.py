@@ -34,8 +34,11 @@ def test_a_slow_form_shows_as_slow():
 def test_command_for_an_operation(capsys):
   assert benchmark.main(["depthwise_conv", "--rounds=1", "--cases=1"]) == 0
   lines = capsys.readouterr().out.splitlines()
-  assert len(lines) == 2 + len(FORMS) and f"on {jax.default_backend()}" in lines[0]
-  assert [line.split(" ms")[0].split()[-5] for line in lines[2:]] == list(FORMS)
+  # GPUs alone have the kernels of "triton"; elsewhere they would be timed interpreted.
+  expected = [form for form in FORMS if form != "triton" or jax.default_backend() == "gpu"]
+  assert len(expected) >= 2
+  assert len(lines) == 2 + len(expected) and f"on {jax.default_backend()}" in lines[0]
+  assert [line.split(" ms")[0].split()[-5] for line in lines[2:]] == expected
 
 
 def test_names_are_registered_once():
