@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hybrid_vit.paths import as_path
@@ -40,6 +40,38 @@ def write_table(
   lines += [_line([_shown(key, row.get(key)) for key in columns]) for row in rows]
   md_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
   return csv_path, md_path
+
+
+def markdown_table(
+  head: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)
+) -> str:
+  """A table in Markdown.
+
+  Args:
+    head: names of the columns.
+    rows: the cells of each line below.
+    texts: columns of words; the others are numbers, set to the right.
+  """
+  lines = [head, ["---" if i in texts else "---:" for i in range(len(head))], *rows]
+  return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def replace_marked(page: str, source: str, text: str) -> str:
+  """A page with the part anew that stands between the comments that name its source.
+
+  Args:
+    page: in Markdown, with "<!-- begin: written by SOURCE -->" and "<!-- end -->".
+    source: the command, and where that makes several parts, of what.
+    text: of the part.
+
+  Raises:
+    ValueError: the page has no such part.
+  """
+  begin, end = f"<!-- begin: written by {source} -->", "<!-- end -->"
+  place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+  if not place.search(page):
+    raise ValueError(f"the page has no lines {begin!r} and {end!r}")
+  return place.sub(lambda _: f"{begin}\n\n{text}\n\n{end}", page)
 
 
 def _line(cells: Sequence[str]) -> str:

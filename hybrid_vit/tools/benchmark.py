@@ -4,6 +4,7 @@ r"""Times on this machine: the forms of an operation side by side, or pictures r
     python -m hybrid_vit.tools.benchmark data --source=folder:/path/flowers --against=timm
     python -m hybrid_vit.tools.benchmark tokenizer
     python -m hybrid_vit.tools.benchmark networks moat_0 --against=timm
+    python -m hybrid_vit.tools.benchmark page docs/results/speed
 
 What is compared is measured in turn, round by round, and the median of the rounds is given: a
 machine that slows down meanwhile slows all of it. Ratios are to the first row, the reference.
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +33,7 @@ from hybrid_vit.data.tokenizer import ClipTokenizer
 from hybrid_vit.huge_pages import restart_with_huge_pages
 from hybrid_vit.ops import depthwise_conv
 from hybrid_vit.standard_streams import run_tool
-from hybrid_vit.tools import benchmark_data, benchmark_networks
+from hybrid_vit.tools import benchmark_data, benchmark_networks, benchmark_page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   command.add_argument("--rounds", type=int, default=5)
   commands.add_parser("networks", help="whole networks, see benchmark_networks", add_help=False)
   commands.add_parser("data", help="pictures a second, see benchmark_data", add_help=False)
+  command = commands.add_parser("page", help="tables of a page anew, see benchmark_page")
+  command.add_argument("directory", type=Path, help="of README.md and of the results beside it")
   given = list(sys.argv[1:] if arguments is None else arguments)
   if given[:1] == ["networks"]:
     return benchmark_networks.main(given[1:])
@@ -250,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     if options.what == "tokenizer":
       _print_tokenizer(options)
+    elif options.what == "page":
+      benchmark_page.write_page(options.directory)
     else:
       _print_operation(options)
   except (OSError, ValueError, ImportError) as error:

@@ -9,16 +9,15 @@ Nothing is downloaded: get a file, then give it to `hybrid_vit.tools.import_weig
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_vit.standard_streams import run_tool
+from hybrid_vit.tables import replace_marked
 from hybrid_vit.weights.official_files import OfficialFile, official_files
 
-_BEGIN = "<!-- begin: written by python -m hybrid_vit.tools.list_weights --docs=docs/weights.md -->"
-_END = "<!-- end -->"
+_SOURCE = "python -m hybrid_vit.tools.list_weights --docs=docs/weights.md"
 
 
 def markdown(files: Sequence[OfficialFile]) -> str:
@@ -50,11 +49,7 @@ def with_table(page: str) -> str:
   Raises:
     ValueError: the page has no place for it.
   """
-  place = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
-  if not place.search(page):
-    raise ValueError(f"the page has no lines {_BEGIN!r} and {_END!r}")
-  table = f"{_BEGIN}\n\n{markdown(official_files())}\n\n{_END}"
-  return place.sub(lambda _: table, page)
+  return replace_marked(page, _SOURCE, markdown(official_files()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,12 +6,12 @@ python -m tests.endurance.page
 from __future__ import annotations
 
 import csv
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from hybrid_vit.tables import markdown_table, replace_marked
 from tests.endurance.fuzz import FAULTS
 from tests.endurance.writers import FAULTS as WRITERS_FAULTS
 
@@ -19,12 +19,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "results" / "reliability.md"
 OUTCOMES = ("same", "told", "refused", "unnoticed", *FAULTS)
 
 Row = Mapping[str, str]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-  """Markdown; all columns but the first are numbers."""
-  lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-  return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def of_kills(rows: Sequence[Row]) -> str:
@@ -45,7 +39,7 @@ def of_kills(rows: Sequence[Row]) -> str:
 
   moments = dict.fromkeys(row["moment"] for row in rows)
   lines = [line(m, [row for row in rows if row["moment"] == m]) for m in moments]
-  return table(
+  return markdown_table(
     ["killed while", "kills", "half-written states, exports", "half-written lines",
      "whole states lost", "steps done again, mean (most)", "other bytes at the end"],
     [*lines, line("**all**", rows)],
@@ -75,7 +69,7 @@ def of_writers(rows: Sequence[Row]) -> str:
     )
     for name, over in names
   ]
-  return table(
+  return markdown_table(
     ["killed while it writes", "kills", "found as before", "found whole",
      "half taken for whole, or lost", "not done again", "something left after that"],
     [*lines, line("**all**", rows)],
@@ -92,12 +86,16 @@ def of_fuzz(rows: Sequence[Row]) -> str:
 
   kinds = dict.fromkeys(row["kind"] for row in rows)
   lines = [line(kind, [row for row in rows if row["kind"] == kind]) for kind in kinds]
-  return table(["file", "damaged", *OUTCOMES[:4], "faults"], [*lines, line("**all**", rows)])
+  return markdown_table(
+    ["file", "damaged", *OUTCOMES[:4], "faults"], [*lines, line("**all**", rows)]
+  )
 
 
 def columns(names: Mapping[str, str]) -> Callable[[Sequence[Row]], str]:
   """Chosen columns of the rows as they are, by the head that each gets."""
-  return lambda rows: table(list(names.values()), ([row[name] for name in names] for row in rows))
+  return lambda rows: markdown_table(
+    list(names.values()), ([row[name] for name in names] for row in rows)
+  )
 
 
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
@@ -134,13 +132,9 @@ def written(page: str, data: Path) -> str:
     ValueError: it has no place for one of them.
   """
   for name, make in TABLES.items():
-    begin = f"<!-- begin: written by python -m tests.endurance.page from {name}.csv -->"
-    place = re.compile(re.escape(begin) + ".*?<!-- end -->", re.DOTALL)
-    if not place.search(page):
-      raise ValueError(f"the page has no lines {begin!r} and '<!-- end -->'")
     with (data / f"{name}.csv").open(newline="") as file:
-      text = f"{begin}\n\n{make(list(csv.DictReader(file)))}\n\n<!-- end -->"
-    page = place.sub(lambda _, text=text: text, page)
+      text = make(list(csv.DictReader(file)))
+    page = replace_marked(page, f"python -m tests.endurance.page from {name}.csv", text)
   return page
 
 

@@ -1,0 +1,136 @@
+"""The tables of a page about speed, from the results beside it.
+
+    python -m hybrid_vit.tools.benchmark page docs/results/speed
+
+Writes DIRECTORY/README.md anew between the comments that name this command and a table; what each
+is made of are the files that `tools.benchmark networks` and `tools.benchmark data` left there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybrid_vit.tables import markdown_table, replace_marked
+
+Row = Mapping[str, Any]
+_OURS = "hybrid_vit"
+# A kind of layer with less of the cycles than this is not named.
+_NAMED_SHARE = 9.5
+
+
+def of_shares(rows: Sequence[Row]) -> str:
+  """A line for each network compiled for a TPU, the fastest first, with where its cycles go."""
+
+  def line(row: Row) -> list[object]:
+    kinds = [(float(row[name]), name[:-2]) for name in row if name.endswith("_%")]
+    shares = [
+      f"{kind} {share:.0f} %"
+      for share, kind in sorted(kinds, key=lambda kind: -kind[0])
+      if share >= _NAMED_SHARE
+    ]
+    return [
+      row["network"],
+      f"{row['images_per_second']:,.0f}",
+      f"{row['mfu']:.1%}".replace("%", " %"),
+      f"{row['memory_mib'] / 1024:.1f} GiB",
+      f"{row['traffic_mb_per_image']:,.0f} MB",
+      ", ".join(shares),
+    ]
+
+  head = [
+    "network", "pictures a second", "MFU", "memory", "traffic a picture",
+    "largest shares of the cycles",
+  ]  # fmt: skip
+  return markdown_table(
+    head,
+    [line(row) for row in sorted(rows, key=lambda row: -row["images_per_second"])],
+    texts=(0, 5),
+  )
+
+
+def of_chips(results: Mapping[str, Sequence[Row]]) -> str:
+  """A line for each network that was compiled for more than one chip.
+
+  Args:
+    results: of each chip.
+  """
+  found = {
+    chip: {
+      row["network"]: f"{row['images_per_second']:,.0f} ({row['mfu']:.1%})".replace("%", " %")
+      for row in rows
+    }
+    for chip, rows in results.items()
+  }
+  names = dict.fromkeys(name for cells in found.values() for name in cells)
+  several = [name for name in names if sum(name in cells for cells in found.values()) > 1]
+  lines = [[name, *(cells.get(name, "") for cells in found.values())] for name in several]
+  return markdown_table(["network", *found], lines)
+
+
+def of_comparison(rows: Sequence[Row]) -> str:
+  """A line for each network timed beside another library's: times the speed of its fastest form."""
+  ours = [row for row in rows if row["form"] == _OURS and "speed_ratio" in row]
+  modes = list(dict.fromkeys(row["mode"] for row in ours))
+  cells: dict[str, dict[str, str]] = {}
+  for row in ours:
+    beside = row["ratio_to"].rpartition(", ")[0]
+    name = row["network"] + ("" if beside == "timm" else f" (beside {beside}, a stand-in)")
+    cells.setdefault(name, {})[row["mode"]] = f"{row['speed_ratio']:.2f}"
+  return markdown_table(
+    ["network", *modes],
+    [[name, *(of.get(mode, "") for mode in modes)] for name, of in cells.items()],
+  )
+
+
+def of_data(rows: Sequence[Row]) -> str:
+  """A line for each transform and decoder, a column for each source."""
+  ours = [row for row in rows if not row["form"].startswith("timm")]
+  sources = list(dict.fromkeys(row["source"] for row in ours))
+  cells: dict[tuple[str, str], dict[str, str]] = {}
+  for row in ours:
+    transform = ", ".join(f"`{name}`" for name in row["transform"].split("|") if name != "decode")
+    ratios = f"{row['per_core_ratio']:.2f} ({row['speed_ratio']:.2f})"
+    cells.setdefault((transform, row["form"]), {})[row["source"]] = ratios
+  names = {"tfds": "ArrayRecord"}
+  return markdown_table(
+    ["transform", "decoder", *(names.get(source, source) for source in sources)],
+    [[*key, *(of.get(source, "") for source in sources)] for key, of in sorted(cells.items())],
+    texts=(0, 1),
+  )
+
+
+# What each comment names: the files it is made of, and how.
+_TABLES: Mapping[str, tuple[Sequence[str], Callable[[Mapping[str, Any]], str]]] = {
+  "shares of v5e.json": (["v5e"], lambda results: of_shares(results["v5e"])),
+  "chips": (["v4", "v5e", "v6e"], of_chips),
+  "cpu.json": (["cpu"], lambda results: of_comparison(results["cpu"])),
+  "data.json": (["data"], lambda results: of_data(results["data"])),
+}
+
+
+def written(page: str, directory: Path) -> str:
+  """The page with every table anew.
+
+  Args:
+    page: its text.
+    directory: of the results.
+
+  Raises:
+    OSError: a result cannot be read.
+    ValueError: the page has no place for one of the tables.
+  """
+  for name, (files, make) in _TABLES.items():
+    results = {
+      file: json.loads((directory / f"{file}.json").read_text("utf-8"))["rows"] for file in files
+    }
+    page = replace_marked(page, f"python -m hybrid_vit.tools.benchmark page, {name}", make(results))
+  return page
+
+
+def write_page(directory: Path) -> None:
+  """Writes the tables of DIRECTORY/README.md anew; raises what `written` does."""
+  page = directory / "README.md"
+  page.write_text(written(page.read_text("utf-8"), directory), "utf-8")
