@@ -152,10 +152,14 @@ def _try_to_fit(plan: Plan, topology: str, chips: Sequence[Any], phase: int, can
       print(f"  {said}: {'; '.join(other.problems)}", flush=True)
       continue
     mesh = sharding.make_mesh(other.run.mesh_axes, chips)
-    found = topology_plan.plan_step(other.run, topology, mesh, phase, canvas).compilation
-    verdict = "fits" if found.fits else "does not fit"
-    print(f"  {said}: {found.peak_bytes / 2**30:.2f} GiB, {verdict}", flush=True)
-    if found.fits:
+    fits, asked = topology_plan.fits(other.run, mesh, phase, canvas)
+    if fits:
+      # What was compiled in a hurry is compiled as a run would.
+      found = topology_plan.plan_step(other.run, topology, mesh, phase, canvas).compilation
+      fits, asked = found.fits, found.peak_bytes
+    verdict = "fits" if fits else "does not fit"
+    print(f"  {said}: {asked / 2**30:.2f} GiB, {verdict}", flush=True)
+    if fits:
       return
 
 

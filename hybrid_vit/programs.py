@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from hybrid_vit import sharding
 from hybrid_vit.build import Run
+from hybrid_vit.settings import XLA_OPTIMIZATION_LEVELS
 from hybrid_vit.table_resizing import resize_tables
 from hybrid_vit.tasks.base import constants_of
 from hybrid_vit.tools.summarize import count_multiply_adds
@@ -210,7 +211,7 @@ def compile_step(
     phase: index into `run.curriculum.phases`.
     mesh: to compile for.
     canvas: which shape of its batches.
-    options: XLA's, for a compilation that is only looked at.
+    options: XLA's, for a compilation that is only looked at, beside the level that the run says.
   """
   shapes, layout = abstract_state(run, mesh, phase)
   batch = jax.tree.map(
@@ -225,7 +226,13 @@ def compile_step(
   given = (shapes, batch, *((constants,) if constants else ()))
   with jax.set_mesh(mesh):
     lowered = jitted_step(run, phase, mesh, layout).lower(*given)
-  return lowered.compile(compiler_options=dict(options) if options else None)
+  chosen = {**level_options(run.settings.xla_optimization_level), **(options or {})}
+  return lowered.compile(compiler_options=chosen or None)
+
+
+def level_options(level: str | None) -> dict[str, Any]:
+  """XLA's options of one of `XLA_OPTIMIZATION_LEVELS`; none of None."""
+  return {} if level is None else {"optimization_level": XLA_OPTIMIZATION_LEVELS[level]}
 
 
 def compile_phases(run: Run, mesh: Mesh, start_step: int) -> dict[int, Program]:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from hybrid_vit import topology_plan, tpu_topology
@@ -18,7 +19,7 @@ TINY = "moat:runlocal"
 def compiler(monkeypatch):
   """A compiler's stand-in: steps that recompute fit and take 3 M cycles."""
   monkeypatch.setattr(pods, "RECIPES", {"A": (TINY, {}), "B": (TINY, {"remat": True})})
-  monkeypatch.setattr(pods.tpu_topology, "topology_devices", lambda name: [None] * 4)
+  monkeypatch.setattr(pods.tpu_topology, "topology_devices", lambda name: jax.devices()[:4])
 
   def steps(run, topology, devices):
     assert len(devices) == 4
@@ -29,6 +30,12 @@ def compiler(monkeypatch):
     return [topology_plan.StepPlan(0, "", 8, chip, {}, found, (), 2**20, flops_per_example=1e9)]
 
   monkeypatch.setattr(pods, "_steps", steps)
+
+  def fits(run, mesh, phase, canvas):
+    assert (mesh.size, phase, canvas) == (4, 0, 0)
+    return run.config["remat"], 9 * GIB
+
+  monkeypatch.setattr(pods.topology_plan, "fits", fits)
 
 
 @pytest.mark.parametrize("name", pods.RECIPES)
@@ -54,6 +61,17 @@ def test_a_row(compiler):
   assert row["images_per_second_a_chip"] == pytest.approx(rate)
   assert row["mfu"] == pytest.approx(1e9 * 8 / 2e-3 / 197e12)
   assert row["sent_mib_a_step"] == 1 and row["peak_gib"] == 9
+
+
+def test_what_does_not_fit_in_a_hurry_is_not_compiled_at_length(compiler, monkeypatch):
+  whole, steps = [], pods._steps
+  monkeypatch.setattr(
+    pods, "_steps", lambda run, *a: whole.append(run.config) or steps(run, *a)
+  )
+  changes = [{"accumulation_steps": 2}, {"remat": True}, {"remat": True, "accumulation_steps": 2}]
+  monkeypatch.setattr(pods.topology_plan, "fitting_changes", lambda run, devices: changes)
+  assert pods.row_of("A", "v5e:2x2", scan_blocks=False)["lines"] == "--config.remat=True"
+  assert [(c["remat"], c.get("accumulation_steps", 1)) for c in whole] == [(False, 1), (True, 1)]
 
 
 def test_the_command_keeps_earlier_rows(compiler, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from hybrid_vit import dry_run, programs, run_plan, sharding, topology_plan, tpu_topology
 from hybrid_vit.config import ConfigError
+from hybrid_vit.settings import XLA_OPTIMIZATION_LEVELS
 from hybrid_vit.tpu_topology import Compilation, Cycles
 from tests.test_dry_run import config
 
@@ -146,6 +147,47 @@ def test_a_step_that_does_not_fit_is_a_problem_and_is_made_to(monkeypatch, capsy
   assert dry_run.main(config(remat=True), topology="v5e:2x2") == 0
   with pytest.raises(ConfigError, match="--devices=8, and v5e:2x2 has 4"):
     dry_run.main(config(), 8, topology="v5e:2x2")
+
+
+def test_what_may_help_is_compiled_in_a_hurry_and_what_fits_as_a_run_would(monkeypatch, capsys):
+  chips = jax.devices()[:4]
+  monkeypatch.setattr(dry_run.tpu_topology, "topology_devices", lambda name: chips)
+  asked = []
+
+  def compile_step(run, *args, options=None, **kwargs):
+    form = (run.config.get("remat", False), run.settings.accumulation)
+    asked.append((*form, bool(options)))
+    # By the hurried compilation recomputation fits, as a run is compiled two parts do.
+    return form[1] > 1 or (form[0] and bool(options))
+
+  monkeypatch.setattr(topology_plan.programs, "compile_step", compile_step)
+  fits = Compilation(1.0, True, 9 * GIB, GIB, 8 * GIB, 1e12, 1e9, CYCLES, "")
+  refused = Compilation(1.0, False, 20 * GIB)
+  monkeypatch.setattr(
+    topology_plan.tpu_topology, "examine", lambda compiled: fits if compiled() else refused
+  )
+  assert dry_run.main(config(), topology="v5e:2x2", try_to_fit=True) == 1
+  out = capsys.readouterr().out
+  assert "--config.remat=True: 20.00 GiB, does not fit" in out
+  assert "--config.accumulation_steps=2: 9.00 GiB, fits" in out
+  assert asked == [
+    (False, 1, False), (True, 1, True), (True, 1, False), (False, 2, True), (False, 2, False),
+  ]  # fmt: skip
+
+
+def test_a_run_says_how_much_is_optimised(monkeypatch):
+  for level in XLA_OPTIMIZATION_LEVELS:
+    # As jaxlib takes them.
+    options = programs.level_options(level)
+    assert jax.jit(lambda x: 2 * x).lower(1.0).compile(compiler_options=options)(3.0) == 6.0
+  given = []
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, **k: given.append(k))
+  mesh = sharding.make_mesh({}, jax.devices()[:1])
+  for values in ({}, {"xla_optimization_level": "O1"}):
+    programs.compile_step(run_plan.examine(config(**values), 1).run, 0, mesh)
+  assert given == [{"compiler_options": None}, {"compiler_options": {"optimization_level": 19}}]
+  plan = run_plan.examine(config(xla_optimization_level="fast"), 1)
+  assert "'fast', which is not one of O0, O1, O2, O3" in "".join(plan.problems)
 
 
 def test_without_libtpu_simulated_devices_stand_in(monkeypatch, capsys):

@@ -42,6 +42,7 @@ from hybrid_vit.config import Config
 from hybrid_vit.literals import named_literal
 from hybrid_vit.models.registry import closest_hint, list_models
 from hybrid_vit.plots import plot_bars
+from hybrid_vit.settings import XLA_OPTIMIZATION_LEVELS
 from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tools import torch_networks
 from hybrid_vit.tools.benchmark_results import earlier_rows, head_of, seconds_in_turn, write_results
@@ -50,7 +51,9 @@ from hybrid_vit.tools.summarize import count_multiply_adds
 MODES = ("inference", "training")
 DTYPES = ("float32", "bfloat16")
 OURS = "hybrid_vit"
-SCANNED = "hybrid_vit, blocks scanned"
+# What each form of ours sets in the configuration, by its name.
+Forms = Mapping[str, Mapping[str, Any]]
+PLAIN: Forms = {OURS: {}}
 _CLASSES = 1000
 _FIRST = ("network", "mode", "size", "batch", "dtype", "form")
 
@@ -87,13 +90,13 @@ class Setting:
     return {**self.key(), "form": form}
 
 
-def run_of(setting: Setting, scan_blocks: bool = False) -> Run:
-  """A training of the network: cross entropy, AdamW, 1,000 classes."""
+def run_of(setting: Setting, **fields: Any) -> Run:
+  """A training of the network: cross entropy, AdamW, 1,000 classes; with fields set besides."""
   config = recipes.imagenet(setting.network, batch_size=setting.batch, num_classes=_CLASSES)
   if setting.arguments:
     config.model.arguments = dict(setting.arguments)
   config.precision = setting.dtype
-  config.scan_blocks = scan_blocks
+  config.update(fields)
   config.data.image_size = setting.size
   config.total_steps = 1000
   config.optimizer = {
@@ -113,8 +116,27 @@ def random_batch(run: Run) -> dict[str, np.ndarray]:
   return made
 
 
+def forms_of(mode: str, scan: bool, levels: Sequence[str]) -> Forms:
+  """The plain form of ours, and those that are asked for.
+
+  Args:
+    mode: of `MODES`; the levels are those of training steps.
+    scan: with equal blocks scanned, too.
+    levels: of XLA's optimisation, each a form.
+  """
+  forms: dict[str, Mapping[str, Any]] = dict(PLAIN)
+  if scan:
+    forms[f"{OURS}, blocks scanned"] = {"scan_blocks": True}
+  if mode == "training":
+    forms |= {f"{OURS}, {level}": {"xla_optimization_level": level} for level in levels}
+  return forms
+
+
 def measure(
-  setting: Setting, rounds: int, peer: str | None = None, scan: bool = False
+  setting: Setting,
+  rounds: int,
+  peer: str | None = None,
+  forms: Forms = PLAIN,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
   """Rows of one setting: ours, and each form of the peer's; and versions of its libraries.
 
@@ -122,11 +144,9 @@ def measure(
     setting: of what.
     rounds: all forms take turns so many times, after a call of each that does not count.
     peer: "timm" or "transformers"; None for ours alone.
-    scan: ours with equal blocks scanned, too.
+    forms: of ours, see `forms_of`.
   """
-  ours = {OURS: _compiled(run_of(setting), setting)}
-  if scan:
-    ours[SCANNED] = _compiled(run_of(setting, scan_blocks=True), setting)
+  ours = {name: _compiled(run_of(setting, **fields), setting) for name, fields in forms.items()}
   with contextlib.ExitStack() as stack:
     runs: dict[str, Callable[[], Any]] = {name: call for name, (call, _) in ours.items()}
     versions: dict[str, str] = {}
@@ -208,8 +228,8 @@ def _flops(run: Run, setting: Setting) -> float:
   return 2.0 * count_multiply_adds(run.task.predict, variables, {"image": image})
 
 
-def estimate(setting: Setting, topology: str, scan: bool = False) -> list[dict[str, Any]]:
-  """A row by a TPU's compiler, of one chip; with `scan` another one of blocks scanned.
+def estimate(setting: Setting, topology: str, forms: Forms = PLAIN) -> list[dict[str, Any]]:
+  """A row of each form (see `forms_of`) by a TPU's compiler, of one chip.
 
   Raises:
     tpu_topology.TopologyError: see `tpu_topology.topology_devices`.
@@ -217,8 +237,8 @@ def estimate(setting: Setting, topology: str, scan: bool = False) -> list[dict[s
   chip = tpu_topology.chip_of(topology)
   device = tpu_topology.topology_devices(topology)[0]
   return [
-    _estimated(run_of(setting, scanned), setting, topology, chip, device, form)
-    for scanned, form in ((False, OURS), (True, SCANNED))[: 1 + scan]
+    _estimated(run_of(setting, **fields), setting, topology, chip, device, name)
+    for name, fields in forms.items()
   ]
 
 
@@ -294,6 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--against", choices=torch_networks.PEERS, help="needs .[torch] and it")
   parser.add_argument("--scan", action="store_true", help="equal blocks scanned, too")
   parser.add_argument(
+    "--levels", nargs="+", choices=XLA_OPTIMIZATION_LEVELS, default=[],
+    help="training steps compiled at these levels of XLA's optimisation, too",
+  )  # fmt: skip
+  parser.add_argument(
     "--argument", type=named_literal, action="append", default=[], metavar="NAME=VALUE",
     help="attribute of the networks that is not the registry's; may be repeated",
   )  # fmt: skip
@@ -315,10 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   made: dict[str, Any] = {name: head[name] for name in ("date", "device") if name in head}
   try:
     for setting in settings_of(options):
+      forms = forms_of(setting.mode, options.scan, options.levels)
       if options.topology:
-        found = estimate(setting, options.topology, options.scan)
+        found = estimate(setting, options.topology, forms)
       else:
-        found, versions = measure(setting, options.rounds, options.against, options.scan)
+        found, versions = measure(setting, options.rounds, options.against, forms)
         head |= versions
       for row in found:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -84,8 +84,15 @@ def row_of(system: str, topology: str, scan_blocks: bool) -> dict[str, Any]:
     except ValueError as error:
       print(f"  {as_flags(changes)}: {error}", flush=True)
       continue
-    row = _row(system, changed, topology, other, _steps(other, topology, devices))
+    if _may_fit(other, devices):
+      row = _row(system, changed, topology, other, _steps(other, topology, devices))
   return row
+
+
+def _may_fit(run: Run, devices: Sequence[Any]) -> bool:
+  """Whether each distinct step fits as it is compiled soonest."""
+  mesh = sharding.make_mesh(run.mesh_axes, devices)
+  return all(topology_plan.fits(run, mesh, *step)[0] for step in programs.distinct_steps(run))
 
 
 def _examined(recipe: str, lines: Mapping[str, Any], devices: int) -> Run:

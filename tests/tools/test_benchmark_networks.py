@@ -19,7 +19,7 @@ def tiny(monkeypatch):
   """A network that compiles in no time in the place of the registry's."""
   build = benchmark_networks.run_of
 
-  def tiny_run(setting, scan_blocks=False):
+  def tiny_run(setting, **fields):
     recipe = benchmark_networks.recipes.imagenet
 
     def imagenet(*args, **kwargs):
@@ -33,8 +33,9 @@ def tiny(monkeypatch):
 
     with monkeypatch.context() as patch:
       patch.setattr(benchmark_networks.recipes, "imagenet", imagenet)
-      run = build(setting, scan_blocks)
-    assert run.tasks[0].model.scan_blocks is scan_blocks
+      run = build(setting, **fields)
+    assert run.tasks[0].model.scan_blocks is fields.get("scan_blocks", False)
+    assert run.settings.xla_optimization_level == fields.get("xla_optimization_level")
     return run
 
   monkeypatch.setattr(benchmark_networks, "run_of", tiny_run)
@@ -113,8 +114,13 @@ def test_estimates_are_of_one_chip(tiny, monkeypatch, mode):
   assert row["ms"] == 2.0 and row["images_per_second"] == 1000.0 and row["memory_mib"] == 1024
   assert row["norms_%"] == 25 and row["copies_%"] == 0
   assert row["traffic_mb_per_image"] == 2000 and row["form"] == "hybrid_vit, v5e estimated"
-  both = benchmark_networks.estimate(setting, "v5e:2x2", scan=True)
-  assert both == [row, {**row, "form": "hybrid_vit, blocks scanned, v5e estimated"}]
+  forms = benchmark_networks.forms_of(mode, True, ["O0"])
+  several = benchmark_networks.estimate(setting, "v5e:2x2", forms)
+  names = ["blocks scanned", *(["O0"] if mode == "training" else [])]
+  assert several == [
+    row,
+    *({**row, "form": f"hybrid_vit, {name}, v5e estimated"} for name in names),
+  ]
   assert row["mfu"] == round(1e9 * row["gflop_per_image"] * 1000 / 197e12, 4)
 
 
