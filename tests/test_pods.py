@@ -1,5 +1,6 @@
 """The table of pods: made to fit by the recipe's own lines, hours by its steps."""
 
+import datetime
 import json
 
 import jax
@@ -65,9 +66,7 @@ def test_a_row(compiler):
 
 def test_what_does_not_fit_in_a_hurry_is_not_compiled_at_length(compiler, monkeypatch):
   whole, steps = [], pods._steps
-  monkeypatch.setattr(
-    pods, "_steps", lambda run, *a: whole.append(run.config) or steps(run, *a)
-  )
+  monkeypatch.setattr(pods, "_steps", lambda run, *a: whole.append(run.config) or steps(run, *a))
   changes = [{"accumulation_steps": 2}, {"remat": True}, {"remat": True, "accumulation_steps": 2}]
   monkeypatch.setattr(pods.topology_plan, "fitting_changes", lambda run, devices: changes)
   assert pods.row_of("A", "v5e:2x2", scan_blocks=False)["lines"] == "--config.remat=True"
@@ -84,6 +83,9 @@ def test_the_command_keeps_earlier_rows(compiler, tmp_path, capsys):
     ("A", "v5e:2x2"), ("A", "v4:1x1x2"), ("B", "v5e:2x2"),
   ]  # fmt: skip
   assert [r["chips"] for r in rows] == [4, 2, 4]
+  assert all(datetime.date.fromisoformat(r["date"]) for r in rows)
+  stored = json.loads((tmp_path / "pods.json").read_text())
+  assert stored["compiled for"] == "v5e:2x2 and v4:1x1x2"
   assert "| A |" in (tmp_path / "pods.md").read_text()
   with pytest.raises(SystemExit):
     pods.main(["C"])

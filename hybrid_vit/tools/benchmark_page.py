@@ -70,6 +70,23 @@ def of_chips(results: Mapping[str, Sequence[Row]]) -> str:
   return markdown_table(["network", *found], lines)
 
 
+def of_levels(rows: Sequence[Row]) -> str:
+  """A line for each network compiled at several levels of XLA's optimisation, a column for each.
+
+  A cell is of how long compiling took, of the step and of its memory.
+  """
+  found: dict[str, dict[str, str]] = {}
+  for row in rows:
+    level = row["form"].rpartition(", ")[0].removeprefix(_OURS).removeprefix(", ") or "whole"
+    cell = (
+      f"{row['compile_seconds']:,.0f} s; {row['ms']:,.0f} ms; {row['memory_mib'] / 1024:.1f} GiB"
+    )
+    found.setdefault(row["network"], {})[level] = cell
+  levels = list(dict.fromkeys(level for cells in found.values() for level in cells))
+  lines = [[name, *(cells.get(level, "") for level in levels)] for name, cells in found.items()]
+  return markdown_table(["network", *levels], lines)
+
+
 def of_comparison(rows: Sequence[Row]) -> str:
   """A line for each network timed beside another library's: times the speed of its fastest form."""
   ours = [row for row in rows if row["form"] == _OURS and "speed_ratio" in row]
@@ -106,6 +123,7 @@ def of_data(rows: Sequence[Row]) -> str:
 _TABLES: Mapping[str, tuple[Sequence[str], Callable[[Mapping[str, Any]], str]]] = {
   "shares of v5e.json": (["v5e"], lambda results: of_shares(results["v5e"])),
   "chips": (["v4", "v5e", "v6e"], of_chips),
+  "v5e_levels.json": (["v5e_levels"], lambda results: of_levels(results["v5e_levels"])),
   "cpu.json": (["cpu"], lambda results: of_comparison(results["cpu"])),
   "data.json": (["data"], lambda results: of_data(results["data"])),
 }

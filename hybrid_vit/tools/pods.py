@@ -15,6 +15,7 @@ kind is here. Writes OUT.json and OUT.md.
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -175,7 +176,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if system not in RECIPES:
       parser.error(f"no system is named {system!r}; there are {', '.join(RECIPES)}")
   rows = earlier_rows(options.out)
-  head = head_of("pods", ["--scan"] * options.scan, " and ".join(options.topologies), 0)
   for system in options.systems or RECIPES:
     for topology in options.topologies:
       print(f"{system} on {topology}", flush=True)
@@ -184,10 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
       except (tpu_topology.TopologyError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-      rows = [r for r in rows if any(r[name] != row[name] for name in _KEY)] + [row]
+      rows = [r for r in rows if any(r[name] != row[name] for name in _KEY)]
+      rows.append(row | {"date": datetime.date.today().isoformat()})
       order = list(RECIPES)
       rows.sort(key=lambda r: order.index(r["system"]))
-      write_results(options.out, head, rows, _FIRST)
+      # Each row says itself whether its blocks were scanned, and of which day it is.
+      compiled_for = " and ".join(dict.fromkeys(r["topology"] for r in rows))
+      write_results(options.out, head_of("pods", [], compiled_for, 0), rows, _FIRST)
   return 0
 
 

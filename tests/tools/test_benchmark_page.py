@@ -42,6 +42,21 @@ def test_networks_of_more_than_one_chip():
   ]
 
 
+def test_levels_side_by_side():
+  def row(network, level, seconds):
+    form = f"hybrid_vit{level}, v5e estimated"
+    return {"network": network, "form": form, "compile_seconds": seconds, "ms": 27.97,
+            "memory_mib": 2866.5}  # fmt: skip
+
+  rows = [row("x", "", 149.6), row("x", ", O1", 32.1), row("y", "", 1234.0), row("y", ", O0", 9.4)]
+  assert benchmark_page.of_levels(rows).splitlines() == [
+    "| network | whole | O1 | O0 |",
+    "| --- | ---: | ---: | ---: |",
+    "| x | 150 s; 28 ms; 2.8 GiB | 32 s; 28 ms; 2.8 GiB |  |",
+    "| y | 1,234 s; 28 ms; 2.8 GiB |  | 9 s; 28 ms; 2.8 GiB |",
+  ]
+
+
 def test_ratios_to_the_fastest_other_form():
   def row(network, mode, ratio, form="hybrid_vit", beside="timm, compiled"):
     return {
@@ -61,7 +76,7 @@ def test_ratios_to_the_fastest_other_form():
 
 
 def test_a_place_that_is_missing_is_named(tmp_path, capsys):
-  for name in ("v4", "v5e", "v6e", "cpu", "data"):
+  for name in ("v4", "v5e", "v6e", "v5e_levels", "cpu", "data"):
     (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text("utf-8"), "utf-8")
   page = tmp_path / "README.md"
   page.write_text("# a page\n", "utf-8")
