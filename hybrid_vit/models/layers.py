@@ -27,6 +27,7 @@ from hybrid_vit.ops.pointwise_batch_norm import (
   pointwise_batch_norm,
   pointwise_product,
 )
+from hybrid_vit.ops.relative_position import relative_position_bias as relative_position_bias
 
 Initializer = Callable[..., jax.Array]
 
@@ -440,26 +441,3 @@ def sow_attention(
     return
   weights = attention_weights(query, key, scale=scale, bias=bias)
   module.sow("intermediates", "attention_weights", weights.reshape(len(query), *weights.shape[-3:]))
-
-
-def relative_position_bias(table: jax.Array, window: tuple[int, int]) -> jax.Array:
-  """Spreads a table `[heads, 2H-1, 2W-1]` over pairs of cells: `[heads, H*W queries, H*W keys]`.
-
-  The entry of a pair is at row (key row - query row + H - 1), columns alike. It takes no gather:
-  repeating a row of length 2n and cutting the repetition into rows of length 2n - 1 moves each row
-  by one, and the gradient of that is a plain sum.
-  """
-  heads = table.shape[0]
-  height, width = window
-  if table.shape[1:] != (2 * height - 1, 2 * width - 1):
-    raise ValueError(f"a table of {table.shape} does not belong to a window of {window}")
-
-  def spread(t: jax.Array, n: int) -> jax.Array:  # [..., 2n - 1] -> [..., n queries, n keys]
-    t = jnp.pad(t, [(0, 0)] * (t.ndim - 1) + [(0, 1)])
-    t = jnp.broadcast_to(t[..., None, :], (*t.shape[:-1], n, 2 * n)).reshape(*t.shape[:-1], -1)
-    t = t[..., : n * (2 * n - 1)].reshape(*t.shape[:-1], n, 2 * n - 1)
-    return t[..., n - 1 :]
-
-  by_column = spread(table, width)  # [heads, 2H-1, Wq, Wk]
-  by_row = spread(jnp.moveaxis(by_column, 1, -1), height)  # [heads, Wq, Wk, Hq, Hk]
-  return by_row.transpose(0, 3, 1, 4, 2).reshape(heads, height * width, height * width)
