@@ -152,7 +152,7 @@ def _try_to_fit(plan: Plan, topology: str, chips: Sequence[Any], phase: int, can
       print(f"  {said}: {'; '.join(other.problems)}", flush=True)
       continue
     mesh = sharding.make_mesh(other.run.mesh_axes, chips)
-    fits, asked = topology_plan.fits(other.run, mesh, phase, canvas)
+    fits, asked = topology_plan.may_fit(other.run, topology, mesh, phase, canvas)
     if fits:
       # What was compiled in a hurry is compiled as a run would.
       found = topology_plan.plan_step(other.run, topology, mesh, phase, canvas).compilation

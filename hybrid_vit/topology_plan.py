@@ -22,6 +22,8 @@ from hybrid_vit.tpu_topology import Chip, Compilation, Cycles
 
 # Layers of a table, and how many parts of a module's name tell them apart.
 _DEAREST, _DEPTH = 10, 3
+# Of a chip's memory, what a step compiled in a hurry may ask for.
+_MAY_FIT = 1.1
 _BACKWARD = re.compile(r"transpose\(jvp\(([^()]*)\)\)")
 _FORWARD = re.compile(r"(?:jvp|checkpoint)\(([^()]*)\)")
 # Parts of an operation's name that are no module's.
@@ -80,23 +82,24 @@ class StepPlan:
     return self.flops_per_example * self.examples_per_second / self.chip.peak_flops
 
 
-def fits(run: Run, mesh: Mesh, phase: int, canvas: int = 0) -> tuple[bool, int]:
-  """Whether a step is said to fit a chip, and the bytes that it asks for, in a fifth of the time.
+def may_fit(run: Run, topology: str, mesh: Mesh, phase: int, canvas: int = 0) -> tuple[bool, int]:
+  """Whether a step is worth `plan_step`, and the bytes it asks for; a fourth of its time or less.
 
-  XLA's least optimisation, which plans a chip's memory within a few hundredths of what the whole
-  one needs: what fits so is to be compiled by `plan_step` before it is relied on.
+  XLA's least optimisation plans a chip's memory within a few hundredths of the whole one's, mostly
+  above it: a step that asks for up to a tenth more than there is may fit all the same.
 
   Args:
     run: of a configuration.
-    mesh: of all devices of a topology.
+    topology: its name.
+    mesh: of all its devices.
     phase: see `programs.compile_step`.
     canvas: likewise.
   """
   options = programs.level_options("O0")
-  found = tpu_topology.examine(
+  asked = tpu_topology.examine(
     lambda: programs.compile_step(run, phase, mesh, canvas=canvas, options=options)
-  )
-  return found.fits, found.peak_bytes
+  ).peak_bytes
+  return asked <= _MAY_FIT * tpu_topology.chip_of(topology).hbm_bytes, asked
 
 
 def plan_step(run: Run, topology: str, mesh: Mesh, phase: int, canvas: int = 0) -> StepPlan:

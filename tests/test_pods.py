@@ -32,11 +32,11 @@ def compiler(monkeypatch):
 
   monkeypatch.setattr(pods, "_steps", steps)
 
-  def fits(run, mesh, phase, canvas):
+  def may_fit(run, topology, mesh, phase, canvas):
     assert (mesh.size, phase, canvas) == (4, 0, 0)
     return run.config["remat"], 9 * GIB
 
-  monkeypatch.setattr(pods.topology_plan, "fits", fits)
+  monkeypatch.setattr(pods.topology_plan, "may_fit", may_fit)
 
 
 @pytest.mark.parametrize("name", pods.RECIPES)

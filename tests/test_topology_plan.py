@@ -175,6 +175,12 @@ def test_what_may_help_is_compiled_in_a_hurry_and_what_fits_as_a_run_would(monke
   ]  # fmt: skip
 
 
+def test_a_step_that_hardly_does_not_fit_in_a_hurry_may_fit(plan, mesh, monkeypatch):
+  for asked, may in ((9, True), (17, True), (18, False)):
+    stand_in(monkeypatch, Compilation(1.0, asked < 15, asked * GIB))
+    assert topology_plan.may_fit(plan.run, "v5e:2x2", mesh, 0) == (may, asked * GIB)
+
+
 def test_a_run_says_how_much_is_optimised(monkeypatch):
   for level in XLA_OPTIMIZATION_LEVELS:
     # As jaxlib takes them.

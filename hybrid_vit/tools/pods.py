@@ -85,15 +85,15 @@ def row_of(system: str, topology: str, scan_blocks: bool) -> dict[str, Any]:
     except ValueError as error:
       print(f"  {as_flags(changes)}: {error}", flush=True)
       continue
-    if _may_fit(other, devices):
+    if _may_fit(other, topology, devices):
       row = _row(system, changed, topology, other, _steps(other, topology, devices))
   return row
 
 
-def _may_fit(run: Run, devices: Sequence[Any]) -> bool:
-  """Whether each distinct step fits as it is compiled soonest."""
+def _may_fit(run: Run, topology: str, devices: Sequence[Any]) -> bool:
   mesh = sharding.make_mesh(run.mesh_axes, devices)
-  return all(topology_plan.fits(run, mesh, *step)[0] for step in programs.distinct_steps(run))
+  steps = programs.distinct_steps(run)
+  return all(topology_plan.may_fit(run, topology, mesh, *step)[0] for step in steps)
 
 
 def _examined(recipe: str, lines: Mapping[str, Any], devices: int) -> Run:
