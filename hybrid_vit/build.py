@@ -198,6 +198,8 @@ def build(
   if parts["tasks"] is not None:
     with check("evaluation"):
       parts["evaluation"] = read_evaluation(config, preprocessing, parts["tasks"][-1])
+  if parts["evaluation"] is not None:
+    with check("settings of the loop"):
       parts["settings"] = read_settings(config, parts["tasks"][-1], parts["evaluation"])
   known = all(parts[name] is not None for name in ("tasks", "data", "curriculum"))
   if known:

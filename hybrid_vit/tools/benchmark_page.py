@@ -19,6 +19,8 @@ Row = Mapping[str, Any]
 _OURS = "hybrid_vit"
 # A kind of layer with less of the cycles than this is not named.
 _NAMED_SHARE = 9.5
+# Pictures of a step and their side that go without saying.
+_USUAL = (64, 224)
 
 
 def of_shares(rows: Sequence[Row]) -> str:
@@ -31,8 +33,9 @@ def of_shares(rows: Sequence[Row]) -> str:
       for share, kind in sorted(kinds, key=lambda kind: -kind[0])
       if share >= _NAMED_SHARE
     ]
+    unusual = (row["batch"], row["size"]) != _USUAL
     return [
-      row["network"],
+      row["network"] + (f", {row['batch']} x {row['size']}" if unusual else ""),
       f"{row['images_per_second']:,.0f}",
       f"{row['mfu']:.1%}".replace("%", " %"),
       f"{row['memory_mib'] / 1024:.1f} GiB",

@@ -6,8 +6,13 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "speed"
 
 
 def estimate(network, rate, **shares):
-  row = {"network": network, "images_per_second": rate, "mfu": 0.1234, "memory_mib": 1536.0}
-  return {**row, "traffic_mb_per_image": 1234.5, **{f"{k}_%": v for k, v in shares.items()}}
+  row = {"network": network, "batch": 64, "size": 224, "images_per_second": rate, "mfu": 0.1234}
+  return {
+    **row,
+    "memory_mib": 1536.0,
+    "traffic_mb_per_image": 1234.5,
+    **{f"{k}_%": v for k, v in shares.items()},
+  }
 
 
 def test_the_page_has_the_figures_of_its_results():
@@ -20,10 +25,10 @@ def test_the_page_has_the_figures_of_its_results():
 def test_fastest_first_with_the_shares_that_count():
   rows = [
     estimate("slow", 99.6, norms=9.4, products=30.2, attention=60.4),
-    estimate("fast", 1234.4, products=95.0),
+    {**estimate("fast", 1234.4, products=95.0), "size": 384},
   ]
   assert benchmark_page.of_shares(rows).splitlines()[2:] == [
-    "| fast | 1,234 | 12.3 % | 1.5 GiB | 1,234 MB | products 95 % |",
+    "| fast, 64 x 384 | 1,234 | 12.3 % | 1.5 GiB | 1,234 MB | products 95 % |",
     "| slow | 100 | 12.3 % | 1.5 GiB | 1,234 MB | attention 60 %, products 30 % |",
   ]
 
