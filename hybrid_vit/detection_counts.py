@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from hybrid_vit.detection_systems import DetectionSystem
 from hybrid_vit.heads.rcnn import RCNN
+from hybrid_vit.tables import markdown_table
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
 
 _PROPOSALS, _MASKS = 1000, 100
@@ -93,26 +94,25 @@ def _parts_of_rcnn(model: Any, images: jax.Array) -> list[Any]:
 
 def as_markdown(rows: Sequence[DetectionSummary]) -> str:
   """A table for people."""
+  head = [
+    "recipe", "picture", "parameters", "published", "mult-adds", "published", "box AP", "mask AP",
+    "source",
+  ]  # fmt: skip
   lines = [
-    "| recipe | picture | parameters | published | mult-adds | published | box AP | mask AP | "
-    "source |",
-    "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-  ]
-  for r in rows:
-    billions = r.published_multiply_adds
-    cells = [
+    [
       r.recipe,
       f"{r.height} x {r.width}",
       f"{r.parameters:,}",
       f"{r.published_parameters} M" if r.published_parameters else "",
       f"{r.multiply_adds / 1e9:,.1f} G",
-      "" if billions is None else f"{billions:,g} G",
+      "" if r.published_multiply_adds is None else f"{r.published_multiply_adds:,g} G",
       "" if r.published_box_ap is None else f"{r.published_box_ap:.1f}",
       "" if r.published_mask_ap is None else f"{r.published_mask_ap:.1f}",
       r.source,
     ]
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+    for r in rows
+  ]
+  return markdown_table(head, lines, texts=(0, 1, 8))
 
 
 PAGE_HEAD = """# Detectors

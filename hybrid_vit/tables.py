@@ -36,9 +36,9 @@ def write_table(
   writer.writeheader()
   writer.writerows(rows)
   csv_path.write_bytes(text.getvalue().encode())
-  lines = [_line(columns), "|" + " --- |" * len(columns)]
-  lines += [_line([_shown(key, row.get(key)) for key in columns]) for row in rows]
-  md_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  shown = ([_shown(key, row.get(key)) for key in columns] for row in rows)
+  table = markdown_table(columns, shown, texts=range(len(columns)))
+  md_path.write_text(table + "\n", encoding="utf-8")
   return csv_path, md_path
 
 
@@ -53,7 +53,7 @@ def markdown_table(
     texts: columns of words; the others are numbers, set to the right.
   """
   lines = [head, ["---" if i in texts else "---:" for i in range(len(head))], *rows]
-  return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+  return "\n".join(_line([str(cell) for cell in line]) for line in lines)
 
 
 def replace_marked(page: str, source: str, text: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 from hybrid_vit.tables import markdown_table, replace_marked
 
 Row = Mapping[str, Any]
+# By what stands at the beginning of a line, then by column.
+_Cells = dict[tuple[str, ...], dict[str, str]]
 _OURS = "hybrid_vit"
 # A kind of layer with less of the cycles than this is not named.
 _NAMED_SHARE = 9.5
@@ -37,7 +39,7 @@ def of_shares(rows: Sequence[Row]) -> str:
     return [
       row["network"] + (f", {row['batch']} x {row['size']}" if unusual else ""),
       f"{row['images_per_second']:,.0f}",
-      f"{row['mfu']:.1%}".replace("%", " %"),
+      _percent(row["mfu"]),
       f"{row['memory_mib'] / 1024:.1f} GiB",
       f"{row['traffic_mb_per_image']:,.0f} MB",
       ", ".join(shares),
@@ -60,17 +62,13 @@ def of_chips(results: Mapping[str, Sequence[Row]]) -> str:
   Args:
     results: of each chip.
   """
-  found = {
-    chip: {
-      row["network"]: f"{row['images_per_second']:,.0f} ({row['mfu']:.1%})".replace("%", " %")
-      for row in rows
-    }
-    for chip, rows in results.items()
-  }
-  names = dict.fromkeys(name for cells in found.values() for name in cells)
-  several = [name for name in names if sum(name in cells for cells in found.values()) > 1]
-  lines = [[name, *(cells.get(name, "") for cells in found.values())] for name in several]
-  return markdown_table(["network", *found], lines)
+  cells: _Cells = {}
+  for chip, rows in results.items():
+    for row in rows:
+      cell = f"{row['images_per_second']:,.0f} ({_percent(row['mfu'])})"
+      cells.setdefault((row["network"],), {})[chip] = cell
+  several = {name: of for name, of in cells.items() if len(of) > 1}
+  return _side_by_side(["network"], list(results), several)
 
 
 def of_levels(rows: Sequence[Row]) -> str:
@@ -78,48 +76,52 @@ def of_levels(rows: Sequence[Row]) -> str:
 
   A cell is of how long compiling took, of the step and of its memory.
   """
-  found: dict[str, dict[str, str]] = {}
+  cells: _Cells = {}
   for row in rows:
     level = row["form"].rpartition(", ")[0].removeprefix(_OURS).removeprefix(", ") or "whole"
-    cell = (
+    cells.setdefault((row["network"],), {})[level] = (
       f"{row['compile_seconds']:,.0f} s; {row['ms']:,.0f} ms; {row['memory_mib'] / 1024:.1f} GiB"
     )
-    found.setdefault(row["network"], {})[level] = cell
-  levels = list(dict.fromkeys(level for cells in found.values() for level in cells))
-  lines = [[name, *(cells.get(level, "") for level in levels)] for name, cells in found.items()]
-  return markdown_table(["network", *levels], lines)
+  return _side_by_side(["network"], _columns(cells), cells)
 
 
 def of_comparison(rows: Sequence[Row]) -> str:
   """A line for each network timed beside another library's: times the speed of its fastest form."""
-  ours = [row for row in rows if row["form"] == _OURS and "speed_ratio" in row]
-  modes = list(dict.fromkeys(row["mode"] for row in ours))
-  cells: dict[str, dict[str, str]] = {}
-  for row in ours:
-    beside = row["ratio_to"].rpartition(", ")[0]
-    name = row["network"] + ("" if beside == "timm" else f" (beside {beside}, a stand-in)")
-    cells.setdefault(name, {})[row["mode"]] = f"{row['speed_ratio']:.2f}"
-  return markdown_table(
-    ["network", *modes],
-    [[name, *(of.get(mode, "") for mode in modes)] for name, of in cells.items()],
-  )
+  cells: _Cells = {}
+  for row in rows:
+    if row["form"] == _OURS and "speed_ratio" in row:
+      beside = row["ratio_to"].rpartition(", ")[0]
+      name = row["network"] + ("" if beside == "timm" else f" (beside {beside}, a stand-in)")
+      cells.setdefault((name,), {})[row["mode"]] = f"{row['speed_ratio']:.2f}"
+  return _side_by_side(["network"], _columns(cells), cells)
 
 
 def of_data(rows: Sequence[Row]) -> str:
   """A line for each transform and decoder, a column for each source."""
-  ours = [row for row in rows if not row["form"].startswith("timm")]
-  sources = list(dict.fromkeys(row["source"] for row in ours))
-  cells: dict[tuple[str, str], dict[str, str]] = {}
-  for row in ours:
+  cells: _Cells = {}
+  for row in rows:
+    if row["form"].startswith("timm"):
+      continue
     transform = ", ".join(f"`{name}`" for name in row["transform"].split("|") if name != "decode")
+    source = "ArrayRecord" if row["source"] == "tfds" else row["source"]
     ratios = f"{row['per_core_ratio']:.2f} ({row['speed_ratio']:.2f})"
-    cells.setdefault((transform, row["form"]), {})[row["source"]] = ratios
-  names = {"tfds": "ArrayRecord"}
-  return markdown_table(
-    ["transform", "decoder", *(names.get(source, source) for source in sources)],
-    [[*key, *(of.get(source, "") for source in sources)] for key, of in sorted(cells.items())],
-    texts=(0, 1),
-  )
+    cells.setdefault((transform, row["form"]), {})[source] = ratios
+  return _side_by_side(["transform", "decoder"], _columns(cells), dict(sorted(cells.items())))
+
+
+def _columns(cells: _Cells) -> list[str]:
+  """Those that any line has, in the order of the rows that they come from."""
+  return list(dict.fromkeys(column for of in cells.values() for column in of))
+
+
+def _side_by_side(heads: Sequence[str], columns: Sequence[str], cells: _Cells) -> str:
+  """A line for each key, whose parts stand below `heads`; empty where it has no such column."""
+  lines = [[*key, *(of.get(column, "") for column in columns)] for key, of in cells.items()]
+  return markdown_table([*heads, *columns], lines, texts=range(len(heads)))
+
+
+def _percent(part: float) -> str:
+  return f"{100 * part:.1f} %"
 
 
 # What each comment names: the files it is made of, and how.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_vit.standard_streams import run_tool
-from hybrid_vit.tables import replace_marked
+from hybrid_vit.tables import markdown_table, replace_marked
 from hybrid_vit.weights.official_files import OfficialFile, official_files
 
 _SOURCE = "python -m hybrid_vit.tools.list_weights --docs=docs/weights.md"
@@ -22,25 +22,24 @@ _SOURCE = "python -m hybrid_vit.tools.list_weights --docs=docs/weights.md"
 
 def markdown(files: Sequence[OfficialFile]) -> str:
   """The files as a Markdown table."""
-  lines = [
-    "| architecture | file | obtainable | licence | mirror | notes |",
-    "| --- | --- | --- | --- | --- | --- |",
-  ]
+  head = ("architecture", "file", "obtainable", "licence", "mirror", "notes")
+  lines = []
   for file in files:
     notes = [file.notes] if file.notes else []
     notes += [f"SHA-256 {file.sha256}"] if file.sha256 else []
     # Plain links are one word each; the source is said where a reader would doubt.
     said = "" if file.obtainable == "linked" else f" ({file.source})"
-    cells = (
-      file.architecture,
-      f"[{file.file}]({file.address})",
-      file.obtainable + said,
-      file.licence,
-      file.mirror,
-      "; ".join(notes),
+    lines.append(
+      (
+        file.architecture,
+        f"[{file.file}]({file.address})",
+        file.obtainable + said,
+        file.licence,
+        file.mirror,
+        "; ".join(notes),
+      )
     )
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+  return markdown_table(head, lines, texts=range(len(head)))
 
 
 def with_table(page: str) -> str:

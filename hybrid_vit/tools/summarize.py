@@ -21,6 +21,7 @@ from jax.extend import core
 
 from hybrid_vit.models import registry
 from hybrid_vit.standard_streams import run_tool
+from hybrid_vit.tables import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +165,7 @@ def format_table(rows: Sequence[Summary], style: str) -> str:
     )
   widths = [max(len(line[i]) for line in table) for i in range(len(header))]
   if style == "markdown":
-    rule = "| " + " | ".join("---" if i == 0 else "---:" for i in range(len(header))) + " |"
-    lines = ["| " + " | ".join(line) + " |" for line in table]
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown_table(header, table[1:])
   return "\n".join(
     "  ".join(
       cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))

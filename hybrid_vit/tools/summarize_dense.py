@@ -26,6 +26,7 @@ from hybrid_vit import detection_counts
 from hybrid_vit.dense_systems import DenseSystem, dense_systems
 from hybrid_vit.detection_systems import detection_systems
 from hybrid_vit.standard_streams import run_tool
+from hybrid_vit.tables import markdown_table
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
 
 
@@ -99,13 +100,12 @@ def as_csv(rows: Sequence[Any]) -> str:
 
 def as_markdown(rows: Sequence[DenseSummary]) -> str:
   """A table for people."""
+  head = [
+    "backbone", "decoder", "picture", "parameters", "published", "mult-adds", "published", "mIoU",
+    "multi-scale", "source",
+  ]  # fmt: skip
   lines = [
-    "| backbone | decoder | picture | parameters | published | mult-adds | published | mIoU | "
-    "multi-scale | source |",
-    "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-  ]
-  for r in rows:
-    cells = [
+    [
       r.backbone,
       r.decoder,
       f"{r.height} x {r.width}",
@@ -117,8 +117,9 @@ def as_markdown(rows: Sequence[DenseSummary]) -> str:
       "" if r.published_mean_iou_multi_scale is None else f"{r.published_mean_iou_multi_scale:.1f}",
       r.source,
     ]
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+    for r in rows
+  ]
+  return markdown_table(head, lines, texts=(0, 1, 2, 9))
 
 
 _PAGE_HEAD = """# Backbones with decoders
