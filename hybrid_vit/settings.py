@@ -11,8 +11,8 @@ from hybrid_vit.early_stop import EarlyStop
 from hybrid_vit.sinks import SINKS
 from hybrid_vit.tasks.base import Task, evaluation_kind
 
-# XLA's levels of optimisation, by the number that its options have: compilers of TPUs are done four
-# to eight times sooner with the program of "O0", which takes four to seven times as long.
+# XLA's levels of optimisation, by the number that its options have: compilers of TPUs are done
+# three to eight times sooner with the program of "O0", which takes four to seven times as long.
 XLA_OPTIMIZATION_LEVELS: Mapping[str, int] = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
 
 

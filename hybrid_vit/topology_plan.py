@@ -83,17 +83,11 @@ class StepPlan:
 
 
 def may_fit(run: Run, topology: str, mesh: Mesh, phase: int, canvas: int = 0) -> tuple[bool, int]:
-  """Whether a step is worth `plan_step`, and the bytes it asks for; a fourth of its time or less.
+  """Whether a step is worth `plan_step`, and the bytes it asks for; a third of its time or less.
 
   XLA's least optimisation plans a chip's memory within a few hundredths of the whole one's, mostly
   above it: a step that asks for up to a tenth more than there is may fit all the same.
-
-  Args:
-    run: of a configuration.
-    topology: its name.
-    mesh: of all its devices.
-    phase: see `programs.compile_step`.
-    canvas: likewise.
+  Arguments as of `plan_step`.
   """
   options = programs.level_options("O0")
   asked = tpu_topology.examine(

@@ -128,17 +128,20 @@ def test_what_may_make_it_fit(plan):
   assert changes and all(set(change) == {"accumulation_steps"} for change in changes)
 
 
-def test_a_step_that_does_not_fit_is_a_problem_and_is_made_to(monkeypatch, capsys):
+def steps_fit(monkeypatch, compile_step):
+  """A topology of four chips, for which a step compiles to 9 GiB where `compile_step` is true."""
   chips = jax.devices()[:4]
   monkeypatch.setattr(dry_run.tpu_topology, "topology_devices", lambda name: chips)
-  monkeypatch.setattr(
-    topology_plan.programs, "compile_step", lambda run, *a, **k: run.config.get("remat", False)
-  )
+  monkeypatch.setattr(topology_plan.programs, "compile_step", compile_step)
   fits = Compilation(1.0, True, 9 * GIB, GIB, 8 * GIB, 1e12, 1e9, CYCLES, "")
   refused = Compilation(1.0, False, 20 * GIB)
   monkeypatch.setattr(
     topology_plan.tpu_topology, "examine", lambda compiled: fits if compiled() else refused
   )
+
+
+def test_a_step_that_does_not_fit_is_a_problem_and_is_made_to(monkeypatch, capsys):
+  steps_fit(monkeypatch, lambda run, *a, **k: run.config.get("remat", False))
   assert dry_run.main(config(), topology="v5e:2x2", try_to_fit=True) == 1
   out = capsys.readouterr().out
   assert "20.000 GiB of 15.75 GiB: does not fit" in out
@@ -150,8 +153,6 @@ def test_a_step_that_does_not_fit_is_a_problem_and_is_made_to(monkeypatch, capsy
 
 
 def test_what_may_help_is_compiled_in_a_hurry_and_what_fits_as_a_run_would(monkeypatch, capsys):
-  chips = jax.devices()[:4]
-  monkeypatch.setattr(dry_run.tpu_topology, "topology_devices", lambda name: chips)
   asked = []
 
   def compile_step(run, *args, options=None, **kwargs):
@@ -160,12 +161,7 @@ def test_what_may_help_is_compiled_in_a_hurry_and_what_fits_as_a_run_would(monke
     # By the hurried compilation recomputation fits, as a run is compiled two parts do.
     return form[1] > 1 or (form[0] and bool(options))
 
-  monkeypatch.setattr(topology_plan.programs, "compile_step", compile_step)
-  fits = Compilation(1.0, True, 9 * GIB, GIB, 8 * GIB, 1e12, 1e9, CYCLES, "")
-  refused = Compilation(1.0, False, 20 * GIB)
-  monkeypatch.setattr(
-    topology_plan.tpu_topology, "examine", lambda compiled: fits if compiled() else refused
-  )
+  steps_fit(monkeypatch, compile_step)
   assert dry_run.main(config(), topology="v5e:2x2", try_to_fit=True) == 1
   out = capsys.readouterr().out
   assert "--config.remat=True: 20.00 GiB, does not fit" in out

@@ -138,6 +138,25 @@ def test_tables_are_resized_without_antialiasing(before, after):
   np.testing.assert_allclose(rows[1, :, 2], after, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [(1, 1), (3, 2), (4, 5)])
+def test_position_bias_by_definition(window):
+  height, width = window
+  table = np.random.default_rng(0).normal(size=(2, 2 * height - 1, 2 * width - 1))
+  bias = layers.relative_position_bias(jnp.asarray(table, jnp.float32), window)
+  expected = np.zeros((2, height * width, height * width), np.float32)
+  cells = list(np.ndindex(height, width))
+  for q, (query_row, query_column) in enumerate(cells):
+    for k, (key_row, key_column) in enumerate(cells):
+      row, column = key_row - query_row + height - 1, key_column - query_column + width - 1
+      expected[:, q, k] = table[:, row, column]
+  np.testing.assert_array_equal(bias, expected)
+
+
+def test_a_table_of_another_window_is_refused():
+  with pytest.raises(ValueError, match="does not belong to a window"):
+    layers.relative_position_bias(jnp.zeros((2, 3, 3)), (3, 2))
+
+
 def test_torch_initial_values_are_uniform_within_the_root_of_the_fan_in():
   kernel = layers.torch_conv_init(jax.random.key(0), (3, 3, 1, 4000), jnp.float32)
   bias = layers.torch_bias_init(25)(jax.random.key(1), (30000,))
