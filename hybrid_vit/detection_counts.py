@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from hybrid_vit.detection_systems import DetectionSystem
 from hybrid_vit.heads.rcnn import RCNN
+from hybrid_vit.models.initialization import variable_shapes
 from hybrid_vit.tables import markdown_table
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
 
@@ -56,7 +57,7 @@ def summarize_detection(system: DetectionSystem) -> DetectionSummary:
   model = system.build()
   height, width = system.counted_on
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+  variables = variable_shapes(model, images)
   # Of all but R-CNN the answer is what is counted: suppression has no products.
   method = _parts_of_rcnn if isinstance(model, RCNN) else None
 

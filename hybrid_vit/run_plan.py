@@ -190,7 +190,7 @@ def _examine_state(plan: Plan, run: Run, state_of: Callable[[int], TrainState]) 
     plan.state_bytes = programs.state_bytes(plan.state, plan.layout)
     if constants := programs.constants_bytes(run.task, plan.mesh):
       plan.state_bytes["constants"] = constants
-  ways = sharding.batch_ways(plan.mesh)
+  ways, looked_at = sharding.batch_ways(plan.mesh), set()
   for phase, canvas in programs.distinct_steps(run):
     task, batch = run.tasks[phase], run.canvas_batches(phase)[canvas]
     with plan.checking("activations"):
@@ -199,6 +199,11 @@ def _examine_state(plan: Plan, run: Run, state_of: Callable[[int], TrainState]) 
       # The network sees all devices' rows of one part together, and must be able to.
       together = max(1, size // run.settings.accumulation)
       _trace_loss(task, variables, batch, together)
+      # A canvas on its side keeps as much.
+      extents = (phase, tuple((k, *sorted(v.shape)) for k, v in sorted(batch.items())))
+      if extents in looked_at:
+        continue
+      looked_at.add(extents)
       rows = max(1, together // ways)
       part = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
       kept = activation_bytes(with_groups(task, size), variables, part)

@@ -50,6 +50,8 @@ def forgotten_programs():
   yield
   jax.clear_caches()
   gc.collect()
+  # Looking through what is left again and again would take longer than the tests of small files.
+  gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -82,10 +82,10 @@ class DeformableAttention(nn.Module):
     exact = query.astype(jnp.float32)
     zeros = nn.initializers.zeros
     count = heads * levels * points
-    offsets = nn.Dense(
+    offsets = layers.Dense(
       2 * count, kernel_init=zeros, bias_init=self._offset_init, dtype=jnp.float32, name="offsets"
     )(exact).reshape(batch, queries, heads, levels, points, 2)
-    weights = nn.Dense(count, kernel_init=zeros, dtype=jnp.float32, name="weights")(exact)
+    weights = layers.Dense(count, kernel_init=zeros, dtype=jnp.float32, name="weights")(exact)
     weights = jax.nn.softmax(weights.reshape(batch, queries, heads, -1), axis=-1)
     weights = weights.reshape(batch, queries, heads, levels, points)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hybrid_vit.models.layers import BatchNorm, Conv, Initializer
+from hybrid_vit.models.layers import BatchNorm, Conv, Initializer, ShapedParameters
 
 # mmcv's for convolutions before a ReLU: normal, variance 2 / fan_out.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -81,7 +81,7 @@ def conv_norm(module: Any, features: int, kernel_size: int, name: str, **options
   )
 
 
-class Deconv(nn.Module):
+class Deconv(ShapedParameters, nn.Module):
   """A transposed convolution as PyTorch's ConvTranspose2d: `kernel` is `[kh, kw, in, out]`.
 
   Cell (i, j) adds kernel[a, b] to cell (stride i + a - padding, stride j + b - padding) of the

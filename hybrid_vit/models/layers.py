@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,25 @@ from hybrid_vit.ops.relative_position import relative_position_bias as relative_
 Initializer = Callable[..., jax.Array]
 
 
-class BatchNorm(nn.Module):
+class ShapedParameters:
+  """For modules that declare parameters as `param(name, init, shape, dtype)`: quicker tracing.
+
+  Where a parameter is there, Flax traces its initializer in every call, to compare what shape it
+  gives: two fifths of tracing a network. Here the shape is known before.
+  """
+
+  if not TYPE_CHECKING:  # To types it is Flax's own.
+
+    def param(self, name: str, init_fn: Initializer, *arguments: Any, **options: Any) -> Any:
+      """See `nn.Module.param`, which has the last word of a shape that differs."""
+      if arguments and self.has_variable("params", name):
+        value = self.get_variable("params", name)
+        if np.shape(value) == arguments[0]:
+          return value
+      return super().param(name, init_fn, *arguments, **options)
+
+
+class BatchNorm(ShapedParameters, nn.Module):
   """Batch normalisation whose statistics are float32 whatever the compute type.
 
   Under `jax.jit` with a sharded batch the mean is over the global batch. With `num_groups` > 1 the
@@ -133,12 +151,24 @@ class DropPath(nn.Module):
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-# Flax's own with the operation of `ops/convolution.py`. Depthwise ones and networks' 1x1 ones have
-# layers of their own below.
-Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
+class Conv(ShapedParameters, nn.Conv):
+  """Flax's own with the operation of `ops/convolution.py`.
+
+  Depthwise ones and networks' 1x1 ones have layers of their own below.
+  """
+
+  conv_general_dilated: Any = conv_general_dilated
 
 
-class DepthwiseConv(nn.Module):
+class Dense(ShapedParameters, nn.Dense):
+  """Flax's own, for layers that a network has in each block."""
+
+
+class DenseGeneral(ShapedParameters, nn.DenseGeneral):
+  """Flax's own, likewise."""
+
+
+class DepthwiseConv(ShapedParameters, nn.Module):
   """A depthwise convolution: parameters `kernel` `[kh, kw, 1, C]` and, if asked, `bias` `[C]`.
 
   With a `multiplier` m each channel has m kernels, one after the other: `C m` for `C` in these
@@ -167,7 +197,7 @@ class DepthwiseConv(nn.Module):
     return x
 
 
-class PointwiseConv(nn.Module):
+class PointwiseConv(ShapedParameters, nn.Module):
   """A 1x1 convolution of `[..., C]` as one matrix product over all cells.
 
   Its parameters are those of `nn.Dense`; the product is `ops.pointwise_batch_norm`'s.
@@ -197,7 +227,7 @@ class PointwiseConv(nn.Module):
     return y
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(ShapedParameters, nn.Module):
   """Layer norm over the last axis, float32 inside, see `ops.layer_norm`.
 
   Parameters `scale` and `bias` `[C]`.
@@ -257,7 +287,7 @@ def pointwise_conv_norm(
   return x if activation is None else activation(x)
 
 
-class LayerScale(nn.Module):
+class LayerScale(ShapedParameters, nn.Module):
   """Multiplies each channel of `[..., C]` by a parameter `gamma` that begins at `initial_value`."""
 
   initial_value: float

@@ -295,9 +295,9 @@ class SqueezeExcitation(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.mean((1, 2), keepdims=True, dtype=jnp.float32).astype(self.dtype)
-    y = nn.Dense(self.hidden, kernel_init=_INIT, dtype=self.dtype, name="reduce")(y)
+    y = layers.Dense(self.hidden, kernel_init=_INIT, dtype=self.dtype, name="reduce")(y)
     y = nn.swish(y)
-    y = nn.Dense(x.shape[-1], kernel_init=_INIT, dtype=self.dtype, name="expand")(y)
+    y = layers.Dense(x.shape[-1], kernel_init=_INIT, dtype=self.dtype, name="expand")(y)
     return x * nn.sigmoid(y)
 
 
@@ -327,7 +327,7 @@ class Attention(nn.Module):
     tokens, mask = windows_op.partition_windows(x, window, pad=self.pad_windows)
 
     def project(name: str) -> jax.Array:  # [B, N, tokens, heads, head_size]
-      dense = nn.DenseGeneral(
+      dense = layers.DenseGeneral(
         (heads, self.head_size), kernel_init=_INIT, dtype=self.dtype, name=name
       )
       return dense(tokens)
@@ -345,9 +345,9 @@ class Attention(nn.Module):
       bias = jnp.where(mask[:, None, None, :], shown, jnp.finfo(jnp.float32).min)
     layers.sow_attention(self, query, key, scale=self.head_size**-0.5, bias=bias)
     out = layers.dot_product_attention(query, key, value, scale=self.head_size**-0.5, bias=bias)
-    out = nn.DenseGeneral(channels, axis=(-2, -1), kernel_init=_INIT, dtype=self.dtype, name="out")(
-      out
-    )
+    out = layers.DenseGeneral(
+      channels, axis=(-2, -1), kernel_init=_INIT, dtype=self.dtype, name="out"
+    )(out)
     return windows_op.merge_windows(out, window, (size[0], size[1]))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import importlib
 import itertools
 import operator
@@ -215,10 +216,15 @@ def _arguments(module_class: type[nn.Module]) -> tuple[str, ...]:
 def _entries() -> dict[str, ModelEntry]:
   for module in _FAMILIES:
     importlib.import_module(module)
-  # A module that somebody imported by itself has registered its models before the others.
+  return {name: _ENTRIES[name] for name in _by_family(tuple(_ENTRIES))}
+
+
+@functools.lru_cache(maxsize=1)
+def _by_family(names: tuple[str, ...]) -> tuple[str, ...]:
+  """A module that somebody imported by itself has registered its models before the others."""
   order = {module: i for i, module in enumerate(_FAMILIES)}
-  place = {name: order.get(e.module_class.__module__, len(order)) for name, e in _ENTRIES.items()}
-  return {name: _ENTRIES[name] for name in sorted(_ENTRIES, key=place.__getitem__)}
+  place = {name: order.get(_ENTRIES[name].module_class.__module__, len(order)) for name in names}
+  return tuple(sorted(names, key=place.__getitem__))
 
 
 def _check_arguments(name, module_class, arguments) -> None:

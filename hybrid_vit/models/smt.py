@@ -315,7 +315,7 @@ class ScaleAwareModulation(nn.Module):
     return _dense(self, width, "out")(modulator * value)
 
 
-class _HeadKernel(nn.Module):
+class _HeadKernel(layers.ShapedParameters, nn.Module):
   """Parameters of one head's convolution: kernel `[size, size, 1, width]` and bias `[width]`."""
 
   size: int
@@ -328,7 +328,7 @@ class _HeadKernel(nn.Module):
     return kernel, self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
 
 
-class GroupedPointwiseConv(nn.Module):
+class GroupedPointwiseConv(layers.ShapedParameters, nn.Module):
   """A 1x1 convolution of each group of channels by itself: `[..., n G]` to `[..., G m]`.
 
   Group g has channel g of each of the n heads. Its parameters are a kernel `[n, G m]` and a bias

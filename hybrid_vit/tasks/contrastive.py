@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from hybrid_vit.data import arguments as check
 from hybrid_vit.data.spec import Field, Spec
 from hybrid_vit.models.clip import CLIP
+from hybrid_vit.models.initialization import initial_variables
 from hybrid_vit.models.text import create_text_tower
 from hybrid_vit.ops.contrastive import (
   Teachers,
@@ -162,9 +163,9 @@ class Contrastive:
 
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """See `Task`."""
-    images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
-    tokens = jnp.zeros((1, self.context_length), jnp.int32)
-    variables = self.model.init(rng, images, tokens, train=False)
+    images = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, self.context_length), jnp.int32)
+    variables = initial_variables(self.model, rng, images, tokens)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
   def normalize(self, images: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from hybrid_vit.data.spec import INDEX, MASK, Field, Spec
 from hybrid_vit.models import mae
+from hybrid_vit.models.initialization import initial_variables
 from hybrid_vit.ops.hog import hog
 from hybrid_vit.plots import plot_rows
 from hybrid_vit.tasks.base import Batch, EvaluationData, Evaluator, Variables, summed
@@ -181,9 +182,9 @@ class MaskedAutoencoding:
   def init(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
     """See `Task`. Norms before the head are there too, though nothing here trains them."""
     size = tuple(batch["image"].shape[1:3])
-    images = jnp.zeros((1, *size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     rngs = jax.random.split(rng)
-    variables = self.model.clone(num_classes=1).init(rngs[0], images, train=False)
+    variables = initial_variables(self.model.clone(num_classes=1), rngs[0], images)
     params = {
       name: value for name, value in variables["params"].items() if not is_head(f"params/{name}/")
     }

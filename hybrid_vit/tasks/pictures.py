@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_vit.data import arguments as check
+from hybrid_vit.models import initialization
 from hybrid_vit.ops.low_frequency_crop import lanczos_resize, low_frequency_crop
 from hybrid_vit.tasks.base import Batch
 
@@ -74,8 +75,8 @@ class PictureTask:
 
 def initial_variables(model: Any, rng: jax.Array, batch: Batch) -> dict[str, Any]:
   """{"params", "batch_stats"} of a model that takes pictures, by the size of a batch's "image"."""
-  images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
-  variables = model.init(rng, images, train=False)
+  images = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), jnp.float32)
+  variables = initialization.initial_variables(model, rng, images)
   return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 

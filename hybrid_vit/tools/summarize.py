@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from hybrid_vit.models import registry
+from hybrid_vit.models.initialization import variable_shapes
 from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tables import markdown_table
 
@@ -60,7 +61,7 @@ def summarize(name: str, image_size: int | None = None) -> Summary:
   size = image_size or entry.preprocessing.image_size
   model = registry.create_model(name)
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = variable_shapes(model, images)
   program = jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images).jaxpr
   same_size = size == entry.preprocessing.image_size
   return Summary(

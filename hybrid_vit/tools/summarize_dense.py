@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from hybrid_vit import detection_counts
 from hybrid_vit.dense_systems import DenseSystem, dense_systems
 from hybrid_vit.detection_systems import detection_systems
+from hybrid_vit.models.initialization import variable_shapes
 from hybrid_vit.standard_streams import run_tool
 from hybrid_vit.tables import markdown_table
 from hybrid_vit.tools.summarize import count_multiply_adds, count_parameters
@@ -68,7 +69,7 @@ def summarize_dense(system: DenseSystem) -> DenseSummary:
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   # Of windows and tables alike the variables do not depend on the picture: a small one is traced.
   small = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), small)
+  variables = variable_shapes(model, small)
 
   def answers(variables, images):
     return model.apply(variables, images, train=False)[0]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from hybrid_vit.models import clip, clip_systems
 from hybrid_vit.models.clip_systems import CLIP_MODELS, EMBEDDING_SIZE
+from hybrid_vit.models.initialization import variable_shapes
 from hybrid_vit.models.registry import Preprocessing, create_model, list_models, model_entry
 
 
@@ -77,9 +78,7 @@ def shapes_of(architecture: str, model: nn.Module) -> dict[str, Any]:
   if isinstance(model, clip.CLIP):
     length = model.text.context_length
     inputs.append(jax.ShapeDtypeStruct((1, length), jnp.int32))
-  return dict(
-    jax.eval_shape(lambda key, *x: model.init(key, *x, train=False), jax.random.key(0), *inputs)
-  )
+  return variable_shapes(model, *inputs)
 
 
 def image_tower(architecture: str) -> str:

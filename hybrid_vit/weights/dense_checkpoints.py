@@ -22,6 +22,7 @@ from hybrid_vit.heads.dino import DINO
 from hybrid_vit.heads.kmax import KMaX
 from hybrid_vit.heads.mask2former import Mask2Former
 from hybrid_vit.heads.rcnn import RCNN
+from hybrid_vit.models.initialization import initial_variables, variable_shapes
 from hybrid_vit.weights import convert, families
 from hybrid_vit.weights.convert import ImportReport, Layout, OfficialKey
 from hybrid_vit.weights.keymap_detectors import detector_layouts
@@ -282,7 +283,7 @@ def _named(weights: Weights, layout: Layout) -> dict[str, np.ndarray]:
 
 def _shapes(model: Any, size: int) -> dict[str, Any]:
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  return dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images))
+  return variable_shapes(model, images)
 
 
 def _shape_in(named: Weights, key: OfficialKey) -> tuple[int, ...] | None:
@@ -301,8 +302,8 @@ def _with_new_classifiers(
   @jax.jit
   def draw(key: jax.Array) -> dict[str, jax.Array]:
     # Whatever the classifiers do not need is not computed.
-    drawn = model.init(key, jnp.zeros((1, size, size, 3), jnp.float32), train=False)
-    found = traverse_util.flatten_dict(dict(drawn), sep="/")
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    found = traverse_util.flatten_dict(initial_variables(model, key, images), sep="/")
     return {path: found[path] for path in anew}
 
   drawn = jax.device_get(draw(jax.random.key(0)))

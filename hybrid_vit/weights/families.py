@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from hybrid_vit.models.initialization import initial_variables
 from hybrid_vit.weights import architectures
 from hybrid_vit.weights.convert import (
   ImportReport,
@@ -192,8 +193,8 @@ def with_new_leaves(
   @jax.jit
   def draw(key: jax.Array) -> dict[str, jax.Array]:
     # Whatever these leaves do not need is not computed.
-    images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
-    flat = traverse_util.flatten_dict(dict(model.init(key, images, train=False)), sep="/")
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    flat = traverse_util.flatten_dict(initial_variables(model, key, images), sep="/")
     return {path: flat[path] for path in paths}
 
   flat = traverse_util.flatten_dict(dict(variables), sep="/")

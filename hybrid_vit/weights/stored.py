@@ -19,6 +19,7 @@ import numpy as np
 from hybrid_vit import checkpoints, hub
 from hybrid_vit.data.classes import names_or_numbers
 from hybrid_vit.fingerprints import first_nonfinite
+from hybrid_vit.models.initialization import variable_shapes
 from hybrid_vit.models.registry import (
   Preprocessing,
   as_preprocessing,
@@ -127,7 +128,7 @@ def _other_head(network: StoredNetwork, num_classes: int) -> StoredNetwork:
   """The network with a head of another width, begun anew."""
   model, size = network.model.clone(num_classes=num_classes), network.preprocessing.image_size
   images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-  shapes = {"batch_stats": {}, **jax.eval_shape(model.init, jax.random.key(0), images)}
+  shapes = {"batch_stats": {}, **variable_shapes(model, images)}
   variables, _ = transfer(network.variables, shapes, reinitialize_head=True)
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   begun = {path for path, leaf in flat.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
@@ -252,6 +253,6 @@ def _at_full_size(
     return weights
   size = preprocessing["image_size"]
   images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-  shapes = dict(jax.eval_shape(model.init, jax.random.key(0), images))
+  shapes = variable_shapes(model, images)
   shapes.setdefault("batch_stats", {})
   return jax.device_get(resize_tables(jax.tree.map(np.asarray, weights), shapes))
