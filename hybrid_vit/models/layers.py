@@ -43,7 +43,8 @@ class ShapedParameters:
 
     def param(self, name: str, init_fn: Initializer, *arguments: Any, **options: Any) -> Any:
       """See `nn.Module.param`, which has the last word of a shape that differs."""
-      if arguments and self.has_variable("params", name):
+      # Where parameters are made Flax looks whether two have one name.
+      if arguments and not self.is_initializing() and self.has_variable("params", name):
         value = self.get_variable("params", name)
         if np.shape(value) == arguments[0]:
           return value

@@ -53,16 +53,17 @@ def drawn_variables(model: nn.Module, size: tuple[int, int] = (32, 32)) -> Any:
   """
   rng = np.random.default_rng(1)
 
-  def draw(x: jax.Array) -> jax.Array:
+  def draw(x: np.ndarray) -> np.ndarray:
     noise = rng.normal(size=x.shape).astype(np.float32)
-    return jnp.asarray(noise / np.sqrt(np.prod(x.shape[:-1])) if x.ndim > 1 else x + 0.1 * noise)
+    drawn = noise / np.sqrt(np.prod(x.shape[:-1])) if x.ndim > 1 else x + 0.1 * noise
+    return drawn.astype(np.float32)
 
   def vectors(key: jax.Array, x: jax.Array) -> Any:
     # The initial kernels are not read: XLA leaves them out.
     return jax.tree.map(lambda v: v if v.ndim < 2 else jnp.zeros(v.shape), model.init(key, x))
 
   start = jax.jit(vectors)(jax.random.key(0, impl="rbg"), images(1, *size))
-  return jax.tree.map(draw, jax.device_get(start))
+  return jax.device_put(jax.tree.map(draw, jax.device_get(start)))
 
 
 class Traced(NamedTuple):
