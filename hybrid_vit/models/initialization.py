@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybrid_vit.ops.platforms import target_platform
+
 
 def initial_variables(model: nn.Module, rng: jax.Array, *inputs: Any) -> dict[str, Any]:
   """`model.init(rng, …, train=False)`; equal networks with inputs of one shape are traced once.
@@ -22,11 +24,13 @@ def initial_variables(model: nn.Module, rng: jax.Array, *inputs: Any) -> dict[st
     The collections that the network has, e.g. {"params", "batch_stats"}.
   """
   shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in inputs)
+  # What is traced for one kind of device may have forms that another has not.
+  platform = target_platform()
   try:
-    draw = _drawing(model, shapes)
+    draw = _drawing(model, shapes, platform)
   except TypeError:
     # An attribute that cannot be hashed, such as a list.
-    draw = _drawing.__wrapped__(model, shapes)
+    draw = _drawing.__wrapped__(model, shapes, platform)
   return dict(draw(rng))
 
 
@@ -38,7 +42,11 @@ def variable_shapes(model: nn.Module, *inputs: Any) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _drawing(model: nn.Module, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
+def _drawing(
+  model: nn.Module, shapes: tuple[tuple[tuple[int, ...], Any], ...], platform: str
+) -> Any:
+  del platform
+
   def draw(rng: jax.Array) -> Any:
     return model.init(rng, *(jnp.zeros(*shape) for shape in shapes), train=False)
 

@@ -9,6 +9,7 @@ from flax import errors
 
 from hybrid_vit.models import layers
 from hybrid_vit.models.initialization import initial_variables, variable_shapes
+from hybrid_vit.ops.platforms import tracing_for
 from tests import small
 
 PICTURE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -54,6 +55,9 @@ def test_equal_networks_with_inputs_of_one_shape_are_traced_once():
   assert variable_shapes(Counting(()), wider)["params"]["conv"]["kernel"].shape == (5, 2)
   assert variable_shapes(Counting((), width=7), x)["params"]["conv"]["kernel"].shape == (3, 7)
   assert len(TRACES) == 3
+  with tracing_for(("tpu",)):
+    variable_shapes(Counting(()), x)
+  assert len(TRACES) == 4
 
 
 def test_what_is_given_out_is_the_callers_own():
