@@ -84,7 +84,7 @@ def test_as_mmdetection(folder, make, losses):
 
 def _loud(model, images):
   """Variables of a head that does not begin quiet."""
-  variables = jax.jit(model.init)(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), images)
   head = dict(variables["params"]["head"])
   head["classifier"] = jax.tree.map(lambda x: 20 * x * (x.ndim > 1), head["classifier"])
   head["deltas"] = jax.tree.map(lambda x: 20 * x, head["deltas"])

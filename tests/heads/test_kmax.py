@@ -161,7 +161,7 @@ def trained():
   plain, saving = (
     KMaX(features, 3, remat=remat, drop_path_rate=0.2, **_SMALL) for remat in (False, True)
   )
-  variables = jax.jit(plain.init)(jax.random.key(0), maps)
+  variables = jax.jit(plain.init)(jax.random.key(0, impl="rbg"), maps)
   # At first no branch adds anything: their last scales are 0.
   variables = {
     **variables,

@@ -386,7 +386,7 @@ def test_a_step_of_the_task():
     example = reading.transform(dict(scenes[i]), np.random.default_rng(i))
     rows.append({n: row(f, n, example[n]) for n, f in on_device(reading.fields).items()})
   batch = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
-  variables = jax.jit(task.init)(jax.random.key(0), batch)
+  variables = jax.jit(task.init)(jax.random.key(0, impl="rbg"), batch)
 
   @jax.jit
   def step(params, key):

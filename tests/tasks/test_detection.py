@@ -50,7 +50,7 @@ def batch(run, scenes):
 
 @pytest.fixture(scope="module")
 def variables(run, batch):
-  return jax.jit(run.task.init)(jax.random.key(0), batch)
+  return jax.jit(run.task.init)(jax.random.key(0, impl="rbg"), batch)
 
 
 def test_a_step_has_every_loss_and_a_gradient(run, batch, variables):
