@@ -36,7 +36,7 @@ class ShapedParameters:
   """For modules that declare parameters as `param(name, init, shape, dtype)`: quicker tracing.
 
   Where a parameter is there, Flax traces its initializer in every call, to compare what shape it
-  gives: two fifths of tracing a network. Here the shape is known before.
+  gives: two fifths of tracing an evaluation. Here the shape is known before.
   """
 
   if not TYPE_CHECKING:  # To types it is Flax's own.

@@ -9,6 +9,7 @@ import numpy as np
 from hybrid_vit.models.registry import FeatureSpec
 from hybrid_vit.weights.convert import KeyMap, import_weights
 from tests import golden
+from tests.models import contract
 
 
 def levels(widths: Sequence[int], strides: Sequence[int] = (4, 8, 16, 32)) -> tuple[Any, ...]:
@@ -36,7 +37,7 @@ def initialised(module: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
   By two programs: where one makes a kernel of zeros and multiplies by it, XLA's CPU compiler (up to
   0.12 at least) fuses the two with a maximum that follows and reads memory that nobody wrote.
   """
-  variables = jax.jit(module.init)(jax.random.key(0, impl="rbg"), *inputs)
+  variables = contract.initialize(module, *inputs)
   return jax.jit(module.apply)(variables, *inputs), variables
 
 

@@ -9,6 +9,7 @@ from hybrid_vit.heads.dense_model import create_dense_model
 from hybrid_vit.models.registry import create_model
 from tests.heads.depth_checks import assert_gradient
 from tests.heads.pyramids import levels, noise
+from tests.models import contract
 
 _SMALL = {
   "num_bins": 6, "decoder_channels": 8, "channels": 8, "patch_size": 4, "num_layers": 2,
@@ -27,7 +28,7 @@ def test_as_numpy_computes(queries):
   features = levels((3, 5), strides=(4, 8))
   maps = noise(features, (28, 36))
   head = AdaBins(features, min_depth=0.5, max_depth=8.0, queries=queries, **_SMALL)
-  variables = _spread(jax.jit(head.init)(jax.random.key(1, impl="rbg"), maps))
+  variables = _spread(contract.initialize(head, maps, seed=1))
   depth, centres = jax.jit(lambda v, x: head.apply(v, x, with_bins=True))(variables, maps)
   assert depth.shape == (2, 14, 18, 1)
   for i in range(2):
@@ -46,7 +47,7 @@ def test_odd_maps_bins_and_gradient():
   assert depth.shape == (2, 30, 38, 1)
   assert (depth >= 0.1).all()
   assert (depth <= 3.0).all()
-  variables = _spread(jax.jit(head.init)(jax.random.key(0, impl="rbg"), maps))
+  variables = _spread(contract.initialize(head, maps))
   twice = {name: np.concatenate([x[:1], x[:1]]) for name, x in maps.items()}
   depth, centres = jax.jit(lambda x: head.apply(variables, x, with_bins=True))(twice)
   np.testing.assert_allclose(depth[0], depth[1], rtol=1e-6)

@@ -16,6 +16,7 @@ from hybrid_vit.weights.convert import export_weights, import_weights
 from hybrid_vit.weights.keymap_detectors import detector_key_map
 from tests import golden
 from tests.heads.detectors import Blank, assert_detections, assert_near, golden_targets
+from tests.models import contract
 
 _C3_C5 = tuple(FeatureSpec(f"c{i}", 2**i, w) for i, w in ((3, 8), (4, 12), (5, 16)))
 _TEST = {"before": 40, "detections": 15, "selection": "pairs"}
@@ -84,7 +85,7 @@ def test_as_mmdetection(folder, make, losses):
 
 def _loud(model, images):
   """Variables of a head that does not begin quiet."""
-  variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), images)
+  variables = contract.initialize(model, images)
   head = dict(variables["params"]["head"])
   head["classifier"] = jax.tree.map(lambda x: 20 * x * (x.ndim > 1), head["classifier"])
   head["deltas"] = jax.tree.map(lambda x: 20 * x, head["deltas"])

@@ -19,6 +19,7 @@ from hybrid_vit.weights.keymap_heads_depth import dpt_depth_layout, dpt_segmenta
 from tests import golden
 from tests.heads.depth_checks import assert_gradient, captured
 from tests.heads.pyramids import levels, noise, with_golden_weights
+from tests.models import contract
 
 _SMALL = {"channels": 8, "level_channels": (4, 5, 6, 7)}
 
@@ -160,7 +161,7 @@ def test_segmentation():
   features = _blocks(6)
   maps = _with_tokens(noise(features, (64, 64)))
   head = DPTSegmentation(features, 5, auxiliary=True, **_SMALL)
-  variables = jax.jit(head.init)(jax.random.key(0, impl="rbg"), maps)
+  variables = contract.initialize(head, maps)
   logits, second = head.apply(variables, maps, with_auxiliary=True)
   assert logits.shape == (2, 64, 64, 5)
   assert second.shape == (2, 32, 32, 5)

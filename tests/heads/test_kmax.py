@@ -19,6 +19,7 @@ from hybrid_vit.weights.keymap_kmax import head_key_map, kmax_layouts
 from tests import golden
 from tests.heads.kmax_golden import DECODER, HEAD, run_decoder, run_head
 from tests.heads.pyramids import initialised, levels, noise
+from tests.models import contract
 
 _SMALL = {
   "channels": 32,
@@ -161,7 +162,7 @@ def trained():
   plain, saving = (
     KMaX(features, 3, remat=remat, drop_path_rate=0.2, **_SMALL) for remat in (False, True)
   )
-  variables = jax.jit(plain.init)(jax.random.key(0, impl="rbg"), maps)
+  variables = contract.initialize(plain, maps)
   # At first no branch adds anything: their last scales are 0.
   variables = {
     **variables,

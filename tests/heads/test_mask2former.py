@@ -17,6 +17,7 @@ from hybrid_vit.weights.keymap_mask2former import head_key_map, mask2former_layo
 from tests import golden
 from tests.heads.mask2former_golden import run_golden, shapes_of
 from tests.heads.pyramids import initialised, levels, noise
+from tests.models import contract
 
 _SMALL = {
   "channels": 32,
@@ -144,7 +145,7 @@ def test_odd_maps_gradients_and_recomputation():
   # At first no place depends on a query: the first kernels are 0.
   params = jax.tree.map(
     lambda x: x + np.random.default_rng(0).normal(0, 0.1, x.shape).astype(np.float32),
-    jax.jit(plain.init)(jax.random.key(0, impl="rbg"), maps)["params"],
+    contract.initialize(plain, maps)["params"],
   )
 
   def loss(params, maps):

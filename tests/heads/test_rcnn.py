@@ -24,6 +24,7 @@ from hybrid_vit.weights.convert import export_weights, import_weights
 from hybrid_vit.weights.keymap_detectors import detector_key_map, detector_layouts
 from tests.heads.detectors import Blank, ellipses
 from tests.heads.pyramids import levels
+from tests.models import contract
 
 _SIZE, _CLASSES = (48, 64), 3
 _NUMBERS = {"rpn_before": (50, 50), "rpn_after": (20, 20), "anchor_scales": (4.0,),
@@ -125,7 +126,7 @@ def _images(batch=2):
 @functools.cache
 def _variables(kind):
   model = _make(kind)
-  variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), _images(1))
+  variables = contract.initialize(model, _images(1))
 
   # Heads begin so small that nothing would be found and all losses were alike.
   def louder(path, x):

@@ -12,6 +12,7 @@ from hybrid_vit.heads.retinanet import create_retinanet
 from hybrid_vit.ops.nms import soft_nms
 from tests.heads.detectors import Blank
 from tests.heads.pyramids import levels
+from tests.models import contract
 
 _LEVELS = levels((4, 6, 8), (8, 16, 32))
 _SIZE = (48, 64)
@@ -44,7 +45,7 @@ _KINDS = ["mask_rcnn", "retinanet anchors", "retinanet pairs", "atss anchors", "
 def test_scores_are_lowered_as_soft_nms_says(kind):
   images = np.random.default_rng(0).standard_normal((1, *_SIZE, 3)).astype(np.float32)
   model = _make(kind)
-  variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), images)
+  variables = contract.initialize(model, images)
 
   # Heads begin so small that nothing would be found.
   def louder(path, x):

@@ -36,6 +36,7 @@ from hybrid_vit.weights.transfer import is_head
 from tests import golden
 from tests.heads.detectors import Blank
 from tests.heads.pyramids import levels
+from tests.models import contract
 from tests.tasks.test_detection import CONFIG
 
 _SMALL = {
@@ -386,7 +387,7 @@ def test_a_step_of_the_task():
     example = reading.transform(dict(scenes[i]), np.random.default_rng(i))
     rows.append({n: row(f, n, example[n]) for n, f in on_device(reading.fields).items()})
   batch = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
-  variables = jax.jit(task.init)(jax.random.key(0, impl="rbg"), batch)
+  variables = contract.initialize(task, batch)
 
   @jax.jit
   def step(params, key):

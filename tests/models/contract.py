@@ -34,9 +34,9 @@ def run(model: nn.Module, variables: Any, x: Any, train: bool = False, key: Any 
   return model.apply(variables, x, train=False)
 
 
-def initialize(model: nn.Module, x: Any) -> Any:
-  """New variables; its kind of key compiles in a fraction of the default's time."""
-  return jax.jit(model.init)(jax.random.key(0, impl="rbg"), x)
+def initialize(model: Any, *inputs: Any, seed: int = 0) -> Any:
+  """New variables of a network or task; its kind of key compiles in a fraction of the default's."""
+  return jax.jit(model.init)(jax.random.key(seed, impl="rbg"), *inputs)
 
 
 @functools.lru_cache(maxsize=2)

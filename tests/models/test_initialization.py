@@ -1,5 +1,7 @@
 """First variables: those of `init`, of shapes alone, and traced once."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ def test_they_are_those_of_init_whatever_the_input_holds():
 class Counting(nn.Module):
   """Appends to a list in each trace."""
 
-  traces: tuple
+  attribute: Any
   width: int = 2
 
   @nn.compact

@@ -18,6 +18,7 @@ from hybrid_vit.heads.detectors import detector_names
 from hybrid_vit.metrics.coco_ap import coco_metrics, evaluate_coco
 from hybrid_vit.tasks.detection import DetectionEvaluator, Picture, as_rows
 from tests.evaluation_sets import SceneSet
+from tests.models import contract
 
 CONFIG = Path(__file__).parents[2] / "configs" / "finetune_detection.py"
 
@@ -50,7 +51,7 @@ def batch(run, scenes):
 
 @pytest.fixture(scope="module")
 def variables(run, batch):
-  return jax.jit(run.task.init)(jax.random.key(0, impl="rbg"), batch)
+  return contract.initialize(run.task, batch)
 
 
 def test_a_step_has_every_loss_and_a_gradient(run, batch, variables):

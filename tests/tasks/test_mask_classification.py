@@ -21,6 +21,7 @@ from hybrid_vit.train_state import create_state, make_train_step
 from hybrid_vit.weights.transfer import is_head
 from tests import dense, masks, small
 from tests.evaluation_sets import SceneSet
+from tests.models import contract
 
 NAMES = tuple(masks.TRANSFORMS)
 
@@ -177,7 +178,7 @@ def test_more_segments_than_there_are_numbers_below_none_are_all_there():
 def test_instances_are_written_by_the_numbers_of_their_data(tmp_path):
   task = masks.make_task("instance_segmentation", inference={"scale": None})
   batch = masks.make_batch(task, "instance_segmentation")
-  variables = jax.jit(task.init)(jax.random.key(0, impl="rbg"), batch)
+  variables = contract.initialize(task, batch)
   (evaluator,) = task.evaluators([SceneSet(SOURCE, 3, task)])
   found = evaluate.run_and_write(evaluator, variables, print, tmp_path)
   assert found["examples"] == 3 and set(task.measures) <= set(found)
